@@ -1,0 +1,1 @@
+"""Lightning and the command line: everything above the library."""

@@ -1,0 +1,148 @@
+"""The LightningDataModule for language modelling: evaluation windows, calibration windows, training windows."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from pp_lightning.data.sources import C4, TextSource, WikiText2
+from pp_lightning.data.windows import Batch, batched, contiguous_windows, document_windows, random_windows
+from pp_lightning.errors import UserError
+
+Protocol = Literal["contiguous", "paper"]
+
+
+@dataclass(frozen=True)
+class _BatchSpec:
+    """What of a data module's settings goes into a result file."""
+
+    window: int
+    batch_size: int
+    protocol: str
+    seed: int
+
+
+class LanguageModelling(L.LightningDataModule):
+    """Text cut into windows: one source to test on, one to calibrate on, and any number to train on.
+
+    Args:
+        text: the text to evaluate on.
+        calibration: the text that the pruning statistics are collected on.
+        train: texts to train on; naming one twice doubles its weight. Only ``fit`` reads them.
+        window: tokens per window. The paper uses 1024 for text.
+        batch_size: rows per batch. Dynamic pruning chooses per batch, so this is part of the result.
+        calibration_samples: calibration windows. The paper uses 2000.
+        protocol: ``contiguous`` (every token once, nothing dropped) or ``paper`` (random windows with replacement,
+            last partial batch dropped, mean of batch means; only to stand beside the published numbers).
+        seed: seed of every random draw made here.
+        limit_tokens: evaluate on this many tokens from the start of the text; None takes all.
+    """
+
+    def __init__(
+        self,
+        text: TextSource | None = None,
+        calibration: TextSource | None = None,
+        train: list[TextSource] | None = None,
+        window: int = 1024,
+        batch_size: int = 20,
+        calibration_samples: int = 2000,
+        protocol: Protocol = "contiguous",
+        seed: int = 0,
+        limit_tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        if window < 2 or batch_size < 1 or calibration_samples < 1:
+            raise UserError("window must be at least 2, batch_size and calibration_samples at least 1")
+        self.text = text or WikiText2()
+        self.calibration = calibration or C4()
+        self.train = train or []
+        self.window = window
+        self.batch_size = batch_size
+        self.calibration_samples = calibration_samples
+        self.protocol: Protocol = protocol
+        self.seed = seed
+        self.limit_tokens = limit_tokens
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._pad_id = 0
+
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tokenise with ``tokenizer`` from now on; the model that is evaluated brings it."""
+        self._tokenizer = tokenizer
+        # Padding is masked everywhere, so any valid id will do where a tokenizer has none.
+        self._pad_id = int(tokenizer.pad_token_id or 0)
+
+    def test_batches(self) -> list[Batch]:
+        """All evaluation batches in order.
+
+        Raises:
+            UserError: the text is too short for one window of the protocol.
+        """
+        tokens = self._tokens_of(self.text)[: self.limit_tokens]
+        if self.protocol == "paper":
+            self._require(len(tokens) > self.window * self.batch_size, len(tokens), self.window * self.batch_size)
+            windows = random_windows(tokens, self.window, self.seed)
+            return batched(windows, self.batch_size, self._pad_id, drop_last=True)
+        self._require(len(tokens) >= 2, len(tokens), 1)
+        return batched(contiguous_windows(tokens, self.window), self.batch_size, self._pad_id)
+
+    def calibration_batches(self) -> list[Batch]:
+        """All calibration batches: random windows of documents longer than the window."""
+        windows = document_windows(
+            self.calibration.documents(), self._encode, self.window, self.calibration_samples, self.seed
+        )
+        return batched(windows, self.batch_size, self._pad_id)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Shuffled windows over all training texts, each document closed by the end-of-text token."""
+        if not self.train:
+            raise UserError("no training text: name at least one source in --data.train")
+        end = self._require_tokenizer().eos_token_id
+        ids: list[int] = []
+        for source in self.train:
+            for document in source.documents():
+                ids += [*self._encode(document), *([] if end is None else [end])]
+        windows = [piece for piece in torch.tensor(ids).split(self.window) if len(piece) == self.window]
+        self._require(len(windows) >= self.batch_size, len(ids), self.window * self.batch_size)
+        batches = DataLoader(
+            windows, self.batch_size, shuffle=True, drop_last=True, collate_fn=lambda rows: batched(rows, len(rows), 0)[0]
+        )
+        return batches
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The evaluation batches: what ``fit`` reports its held-out loss on."""
+        return self.test_dataloader()
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """This process's share of the evaluation batches: every batch once over all processes, none twice."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return DataLoader(self.test_batches()[rank::world], batch_size=None)
+
+    def describe(self) -> dict[str, Any]:
+        """Settings and text digests, for ``results.json``."""
+        spec = _BatchSpec(self.window, self.batch_size, self.protocol, self.seed)
+        return {
+            **vars(spec),
+            "order": "as in the text" if self.protocol == "contiguous" else "random starts",
+            "limit_tokens": self.limit_tokens,
+            "text": self.text.describe(),
+            "calibration": {"samples": self.calibration_samples, **self.calibration.describe()},
+        }
+
+    def _tokens_of(self, source: TextSource) -> Tensor:
+        return torch.tensor(self._encode(source.text()))
+
+    def _encode(self, text: str) -> list[int]:
+        # verbose=False: the whole text is longer than any context by design; the warning about it would mislead
+        return list(self._require_tokenizer()(text, verbose=False)["input_ids"])
+
+    def _require_tokenizer(self) -> PreTrainedTokenizerBase:
+        assert self._tokenizer is not None, "use_tokenizer comes first"
+        return self._tokenizer
+
+    def _require(self, enough: bool, have: int, need: int) -> None:
+        if not enough:
+            raise UserError(f"the text has {have} tokens and needs more than {need}: use a longer text or a smaller window")

@@ -1,0 +1,72 @@
+"""Text that every machine already has: the running interpreter's own documentation.
+
+Sources are ``pydoc_data.topics`` and the docstrings of the standard library. Files are parsed with ``ast``; nothing is
+imported or executed. A document is one topic or one module's docstrings, and a fixed hash of its name decides
+whether it trains, calibrates or tests, so the parts stay apart on every Python version.
+"""
+
+import ast
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+Part = Literal["train", "calibration", "test"]
+
+_EXCLUDED = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"})
+_MIN_CHARACTERS = 200  # shorter documents are one-line docstrings: no context to predict from
+
+
+def embedded_documents(part: Part) -> tuple[str, ...]:
+    """Documents of one part of the interpreter's documentation, in a fixed order.
+
+    Args:
+        part: ``"train"`` (8 of 10 documents), ``"calibration"`` or ``"test"`` (1 of 10 each).
+    """
+    return tuple(text for name, text in _all_documents() if part_of(name) == part)
+
+
+def embedded_digest(part: Part) -> str:
+    """SHA-256 (hex) of the part's text: it changes with the Python version and is stored beside every result."""
+    return hashlib.sha256("\0".join(embedded_documents(part)).encode()).hexdigest()
+
+
+def part_of(name: str) -> Part:
+    """Part of the document called ``name``: a hash of the name alone, so it never moves."""
+    bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 10
+    return "test" if bucket == 0 else "calibration" if bucket == 1 else "train"
+
+
+@lru_cache(maxsize=1)
+def _all_documents() -> tuple[tuple[str, str], ...]:
+    library = Path(sysconfig.get_path("stdlib"))
+    documents = [*_topics(library / "pydoc_data" / "topics.py"), *_modules(library)]
+    return tuple((name, text) for name, text in documents if len(text) >= _MIN_CHARACTERS)
+
+
+def _topics(path: Path) -> Iterator[tuple[str, str]]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    table = next(node.value for node in tree.body if isinstance(node, ast.Assign))
+    for name, text in sorted(ast.literal_eval(table).items()):
+        yield f"topic:{name}", text.strip()
+
+
+def _modules(library: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(library.rglob("*.py")):
+        name = path.relative_to(library).as_posix()
+        if _EXCLUDED.isdisjoint(Path(name).parts):
+            yield f"module:{name}", "\n\n".join(_docstrings(path))
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):  # a few standard files are deliberately not UTF-8 or not valid
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield docstring
