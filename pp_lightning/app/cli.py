@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from pp_lightning.app.module import PrunedLM

@@ -1,9 +1,8 @@
 """The LightningModule: a causal language model, trained dense or evaluated pruned."""
 
-from typing import Any
-
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
@@ -62,7 +61,7 @@ class PrunedLM(L.LightningModule):
         predicted = int((batch["labels"][:, 1:] >= 0).sum())
         self.log("val_loss", loss, prog_bar=True, batch_size=predicted, sync_dist=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with decay on matrices only; linear warm-up, then cosine to zero at the last step."""
         decayed = [p for p in self.model.parameters() if p.requires_grad and p.dim() >= 2]
         plain = [p for p in self.model.parameters() if p.requires_grad and p.dim() < 2]

@@ -1,6 +1,7 @@
 """The LightningDataModule for language modelling: evaluation windows, calibration windows, training windows."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from pp_lightning.data.sources import C4, TextSource, WikiText2
-from pp_lightning.data.windows import Batch, batched, contiguous_windows, document_windows, random_windows
+from pp_lightning.data.windows import Batch, batched, collate, contiguous_windows, document_windows, random_windows
 from pp_lightning.errors import UserError
 
 Protocol = Literal["contiguous", "paper"]
@@ -96,7 +97,7 @@ class LanguageModelling(L.LightningDataModule):
         )
         return batched(windows, self.batch_size, self._pad_id)
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled windows over all training texts, each document closed by the end-of-text token."""
         if not self.train:
             raise UserError("no training text: name at least one source in --data.train")
@@ -107,10 +108,8 @@ class LanguageModelling(L.LightningDataModule):
                 ids += [*self._encode(document), *([] if end is None else [end])]
         windows = [piece for piece in torch.tensor(ids).split(self.window) if len(piece) == self.window]
         self._require(len(windows) >= self.batch_size, len(ids), self.window * self.batch_size)
-        batches = DataLoader(
-            windows, self.batch_size, shuffle=True, drop_last=True, collate_fn=lambda rows: batched(rows, len(rows), 0)[0]
-        )
-        return batches
+        collate_rows = partial(collate, pad_id=self._pad_id)
+        return DataLoader(windows, self.batch_size, shuffle=True, drop_last=True, collate_fn=collate_rows)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The evaluation batches: what ``fit`` reports its held-out loss on."""
@@ -119,7 +118,7 @@ class LanguageModelling(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Batch]:
         """This process's share of the evaluation batches: every batch once over all processes, none twice."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return DataLoader(self.test_batches()[rank::world], batch_size=None)
+        return DataLoader(self.test_batches()[rank::world], batch_size=None)  # type: ignore[arg-type]
 
     def describe(self) -> dict[str, Any]:
         """Settings and text digests, for ``results.json``."""
@@ -145,4 +144,6 @@ class LanguageModelling(L.LightningDataModule):
 
     def _require(self, enough: bool, have: int, need: int) -> None:
         if not enough:
-            raise UserError(f"the text has {have} tokens and needs more than {need}: use a longer text or a smaller window")
+            raise UserError(
+                f"the text has {have} tokens and needs more than {need}: use a longer text or a smaller window"
+            )

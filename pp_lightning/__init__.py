@@ -1,0 +1,20 @@
+"""Prune large language models for real: per batch with a probe, or once and for all.
+
+The library needs torch and transformers only; Lightning and the command line are in :mod:`pp_lightning.app`.
+"""
+
+from pp_lightning.calibration import calibrate
+from pp_lightning.errors import UserError
+from pp_lightning.pruning import KeptUnits, frozen_history, kept_units, prune_, unprune_
+from pp_lightning.statistics import Statistics
+
+__all__ = [
+    "KeptUnits",
+    "Statistics",
+    "UserError",
+    "calibrate",
+    "frozen_history",
+    "kept_units",
+    "prune_",
+    "unprune_",
+]

@@ -1,0 +1,185 @@
+"""One dense pass over a calibration set, seen through hooks on the unmodified model."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from pp_lightning.architectures import architecture_of
+from pp_lightning.blocks import Block, block_modules
+from pp_lightning.errors import UserError
+from pp_lightning.functional.moments import Places, placed_count, placed_sum, sum_of_squares
+from pp_lightning.pruning import is_pruned
+from pp_lightning.statistics import BlockKey, BlockSums, Statistics, fingerprint
+
+
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    means: bool = True,
+    layers: Sequence[int] | None = None,
+    save_to: str | os.PathLike[str] | None = None,
+    save_every: int = 10,
+    progress: bool = True,
+) -> Statistics:
+    """Collect count, sum and sum of squares of every block's states by position and channel.
+
+    Everything is summed in float32. Interrupted and called again with the same ``save_to`` and batches, it goes on
+    where the file stands and ends with the same statistics, bit for bit.
+
+    Args:
+        model: a dense causal language model. It is run in evaluation mode and left as it was.
+        batches: dictionaries with ``input_ids`` (B, S) and optionally ``attention_mask`` (B, S), 1 at real tokens.
+        means: collect sums beside sums of squares; FLAP needs them. Without them the statistics are half as large.
+        layers: only these layers; None takes all.
+        save_to: a safetensors file to resume from, if it exists, and to write.
+        save_every: batches between two writes of ``save_to``.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: no batches, activations that are not finite, a pruned or unknown model, or a ``save_to`` that holds
+            the statistics of another model, other batches or other layers.
+    """
+    if is_pruned(model):
+        raise UserError("calibrate runs the dense model: unprune_ it first")
+    architecture = architecture_of(model.config)
+    model_layers = architecture.layers_of(model)
+    wanted = range(len(model_layers)) if layers is None else layers
+    statistics = _start(model, save_to)
+    outputs = {
+        (index, block): block_modules(architecture, model_layers[index], block).output
+        for index in wanted
+        for block in Block
+    }
+    if statistics.num_batches and set(statistics.sums) != set(outputs):
+        raise UserError(f"{save_to} covers other layers: name another file or remove it")
+    collector = _Collector(statistics, means)
+    decoder = architecture.decoder_of(model)
+    done, digest, seen = statistics.num_batches, "", 0
+    was_training = model.training
+    model.eval()
+    hooks = collector.attach(outputs)
+    try:
+        for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
+            seen += 1
+            digest = _chained_digest(digest, batch)
+            if seen < done:
+                continue
+            if seen == done:
+                _check_same_batches(digest, statistics, save_to)
+                continue
+            collector.begin(batch, model.device)
+            decoder(**_inputs(batch, model.device), use_cache=False)
+            statistics.num_batches, statistics.batches_digest = seen, digest
+            if save_to is not None and seen % save_every == 0:
+                statistics.save(save_to)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(was_training)
+    _check_complete(statistics, seen, done, save_to)
+    if save_to is not None and seen > done:
+        statistics.save(save_to)
+    return statistics
+
+
+class _Collector:
+    """Adds the states of each batch to the statistics."""
+
+    def __init__(self, statistics: Statistics, means: bool) -> None:
+        self.statistics = statistics
+        self.means = means
+        self.shape = torch.Size()
+        self.places: Places | None = None
+
+    def attach(self, outputs: Mapping[BlockKey, nn.Linear]) -> list[RemovableHandle]:
+        """Watch the input of each block's output matrix."""
+        return [module.register_forward_pre_hook(partial(self._add, key)) for key, module in outputs.items()]
+
+    def begin(self, batch: Mapping[str, Tensor], device: torch.device) -> None:
+        """Find the real tokens of a batch and count them."""
+        mask = batch.get("attention_mask")
+        self.shape = batch["input_ids"].shape
+        rows, tokens = self.shape
+        padded = mask is not None and not bool(mask.all())
+        if padded:
+            assert mask is not None
+            real = mask.bool().to(device)
+            self.places = Places(real.long().cumsum(1) - 1, real, tokens)
+            count = placed_count(self.places)
+        else:
+            self.places = None
+            count = torch.full((tokens,), float(rows), device=device)
+        statistics = self.statistics
+        statistics.counts = _add_rows(statistics.counts.to(device), count)
+
+    def _add(self, key: BlockKey, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        states = inputs[0].view(*self.shape, -1)  # OPT flattens rows and tokens in its MLP
+        if self.places is None:
+            squares = sum_of_squares(states)
+            values = states.sum(0, dtype=torch.float32) if self.means else None
+        else:
+            squares = placed_sum(states.float().square(), self.places)
+            values = placed_sum(states, self.places) if self.means else None
+        old = self.statistics.sums.get(key)
+        if old is not None:
+            squares = _add_rows(old.squares.to(squares.device), squares)
+            if values is not None:
+                assert old.values is not None
+                values = _add_rows(old.values.to(values.device), values)
+        self.statistics.sums[key] = BlockSums(squares, values)
+
+
+def _add_rows(total: Tensor, addend: Tensor) -> Tensor:
+    """Sum of two tensors whose first dimension (positions) may differ; the longer one is added to in place."""
+    if len(total) < len(addend):
+        total, addend = addend, total
+    total[: len(addend)] += addend
+    return total
+
+
+def _start(model: PreTrainedModel, save_to: str | os.PathLike[str] | None) -> Statistics:
+    if save_to is None or not Path(save_to).exists():
+        return Statistics(fingerprint(model))
+    statistics = Statistics.load(save_to)
+    statistics.check_model(model)
+    return statistics
+
+
+def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
+    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
+
+
+def _chained_digest(previous: str, batch: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(previous.encode())
+    for tensor in _inputs(batch, torch.device("cpu")).values():
+        digest.update(tensor.long().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_same_batches(digest: str, statistics: Statistics, path: Any) -> None:
+    if digest != statistics.batches_digest:
+        raise UserError(f"{path} was collected from other batches: name another file or remove it")
+
+
+def _check_complete(statistics: Statistics, seen: int, done: int, path: Any) -> None:
+    if seen == 0:
+        raise UserError("no calibration batches")
+    if seen < done:
+        raise UserError(f"{path} was collected from {done} batches, more than the {seen} given: remove it")
+    for (layer, block), sums in statistics.sums.items():
+        if not torch.isfinite(sums.squares).all():
+            raise UserError(
+                f"activations in the {block.value} block of layer {layer} are not finite: "
+                "check the checkpoint, or use float32 or bfloat16"
+            )

@@ -1,0 +1,121 @@
+"""Second moments per position and channel: of the probe, of the history, and the two fused (01-method, steps 4, 7).
+
+A *moment* is (P, C) float32: the mean of X^2 over the rows that are real at a position. Without padding, position and
+column are the same and everything is a plain mean over rows. With padding, tokens are gathered at their position
+ids, so the same rows give the same moments wherever their padding is.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a padded (or explicitly positioned) tensor belong.
+
+    Attributes:
+        positions: (B, S) int64 position ids; any value at places that are not real.
+        real: (B, S) bool, True at real tokens.
+        num_positions: P; every real position id is below it.
+    """
+
+    positions: Tensor
+    real: Tensor
+    num_positions: int
+
+
+def second_moment(states: Tensor) -> Tensor:
+    """Mean over rows of X^2: (B, S, C) of any dtype to (S, C) float32."""
+    return sum_of_squares(states) / states.shape[0]
+
+
+def sum_of_squares(states: Tensor) -> Tensor:
+    """Sum over rows of X^2: (B, S, C) of any dtype to (S, C) float32."""
+    # A norm reduces in float32 without a float32 copy of the states, which can be the largest tensor of a block.
+    return torch.linalg.vector_norm(states, dim=0, dtype=torch.float32).square()
+
+
+def placed_second_moment(states: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+    """Mean of X^2 over the real tokens at each position.
+
+    Args:
+        states: (B, S, C) of any dtype; anything, even NaN, where not real.
+        places: positions and real tokens of ``states``.
+
+    Returns:
+        The moment (P, C) float32, zero where a position has no real token, and the number of tokens (P,) float32.
+    """
+    count = placed_count(places)
+    return placed_sum(states.float().square(), places) / count.clamp(min=1.0)[:, None], count
+
+
+def placed_sum(values: Tensor, places: Places) -> Tensor:
+    """Sum over the real tokens at each position: (B, S, C) to (P, C) float32."""
+    real, index = _flat(places)
+    summands = torch.where(real[:, None], values.flatten(0, 1).float(), 0.0)
+    return summands.new_zeros(places.num_positions, values.shape[-1]).index_add(0, index, summands)
+
+
+def placed_count(places: Places) -> Tensor:
+    """Number of real tokens at each position: (P,) float32."""
+    real, index = _flat(places)
+    return torch.zeros(places.num_positions, device=real.device).index_add(0, index, real.float())
+
+
+def _flat(places: Places) -> tuple[Tensor, Tensor]:
+    real = places.real.flatten()
+    return real, torch.where(real, places.positions.flatten(), 0)
+
+
+def positions_held(places: Places, columns: Tensor, column_valid: Tensor) -> Tensor:
+    """Positions that the given columns hold in any real row of the batch: (P,) bool.
+
+    Args:
+        places: of the whole batch.
+        columns: (s,) int64.
+        column_valid: (s,) bool; other columns are left out.
+    """
+    held = Places(places.positions[:, columns], places.real[:, columns] & column_valid, places.num_positions)
+    return placed_count(held) > 0
+
+
+def fuse(probe: Tensor, history: Tensor, fusion_weight: float | None) -> Tensor:
+    """The probe's moment fused with the history's, elementwise: ``w P + (1 - w) H``.
+
+    Args:
+        probe: P, float32 of any shape, not negative.
+        history: H, same shape.
+        fusion_weight: w, the weight of the probe. None scales by importance, ``w = P / (P + H)`` (0 where both are 0),
+            so that the larger of the two dominates.
+    """
+    if fusion_weight is not None:
+        return torch.lerp(history, probe, fusion_weight)
+    total = probe + history
+    # w P + (1 - w) H with w = P / (P + H) is (P^2 + H^2) / (P + H)
+    fused = (probe.square() + history.square()) / total
+    return torch.where(total > 0, fused, 0.0)
+
+
+def update_history_(
+    history: Tensor, moment: Tensor, kept: Tensor | None, momentum: float, present: Tensor | None
+) -> None:
+    """Move the history towards a batch's moment, in place: ``H = m H + (1 - m) X^2`` (01-method, step 7).
+
+    Args:
+        history: (P_max, C) float32.
+        moment: (P, K) float32 at positions 0..P-1, of the kept channels.
+        kept: (K,) int64 ascending channels that ``moment`` describes; None means all.
+        momentum: m.
+        present: (P,) bool, positions that had a real token; others stay as they are. None means all.
+    """
+    rows = history[: moment.shape[0]]
+    old = rows if kept is None else rows.index_select(1, kept)
+    new = torch.lerp(moment, old, momentum)
+    if present is not None:
+        new = torch.where(present[:, None], new, old)
+    if kept is None:
+        rows.copy_(new)
+    else:
+        rows.index_copy_(1, kept, new)

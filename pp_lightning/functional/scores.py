@@ -1,0 +1,58 @@
+"""Importance scores of channels and units. All float32, larger means more important."""
+
+import torch
+from torch import Tensor
+
+
+def ppsp_weight_norm(weight: Tensor) -> Tensor:
+    """``sqrt(sum_i W_ic^4)``: what the output matrix (D, C) contributes to PPsp; (C,) float32, computed once."""
+    return torch.linalg.vector_norm(weight.detach(), ord=4, dim=0, dtype=torch.float32).square()
+
+
+def ppsp_unit_scores(energy: Tensor, weight_norm: Tensor, channels_per_unit: int) -> Tensor:
+    """PP importance score of each unit: the L2 norm of ``C_c W_ic^2`` jointly over the unit's columns (01-method, 5).
+
+    Args:
+        energy: C, (C,) float32, the (fused) second moment summed over positions.
+        weight_norm: (C,) float32 from :func:`ppsp_weight_norm`.
+        channels_per_unit: 1 for MLP channels, d for heads, (H / G) * d for key/value groups.
+
+    Returns:
+        (U,) float32.
+    """
+    columns = energy * weight_norm
+    return columns if channels_per_unit == 1 else torch.linalg.vector_norm(columns.view(-1, channels_per_unit), dim=1)
+
+
+def wanda_column_scores(weight: Tensor, energy: Tensor) -> Tensor:
+    """Wanda-sp: ``sum_i |W_ic| * sqrt(E_c)`` (02-baselines, 3.1).
+
+    Args:
+        weight: output matrix (D, C) of any dtype.
+        energy: (C,) float32, E[x^2] summed over positions.
+    """
+    return weight.detach().abs().sum(0, dtype=torch.float32) * energy.sqrt()
+
+
+def flap_column_scores(weight: Tensor, mean: Tensor, second_moment: Tensor) -> Tensor:
+    """FLAP's fluctuation metric WIFV: ``Var[x_c] * sum_i W_ic^2`` (02-baselines, 4.1).
+
+    Args:
+        weight: output matrix (D, C) of any dtype.
+        mean: E[x] over all real tokens, (C,) float32.
+        second_moment: E[x^2] over all real tokens, (C,) float32.
+    """
+    variance = (second_moment - mean.square()).clamp(min=0.0)
+    return variance * torch.linalg.vector_norm(weight.detach(), dim=0, dtype=torch.float32).square()
+
+
+def standardised(columns: Tensor) -> Tensor:
+    """Zero mean and unit (n - 1) standard deviation over one layer's columns (C,); zeros where they are all equal."""
+    centred = columns - columns.mean()
+    deviation = columns.std()
+    return torch.where(deviation > 0, centred / deviation, torch.zeros_like(columns))
+
+
+def sum_over_units(columns: Tensor, channels_per_unit: int) -> Tensor:
+    """Sum of column scores (C,) within each unit: (U,)."""
+    return columns.view(-1, channels_per_unit).sum(1)

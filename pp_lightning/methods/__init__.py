@@ -1,0 +1,27 @@
+"""Pruning methods, one file each. A new one is a file here and an entry in ``METHODS``."""
+
+from collections.abc import Mapping
+
+from pp_lightning.methods.base import PruningMethod, StaticMethod
+from pp_lightning.methods.dynamic import DynamicMethod
+from pp_lightning.methods.flap import FLAP
+from pp_lightning.methods.full_batch_probing import FullBatchProbing
+from pp_lightning.methods.probe_pruning import ProbePruning
+from pp_lightning.methods.static_ppsp import StaticPPsp
+from pp_lightning.methods.wanda_sp import WandaSP
+
+METHODS: Mapping[str, type[PruningMethod]] = {
+    method.label: method for method in (FullBatchProbing, ProbePruning, StaticPPsp, FLAP, WandaSP)
+}
+
+__all__ = [
+    "FLAP",
+    "METHODS",
+    "DynamicMethod",
+    "FullBatchProbing",
+    "ProbePruning",
+    "PruningMethod",
+    "StaticMethod",
+    "StaticPPsp",
+    "WandaSP",
+]

@@ -1,0 +1,122 @@
+"""What a pruning method is: a policy without state. One file a method."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, Units
+from pp_lightning.errors import UserError
+from pp_lightning.functional.selection import keep_best
+from pp_lightning.statistics import BlockKey, Statistics
+
+BlockName = Literal["attention", "mlp"]
+UnitName = Literal["query_head", "kv_group"]
+BOTH_BLOCKS: tuple[BlockName, ...] = ("attention", "mlp")
+
+
+class PruningMethod(ABC):
+    """A way to choose units. Methods hold settings only; everything that changes lives in the pruned model.
+
+    Args:
+        blocks: which blocks are pruned, ``attention``, ``mlp`` or both.
+        attention_unit: ``query_head`` or ``kv_group``; None takes groups where query heads share key/value heads.
+
+    Attributes:
+        label: short name for tables and the command line.
+        needs_statistics: whether :func:`~pp_lightning.prune_` must be given calibration statistics.
+        needs_means: whether these must include means beside second moments.
+    """
+
+    label: ClassVar[str]
+    needs_statistics: ClassVar[bool] = True
+    needs_means: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        blocks: Sequence[BlockName] = BOTH_BLOCKS,
+        attention_unit: UnitName | None = None,
+    ) -> None:
+        unknown = set(blocks) - set(BOTH_BLOCKS)
+        if unknown or not blocks:
+            raise UserError(f"blocks must name attention, mlp or both, not {list(blocks)}")
+        if attention_unit not in (None, "query_head", "kv_group"):
+            raise UserError(f"attention_unit must be query_head or kv_group, not {attention_unit!r}")
+        self.blocks = tuple(Block(name) for name in BOTH_BLOCKS if name in blocks)
+        self.attention_unit = None if attention_unit is None else AttentionUnit(attention_unit)
+
+    def settings(self) -> dict[str, object]:
+        """The settings by name, in plain types, for result files."""
+        plain = dict(vars(self), blocks=[block.value for block in self.blocks])
+        plain["attention_unit"] = None if self.attention_unit is None else self.attention_unit.value
+        return plain
+
+
+@dataclass(frozen=True)
+class BlockToPrune:
+    """One block of one layer as a static method sees it.
+
+    Attributes:
+        layer: layer index.
+        plan: its units, and how many stay under uniform ratios.
+        weight: the output matrix, (D, C).
+    """
+
+    layer: int
+    plan: BlockPlan
+    weight: Tensor
+
+    @property
+    def key(self) -> BlockKey:
+        """Key of this block's statistics."""
+        return self.layer, self.plan.block
+
+    @property
+    def units(self) -> Units:
+        """The block's units."""
+        return self.plan.units
+
+    def checked(self, scores: Tensor) -> Tensor:
+        """``scores``, or an error: a NaN would silently rank first.
+
+        Raises:
+            UserError: a score is NaN or infinite.
+        """
+        if not torch.isfinite(scores).all():
+            block = f"the {self.plan.block.value} block of layer {self.layer}"
+            raise UserError(f"scores of {block} are not finite: check the checkpoint's weights")
+        return scores
+
+
+@dataclass(frozen=True)
+class StaticChoice:
+    """The units that stay for good.
+
+    Attributes:
+        kept: (K,) int64, ascending.
+        bias: added to the block's output, (D,) float32, or None.
+    """
+
+    kept: Tensor
+    bias: Tensor | None = None
+
+
+class StaticMethod(PruningMethod):
+    """Chooses once, from calibration statistics."""
+
+    def choose(
+        self, blocks: Sequence[BlockToPrune], statistics: Statistics
+    ) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
+        """Choose for every block; lazily, so that a block's slice can be made before the next one is scored.
+
+        The default scores each block with :meth:`unit_scores` and keeps the best ``keep`` of each.
+        """
+        for block in blocks:
+            yield block, StaticChoice(keep_best(self.unit_scores(block, statistics), block.plan.keep))
+
+    @abstractmethod
+    def unit_scores(self, block: BlockToPrune, statistics: Statistics) -> Tensor:
+        """Scores (U,) float32 of a block's units; larger stays."""

@@ -1,0 +1,95 @@
+"""FLAP: fluctuation metric, one standardised ranking over all layers, bias compensation (02-baselines, section 4)."""
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pp_lightning.blocks import Block
+from pp_lightning.functional.budget import rounded_up
+from pp_lightning.functional.scores import flap_column_scores, standardised, sum_over_units
+from pp_lightning.functional.selection import keep_best, unit_channels
+from pp_lightning.methods.base import (
+    BOTH_BLOCKS,
+    BlockName,
+    BlockToPrune,
+    StaticChoice,
+    StaticMethod,
+    UnitName,
+)
+from pp_lightning.statistics import Statistics
+
+
+class FLAP(StaticMethod):
+    """Static: removes what fluctuates least, with ratios per layer, and puts the removed channels' mean into a bias.
+
+    Each block's metric (squared in attention) is standardised over its own columns; heads take the mean of theirs.
+    All units of all pruned layers then form one ranking, from which the least important go until their cost reaches the
+    budget. A unit costs its weights: a head over a channel is ``4 d / 3`` in LLaMA without grouped queries.
+
+    Args:
+        blocks: which blocks are pruned, ``attention``, ``mlp`` or both.
+        attention_unit: ``query_head`` or ``kv_group``; None takes groups where query heads share key/value heads.
+        bias: add ``W E[x]`` of the removed channels to the block's output.
+        uniform: give every layer the same ratio instead of the global ranking's.
+    """
+
+    label: ClassVar[str] = "flap"
+    needs_means: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        blocks: Sequence[BlockName] = BOTH_BLOCKS,
+        attention_unit: UnitName | None = None,
+        bias: bool = True,
+        uniform: bool = False,
+    ) -> None:
+        super().__init__(blocks, attention_unit)
+        self.bias = bias
+        self.uniform = uniform
+
+    def choose(
+        self, blocks: Sequence[BlockToPrune], statistics: Statistics
+    ) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
+        """Scores and counts for all blocks first, then one choice at a time."""
+        scores = [self.unit_scores(block, statistics) for block in blocks]
+        keeps = [block.plan.keep for block in blocks] if self.uniform else global_counts(blocks, scores)
+        for block, unit_scores, keep in zip(blocks, scores, keeps, strict=True):
+            kept = keep_best(unit_scores, keep)
+            yield block, StaticChoice(kept, self._bias(block, kept, statistics) if self.bias else None)
+
+    def unit_scores(self, block: BlockToPrune, statistics: Statistics) -> Tensor:
+        """Standardised scores (U,) float32, comparable between blocks."""
+        mean, second = (moment.to(block.weight.device) for moment in statistics.channel_moments(*block.key))
+        columns = flap_column_scores(block.weight, mean, second)
+        if block.plan.block is Block.ATTENTION:
+            columns = columns.square()
+        width = block.units.channels
+        return block.checked(sum_over_units(standardised(columns), width) / width)
+
+    def _bias(self, block: BlockToPrune, kept: Tensor, statistics: Statistics) -> Tensor:
+        mean = statistics.channel_moments(*block.key)[0].to(block.weight.device)
+        removed = mean.index_fill(0, unit_channels(kept, block.units.channels), 0.0)
+        return block.weight.detach().float() @ removed
+
+
+def global_counts(blocks: Sequence[BlockToPrune], scores: Sequence[Tensor]) -> list[int]:
+    """Units that stay in each block when the cheapest-to-lose go first, over all blocks, until the budget is spent.
+
+    Counts are rounded as everywhere: MLP channels up to a multiple of ``round_to``, at least one head.
+    """
+    everything = torch.cat([s.double().cpu() for s in scores])
+    costs = torch.cat([torch.full((b.units.number,), float(b.units.cost), dtype=torch.float64) for b in blocks])
+    owner = torch.cat([torch.full((b.units.number,), index) for index, b in enumerate(blocks)])
+    budget = sum(b.plan.ratio * b.units.number * b.units.cost for b in blocks)
+    order = everything.argsort(stable=True)
+    removed = order[costs[order].cumsum(0) <= budget]
+    lost = torch.bincount(owner[removed], minlength=len(blocks)).tolist()
+    return [_rounded(block, block.units.number - count) for block, count in zip(blocks, lost, strict=True)]
+
+
+def _rounded(block: BlockToPrune, kept: int) -> int:
+    if block.plan.block is Block.ATTENTION:
+        return max(1, kept)
+    return rounded_up(kept, block.units.number, block.plan.round_to)

@@ -1,0 +1,25 @@
+"""Wanda-sp: structured Wanda, weight magnitude times activation norm (02-baselines, section 3.1)."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from pp_lightning.functional.scores import sum_over_units, wanda_column_scores
+from pp_lightning.methods.base import BlockToPrune, StaticMethod
+from pp_lightning.statistics import Statistics
+
+
+class WandaSP(StaticMethod):
+    """Static: a column scores ``sum_i |W_ic| sqrt(E[x_c^2])``, a head the sum of its columns; uniform ratios.
+
+    Args:
+        blocks: which blocks are pruned, ``attention``, ``mlp`` or both.
+        attention_unit: ``query_head`` or ``kv_group``; None takes groups where query heads share key/value heads.
+    """
+
+    label: ClassVar[str] = "wanda_sp"
+
+    def unit_scores(self, block: BlockToPrune, statistics: Statistics) -> Tensor:
+        """Scores (U,) float32 of a block's units."""
+        columns = wanda_column_scores(block.weight, statistics.energy(*block.key).to(block.weight.device))
+        return block.checked(sum_over_units(columns, block.units.channels))

@@ -1,0 +1,71 @@
+"""From the asked ratio to a count for every block: what will be pruned, before anything is touched."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pp_lightning.architectures import ModelShape
+from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, units_of
+from pp_lightning.errors import UserError
+from pp_lightning.functional.budget import kept_channels, kept_heads, layer_ratio
+from pp_lightning.methods.base import PruningMethod
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The pruned layers and what happens to each of their blocks.
+
+    Attributes:
+        layers: indices of the layers that are pruned, ascending.
+        blocks: the plan of the attention block and of the MLP block.
+        unit: what is pruned in attention.
+    """
+
+    layers: tuple[int, ...]
+    blocks: tuple[BlockPlan, BlockPlan]
+    unit: AttentionUnit
+
+
+def make_plan(
+    shape: ModelShape,
+    method: PruningMethod,
+    *,
+    pruning_ratio: float,
+    attention_ratio: float | None = None,
+    mlp_ratio: float | None = None,
+    skip_layers: Sequence[int] = (0, 1, 2),
+    round_to: int = 64,
+) -> Plan:
+    """Counts for a model of this shape.
+
+    Args:
+        shape: the dense model's sizes.
+        method: says which blocks are pruned and by which units.
+        pruning_ratio: fraction of units to remove over the whole model, in [0, 1).
+        attention_ratio: the same for attention alone; None takes ``pruning_ratio``.
+        mlp_ratio: the same for MLPs alone; None takes ``pruning_ratio``.
+        skip_layers: layers left dense. The others lose more, so that the model as a whole loses the ratio.
+        round_to: MLP channels are kept in multiples of this.
+
+    Raises:
+        UserError: no such layers, or ratios that leave nothing.
+    """
+    skipped = set(skip_layers)
+    strangers = sorted(layer for layer in skipped if not 0 <= layer < shape.num_layers)
+    if strangers:
+        raise UserError(f"skip_layers names layer {strangers[0]}, but the model has layers 0 to {shape.num_layers - 1}")
+    unit = method.attention_unit or AttentionUnit.default_for(shape)
+    asked = {Block.ATTENTION: attention_ratio, Block.MLP: mlp_ratio}
+    plans = []
+    for block, own_ratio in asked.items():
+        nominal = pruning_ratio if own_ratio is None else own_ratio
+        ratio = layer_ratio(nominal, shape.num_layers, len(skipped))
+        if block not in method.blocks:
+            ratio = 0.0
+        units = units_of(shape, block, unit)
+        if block is Block.ATTENTION:
+            plans.append(BlockPlan(block, units, ratio, kept_heads(units.number, ratio), round_to=1))
+        else:
+            keep = kept_channels(units.number, ratio, round_to)
+            plans.append(BlockPlan(block, units, ratio, keep, round_to))
+    layers = tuple(layer for layer in range(shape.num_layers) if layer not in skipped)
+    return Plan(layers, (plans[0], plans[1]), unit)

@@ -1,0 +1,1 @@
+"""Mechanism: decoder layers that choose per batch and run on what they chose."""

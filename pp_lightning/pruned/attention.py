@@ -1,0 +1,62 @@
+"""The attention block, pruned by heads or by key/value groups."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from pp_lightning.functional.attention import attend, join_heads, rotate, split_heads
+from pp_lightning.pruned.block import Projection, PrunedBlock, Surroundings, Weights
+
+
+class PrunedAttention(PrunedBlock):
+    """Causal self-attention on the kept heads.
+
+    A unit takes its own rows of the query projection and columns of the output projection with it. Where query heads
+    share key/value heads, a unit is either the whole group, which takes the key and value rows too, or a single query
+    head, which leaves keys and values whole.
+
+    Args:
+        head_size: d.
+        scale: factor on the query-key products.
+        layer_index: the layer's slot in the cache.
+        queries_per_key: H / G.
+        **block: see :class:`PrunedBlock`.
+    """
+
+    def __init__(self, *, head_size: int, scale: float, layer_index: int, queries_per_key: int, **block: Any) -> None:
+        super().__init__(**block)
+        self.head_size = head_size
+        self.scale = scale
+        self.layer_index = layer_index
+        self.queries_per_key = queries_per_key
+        # Single query heads of a group: keys and values are computed whole, then picked for each query head.
+        self.shares_keys = queries_per_key > 1 and self.units.channels == head_size
+
+    def states(self, normed: Tensor, weights: Weights, around: Surroundings) -> Tensor:
+        """(B, S, D) to the input of the output projection, (B, S, K * d)."""
+        query, key, value = (
+            split_heads(weights.apply(role, normed), self.head_size) for role in ("query", "key", "value")
+        )
+        query, key = self._normed("query_norm", query), self._normed("key_norm", key)
+        if around.rotation is not None:
+            query, key = rotate(query, *around.rotation), rotate(key, *around.rotation)
+        if around.cache is not None:
+            key, value = around.cache.update(key, value, self.layer_index)
+        if self.shares_keys and weights.kept is not None:
+            heads = weights.kept // self.queries_per_key
+            key, value = key.index_select(1, heads), value.index_select(1, heads)
+        return join_heads(attend(query, key, value, around.mask, self.scale))
+
+    def slices(self, kept: Tensor) -> Mapping[str, Projection]:
+        """Rows of query (and key and value, with their group), columns of output."""
+        whole, width = self.dense().projections, self.units.channels
+        sliced = {"query": whole["query"].of_outputs(kept, width), "output": whole["output"].of_inputs(kept, width)}
+        for role in ("key", "value"):
+            rows = width // self.queries_per_key
+            sliced[role] = whole[role] if self.shares_keys else whole[role].of_outputs(kept, rows)
+        return sliced
+
+    def _normed(self, role: str, states: Tensor) -> Tensor:
+        norm: nn.Module | None = self.parts.extras.get(role)
+        return states if norm is None else norm(states)

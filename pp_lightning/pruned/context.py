@@ -1,0 +1,96 @@
+"""What the pruned layers of one model share during a forward pass."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pp_lightning.errors import UserError
+from pp_lightning.functional.moments import Places
+
+
+class BatchContext:
+    """Filled in before each forward pass of the decoder, read by its pruned layers.
+
+    Attributes:
+        num_positions: S_max, the positions that histories have; None where no block keeps a history.
+        frozen: leave histories as they are.
+        decoding: the batch continues a filled cache, so the choice is held.
+        choice: number of the current choice; a cache carries the number that it was filled under.
+        earlier: the residual of a previous point, for parallel probing; None where there is none yet.
+    """
+
+    def __init__(self, num_positions: int | None) -> None:
+        self.num_positions = num_positions
+        self.frozen = False
+        self.decoding = False
+        self.choice = 0
+        self.earlier: Tensor | None = None
+        self._places: Places | None = None
+        self._explicit_positions = False
+        self._shape = torch.Size()
+
+    def begin_batch(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Forward pre-hook of the decoder: tell prefill from decoding, and find real tokens and their positions.
+
+        Raises:
+            UserError: the cache belongs to another choice, a position was never calibrated, or the mask is not 2-D.
+        """
+        given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | dict(kwargs)
+        inputs = given.get("input_ids")
+        inputs = given.get("inputs_embeds") if inputs is None else inputs
+        assert inputs is not None, "a decoder is called with input_ids or inputs_embeds"
+        self._shape = inputs.shape[:2]
+        cache = given.get("past_key_values")
+        self.earlier = None
+        self.decoding = cache is not None and bool(cache.get_seq_length() > 0)
+        if self.decoding:
+            if getattr(cache, "pruning_choice", None) != self.choice:
+                raise UserError("this key/value cache belongs to another choice of heads: run its prompt again")
+            return
+        self.choice += 1
+        self._locate(self._shape, given.get("attention_mask"), given.get("position_ids"))
+
+    def places(self, mask: Tensor | None) -> Places | None:
+        """Positions of the current batch; None where columns are positions and nothing is padding.
+
+        Args:
+            mask: the attention mask that the decoder made for its layers. It makes none when nothing is padding,
+                which it has found out already: no second look at the data is needed.
+        """
+        return None if mask is None and not self._explicit_positions else self._places
+
+    def mark(self, cache: Any) -> None:
+        """Note on a cache that is being filled under which choice that happens."""
+        cache.pruning_choice = self.choice
+
+    def publish(self, residual: Tensor) -> None:
+        """Offer a residual, (B, S, D) or (B * S, D), to the parallel probe of the next pruned layer."""
+        self.earlier = residual.view(*self._shape, -1)
+
+    def _locate(self, shape: torch.Size, mask: Tensor | None, position_ids: Tensor | None) -> None:
+        self._explicit_positions = position_ids is not None
+        self._places = None
+        if mask is not None and mask.dim() != 2:
+            raise UserError("pruned models need the 2-D attention mask (rows, tokens), to tell padding from text")
+        if position_ids is not None:
+            real = torch.ones(shape, dtype=torch.bool, device=position_ids.device) if mask is None else mask.bool()
+            positions = position_ids.expand(shape)
+            self._places = Places(positions, real, self._checked(int(positions[real].max()) + 1))
+        elif mask is not None:
+            positions = mask.long().cumsum(1) - 1
+            longest = shape[1]
+            if self.num_positions is not None and longest > self.num_positions:
+                longest = int(positions.max()) + 1  # padding may account for the excess; worth a look only here
+            self._places = Places(positions, mask.bool(), self._checked(longest))
+        else:
+            self._checked(shape[1])
+
+    def _checked(self, needed: int) -> int:
+        if self.num_positions is not None and needed > self.num_positions:
+            raise UserError(
+                f"position {needed - 1} is beyond the {self.num_positions} calibrated positions: "
+                "calibrate on longer windows or shorten the input"
+            )
+        return needed

@@ -1,0 +1,254 @@
+"""Prune a transformers model in place, look at its choices, and undo it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from pp_lightning.architectures import Architecture, ModelShape, architecture_of, shape_of
+from pp_lightning.blocks import AttentionUnit, Block, block_modules
+from pp_lightning.errors import UserError
+from pp_lightning.methods.base import BlockToPrune, PruningMethod, StaticMethod
+from pp_lightning.methods.dynamic import DynamicMethod
+from pp_lightning.plan import Plan, make_plan
+from pp_lightning.pruned.context import BatchContext
+from pp_lightning.pruned.dynamic import prune_layer
+from pp_lightning.pruned.layer import LayerPruner, publish_residual, remove_pruner
+from pp_lightning.pruned.slices import SlicedBlock, restore_block, slice_block
+from pp_lightning.statistics import BlockKey, Statistics
+
+_ATTRIBUTE = "_pp_lightning"
+
+
+@dataclass(frozen=True)
+class KeptUnits:
+    """The units of one layer that the last batch ran on, ascending.
+
+    Attributes:
+        attention: (K,) int64 indices of heads, or of key/value groups.
+        mlp: (K,) int64 indices of MLP channels.
+    """
+
+    attention: Tensor
+    mlp: Tensor
+
+
+@dataclass
+class Pruning:
+    """What :func:`prune_` did to a model: enough to report it and to undo it.
+
+    Attributes:
+        method: the policy.
+        plan: layers and uniform counts.
+        keep: units that stay, for every pruned block (FLAP's differ from layer to layer).
+        context: shared by the layers of a dynamically pruned model; None for a static method.
+        choices: the kept units of a static method.
+    """
+
+    method: PruningMethod
+    plan: Plan
+    keep: dict[BlockKey, int]
+    context: BatchContext | None = None
+    choices: dict[BlockKey, Tensor] = field(default_factory=dict)
+    _sliced: dict[BlockKey, SlicedBlock] = field(default_factory=dict)
+    _hooks: list[RemovableHandle] = field(default_factory=list)
+    _can_undo: bool = True
+
+
+def prune_(
+    model: PreTrainedModel,
+    method: PruningMethod,
+    stats: Statistics | None = None,
+    *,
+    pruning_ratio: float,
+    skip_layers: Sequence[int] = (0, 1, 2),
+    round_to: int = 64,
+    attention_ratio: float | None = None,
+    mlp_ratio: float | None = None,
+    keep_dense: bool = True,
+    release_stats: bool = False,
+) -> None:
+    """Prune a causal language model in place. It stays the transformers model it was: same class, same call.
+
+    A dynamic method changes no weight: layers choose for every batch. A static method replaces projections by slices.
+
+    Args:
+        model: LLaMA, Mistral, Qwen2, Qwen3 or OPT, with SDPA (or eager) attention.
+        method: one of :mod:`pp_lightning.methods`.
+        stats: from :func:`calibrate`; may be None where the method needs none.
+        pruning_ratio: fraction of units removed over the whole model, in [0, 1).
+        skip_layers: layers left dense; the others lose more to make up for them.
+        round_to: MLP channels are kept in multiples of this.
+        attention_ratio: ratio for attention alone; None takes ``pruning_ratio``.
+        mlp_ratio: ratio for MLPs alone; None takes ``pruning_ratio``.
+        keep_dense: keep a static method's dense weights for :func:`unprune_`. False saves their memory.
+        release_stats: empty ``stats`` while pruning, so that a history never exists twice.
+
+    Raises:
+        UserError: the model is not supported or already pruned, the ratios leave nothing, or ``stats`` are missing, of
+            another model, or do not cover what is needed.
+    """
+    architecture, shape = architecture_of(model.config), shape_of(model.config)
+    if hasattr(model, _ATTRIBUTE):
+        raise UserError("the model is pruned already: unprune_ it first")
+    plan = make_plan(
+        shape,
+        method,
+        pruning_ratio=pruning_ratio,
+        attention_ratio=attention_ratio,
+        mlp_ratio=mlp_ratio,
+        skip_layers=skip_layers,
+        round_to=round_to,
+    )
+    if method.needs_statistics:
+        if stats is None:
+            raise UserError(f"{type(method).__name__} needs calibration statistics: pass the result of calibrate()")
+        stats.check_model(model)
+    if isinstance(method, DynamicMethod):
+        pruning = _prune_dynamic(model, architecture, shape, method, plan, stats, release_stats)
+    else:
+        assert isinstance(method, StaticMethod) and stats is not None
+        pruning = _prune_static(model, architecture, shape, method, plan, stats, keep_dense)
+    setattr(model, _ATTRIBUTE, pruning)
+
+
+def unprune_(model: PreTrainedModel) -> None:
+    """Make a pruned model the dense one again, bit for bit.
+
+    Raises:
+        UserError: the model is not pruned, or its dense weights were given up (``keep_dense=False``).
+    """
+    pruning = pruning_of(model)
+    if not pruning._can_undo:
+        raise UserError("the dense weights were given up with keep_dense=False: load the model again")
+    layers = architecture_of(model.config).layers_of(model)
+    for (index, _), sliced in pruning._sliced.items():
+        restore_block(layers[index], sliced)
+    if pruning.context is not None:
+        for index in pruning.plan.layers:
+            remove_pruner(layers[index])
+    for hook in pruning._hooks:
+        hook.remove()
+    delattr(model, _ATTRIBUTE)
+
+
+def kept_units(model: PreTrainedModel) -> dict[int, KeptUnits]:
+    """The units that each pruned layer kept for the last batch (for good, with a static method), by layer index.
+
+    Empty for a dynamic method before its first batch.
+
+    Raises:
+        UserError: the model is not pruned.
+    """
+    pruning = pruning_of(model)
+    if pruning.context is None:
+        attention, mlp = Block.ATTENTION, Block.MLP
+        return {i: KeptUnits(pruning.choices[i, attention], pruning.choices[i, mlp]) for i in pruning.plan.layers}
+    if pruning.context.choice == 0:
+        return {}
+    return {index: KeptUnits(p.attention.kept.clone(), p.mlp.kept.clone()) for index, p in pruners_of(model).items()}
+
+
+@contextmanager
+def frozen_history(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context batches leave the histories as they are: for warm-up, or for independent evaluations.
+
+    Raises:
+        UserError: the model is not pruned.
+    """
+    context = pruning_of(model).context
+    if context is None:  # a static method has no history
+        yield
+        return
+    before, context.frozen = context.frozen, True
+    try:
+        yield
+    finally:
+        context.frozen = before
+
+
+def is_pruned(model: PreTrainedModel) -> bool:
+    """Whether :func:`prune_` is in effect."""
+    return hasattr(model, _ATTRIBUTE)
+
+
+def pruning_of(model: PreTrainedModel) -> Pruning:
+    """The record of what :func:`prune_` did.
+
+    Raises:
+        UserError: the model is not pruned.
+    """
+    pruning = getattr(model, _ATTRIBUTE, None)
+    if pruning is None:
+        raise UserError("the model is not pruned: prune_ it first")
+    assert isinstance(pruning, Pruning)
+    return pruning
+
+
+def pruners_of(model: PreTrainedModel) -> dict[int, LayerPruner]:
+    """The pruners of a dynamically pruned model's layers, by layer index."""
+    layers = architecture_of(model.config).layers_of(model)
+    return {i: p for i, layer in enumerate(layers) if isinstance(p := getattr(layer, "pruner", None), LayerPruner)}
+
+
+def _prune_dynamic(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    shape: ModelShape,
+    method: DynamicMethod,
+    plan: Plan,
+    stats: Statistics | None,
+    release: bool,
+) -> Pruning:
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        raise UserError('dynamic pruning runs SDPA: load the model with attn_implementation="sdpa"')
+    histories = stats if method.keeps_history else None
+    context = BatchContext(None if histories is None else histories.num_positions)
+    layers = architecture.layers_of(model)
+    for index in plan.layers:
+        prune_layer(layers[index], index, architecture, shape, plan, method, context, histories, release)
+    hooks = [architecture.decoder_of(model).register_forward_pre_hook(context.begin_batch, with_kwargs=True)]
+    if method.probe_source == "previous":
+        before = {index - 1 for index in plan.layers if index > 0} - set(plan.layers)
+        hooks += [
+            publish_residual(layers[index].get_submodule(architecture.mlp_norm), context) for index in sorted(before)
+        ]
+    keep = {(index, block.block): block.keep for index in plan.layers for block in plan.blocks}
+    return Pruning(method, plan, keep, context, _hooks=hooks)
+
+
+def _prune_static(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    shape: ModelShape,
+    method: StaticMethod,
+    plan: Plan,
+    stats: Statistics,
+    keep_dense: bool,
+) -> Pruning:
+    if shape.grouped and plan.unit is AttentionUnit.QUERY_HEAD:
+        raise UserError("static methods remove whole key/value groups of this model: use attention_unit=kv_group")
+    layers = architecture.layers_of(model)
+    pruning = Pruning(method, plan, {}, _can_undo=keep_dense)
+    todo = []
+    for index in plan.layers:
+        for block in plan.blocks:
+            if block.ratio > 0:
+                todo.append(
+                    BlockToPrune(index, block, block_modules(architecture, layers[index], block.block).output_weight)
+                )
+            else:
+                pruning.choices[index, block.block] = torch.arange(block.units.number)
+    with torch.no_grad():
+        for target, choice in method.choose(todo, stats):
+            layer = layers[target.layer]
+            sliced = slice_block(layer, architecture, shape, target.plan, choice)
+            pruning.choices[target.key] = choice.kept
+            if keep_dense:
+                pruning._sliced[target.key] = sliced
+    pruning.keep = {key: len(kept) for key, kept in pruning.choices.items()}
+    return pruning

@@ -1,0 +1,152 @@
+"""Calibration statistics: sums over a calibration set, kept as a file of safetensors."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pp_lightning.blocks import Block
+from pp_lightning.errors import UserError
+
+FORMAT = "pp-lightning statistics 1"
+_SAMPLES_PER_WEIGHT = 64
+
+BlockKey = tuple[int, Block]
+
+
+@dataclass
+class BlockSums:
+    """Sums of one block's states X (the input of its output matrix), by position and channel.
+
+    Attributes:
+        squares: sum of X^2, (P, C) float32.
+        values: sum of X, (P, C) float32; None where only second moments were asked for.
+    """
+
+    squares: Tensor
+    values: Tensor | None
+
+
+@dataclass
+class Statistics:
+    """What one dense pass over a calibration set leaves behind.
+
+    Attributes:
+        model: fingerprint of the model that they were collected on, see :func:`fingerprint`.
+        counts: real tokens seen at each position, (P,) float32.
+        sums: one entry for each block of each calibrated layer.
+        num_batches: batches seen.
+        batches_digest: SHA-256 (hex) over the batches seen, in order.
+    """
+
+    model: str
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0))
+    sums: dict[BlockKey, BlockSums] = field(default_factory=dict)
+    num_batches: int = 0
+    batches_digest: str = ""
+
+    @property
+    def num_positions(self) -> int:
+        """S_max: one more than the highest position seen."""
+        return len(self.counts)
+
+    def second_moment(self, layer: int, block: Block, *, release: bool = False) -> Tensor:
+        """Mean of X^2 over the rows real at each position: (P, C) float32, zero at positions never seen.
+
+        Args:
+            layer: layer index.
+            block: block of the layer.
+            release: give up the sums of this block, which saves the memory of a copy.
+        """
+        sums = self._of(layer, block)
+        if not release:
+            return sums.squares / self.counts.clamp(min=1.0)[:, None]
+        del self.sums[layer, block]
+        return sums.squares.div_(self.counts.clamp(min=1.0)[:, None])
+
+    def channel_moments(self, layer: int, block: Block) -> tuple[Tensor, Tensor]:
+        """E[x] and E[x^2] of each channel over all real tokens: two (C,) float32 tensors.
+
+        Raises:
+            UserError: the statistics were collected without means.
+        """
+        sums = self._of(layer, block)
+        if sums.values is None:
+            raise UserError("these statistics have no means, which this method needs: calibrate(..., means=True)")
+        tokens = self.counts.sum()
+        return sums.values.sum(0) / tokens, sums.squares.sum(0) / tokens
+
+    def energy(self, layer: int, block: Block) -> Tensor:
+        """E[x^2] summed over positions: (C,) float32."""
+        return (self._of(layer, block).squares / self.counts.clamp(min=1.0)[:, None]).sum(0)
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Refuse statistics of another model.
+
+        Raises:
+            UserError: the fingerprints differ.
+        """
+        if self.model != fingerprint(model):
+            raise UserError(
+                "these statistics were collected on another model, or on this one in another dtype: calibrate it"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a safetensors file; an existing one is replaced only when the new one is complete."""
+        tensors = {"counts": self.counts}
+        for (layer, block), sums in self.sums.items():
+            tensors[f"{layer}.{block.value}.squares"] = sums.squares
+            if sums.values is not None:
+                tensors[f"{layer}.{block.value}.values"] = sums.values
+        header = {"model": self.model, "num_batches": self.num_batches, "batches_digest": self.batches_digest}
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f".{target.name}.unfinished")
+        save_file(tensors, unfinished, metadata={"format": FORMAT, "statistics": json.dumps(header)})
+        os.replace(unfinished, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Statistics":
+        """Read a file written by :meth:`save`.
+
+        Raises:
+            UserError: there is no such file, or it is not one of ours.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise UserError(f"{path} is not a statistics file of this version: calibrate again")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read statistics from {path}: {error}") from error
+        statistics = cls(counts=tensors.pop("counts"), **json.loads(metadata["statistics"]))
+        for key in [key for key in tensors if key.endswith(".squares")]:
+            layer, block, _ = key.split(".")
+            sums = BlockSums(tensors[key], tensors.get(f"{layer}.{block}.values"))
+            statistics.sums[int(layer), Block(block)] = sums
+        return statistics
+
+    def _of(self, layer: int, block: Block) -> BlockSums:
+        try:
+            return self.sums[layer, block]
+        except KeyError:
+            raise UserError(f"these statistics do not cover the {block.value} block of layer {layer}") from None
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A digest that tells models apart: SHA-256 over every weight's name, shape, dtype and a sample of its values."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        step = max(1, flat.numel() // _SAMPLES_PER_WEIGHT)
+        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
+        digest.update(flat[::step][:_SAMPLES_PER_WEIGHT].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
