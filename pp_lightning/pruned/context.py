@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class BatchContext:
         self.decoding = False
         self.choice = 0
         self.earlier: Tensor | None = None
+        self._name = uuid4().hex  # tells this pruning's caches from those of another one of the same model
         self._places: Places | None = None
         self._explicit_positions = False
         self._shape = torch.Size()
@@ -46,11 +48,11 @@ class BatchContext:
         self.earlier = None
         self.decoding = cache is not None and bool(cache.get_seq_length() > 0)
         if self.decoding:
-            if getattr(cache, "pruning_choice", None) != self.choice:
+            if getattr(cache, "pruning_choice", None) != (self._name, self.choice):
                 raise UserError("this key/value cache belongs to another choice of heads: run its prompt again")
             return
-        self.choice += 1
         self._locate(self._shape, given.get("attention_mask"), given.get("position_ids"))
+        self.choice += 1
 
     def places(self, mask: Tensor | None) -> Places | None:
         """Positions of the current batch; None where columns are positions and nothing is padding.
@@ -63,7 +65,7 @@ class BatchContext:
 
     def mark(self, cache: Any) -> None:
         """Note on a cache that is being filled under which choice that happens."""
-        cache.pruning_choice = self.choice
+        cache.pruning_choice = (self._name, self.choice)
 
     def publish(self, residual: Tensor) -> None:
         """Offer a residual, (B, S, D) or (B * S, D), to the parallel probe of the next pruned layer."""
