@@ -226,10 +226,7 @@ def test_hidden_states(runs, name):
 
 def test_every_recorded_array_is_compared(folder):
     """An array added to the record without a test here would go unnoticed."""
-    compared = (
-        "_scaler_inp _nsamples _probe_bsz _probe_seq _score _kept_heads _kept _probe_out_b1 _hist_colsum _hist_final "
-        "logits_slice logits_samples logits_positions logits_abs_mean nll loss metric_Perplexity"
-    ).split()
+    compared = ["_scaler_inp", "_nsamples", "_probe_bsz", "_probe_seq", "_score", "_kept_heads", "_kept", "_probe_out_b1", "_hist_colsum", "_hist_final", "logits_slice", "logits_samples", "logits_positions", "logits_abs_mean", "nll", "loss", "metric_Perplexity"]
     for path in folder.glob("*.npz"):
         if path.name == "inputs.npz":
             continue

@@ -23,6 +23,7 @@ from tests.models import (
     ids,
     logits,
     output_weights,
+    plant,
     run_frozen,
     statistics,
     tiny,
@@ -337,13 +338,14 @@ class TestHistory:
 
     @pytest.mark.parametrize("convert", [lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16(), lambda m: m.half()])
     def test_stays_float32(self, convert):
-        model = tiny("llama")
-        method = RecordingProbePruning()
-        prune_(model, method, statistics("llama"), **SETTINGS)
+        model, _ = plant(tiny("llama"))  # the same choice in any precision
+        stats = calibrate(model, calibration_batches(), progress=False)
+        method = RecordingProbePruning(1.0, 1.0)  # nothing to rank in a precision that may turn it
+        prune_(model, method, stats, **SETTINGS)
         exact = logits(model, ids())
         first = method.taken(PRUNED)
         unprune_(model)
-        prune_(model, method, statistics("llama"), **SETTINGS)
+        prune_(model, method, stats, **SETTINGS)
         before = histories(model)
         convert(model)
         for pruner in pruners_of(model).values():
@@ -353,10 +355,10 @@ class TestHistory:
         assert all(torch.equal(history, before[key]) for key, history in histories(model).items())
         found = logits(model, ids())
         assert found.dtype in (torch.bfloat16, torch.float16)
-        assert (found.float() - exact).norm() / exact.norm() < 0.1
+        assert (found.float() - exact).norm() / exact.norm() < 0.03
         for key, record in method.taken(PRUNED).items():
             assert record.scores.dtype == record.energy.dtype == torch.float32
-            assert (record.scores - first[key].scores).norm() / first[key].scores.norm() < 0.1
+            assert (record.scores - first[key].scores).norm() / first[key].scores.norm() < 0.05
         for key, history in histories(model).items():
             assert history.dtype == torch.float32
             assert not torch.equal(history, before[key])

@@ -11,7 +11,6 @@ from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, StaticPPs
 from tests.models import (
     GROUPED,
     HEADS,
-    LAYERS,
     MLP_WIDTH,
     MODELS,
     PRUNED,
@@ -21,8 +20,8 @@ from tests.models import (
     ids,
     logits,
     masked_dense,
-    output_weights,
     padded,
+    plant,
     ragged,
     statistics,
     tiny,
@@ -149,27 +148,6 @@ def test_eager_attention_gives_the_same_as_sdpa(name):
     assert found["sdpa"][0] == found["eager"][0]
     equal(found["sdpa"][1], found["eager"][1])
     equal(found["sdpa"][2], found["eager"][2])
-
-
-def plant(model, heads=(1, 4, 6), seed=3):
-    """Make three heads and 64 channels of every pruned layer matter far more than the rest, in any precision."""
-    channels = torch.randperm(MLP_WIDTH, generator=torch.Generator().manual_seed(seed))[:64].sort().values
-    with torch.no_grad():
-        for layer in range(LAYERS):
-            attention, mlp = output_weights(model, layer)
-            width = attention.shape[1] // HEADS
-            columns = torch.zeros(attention.shape[1], dtype=torch.bool)
-            for head in heads:
-                columns[head * width : (head + 1) * width] = True
-            attention[:, columns] *= 3
-            attention[:, ~columns] *= 0.1
-            stays = torch.zeros(MLP_WIDTH, dtype=torch.bool)
-            stays[channels] = True
-            mlp[:, stays] *= 2
-            mlp[:, ~stays] *= 0.02
-            if model.config.model_type == "opt":  # no channel that is silent on every token
-                model.model.decoder.layers[layer].fc1.bias += 4.0
-    return model, {layer: (list(heads), channels.tolist()) for layer in PRUNED}
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
