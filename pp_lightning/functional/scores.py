@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+_ROWS_AT_ONCE = 256
+
 
 def ppsp_weight_norm(weight: Tensor) -> Tensor:
     """``sqrt(sum_i W_ic^4)``: what the output matrix (D, C) contributes to PPsp; (C,) float32, computed once."""
-    return torch.linalg.vector_norm(weight.detach(), ord=4, dim=0, dtype=torch.float32).square()
+    return _column_sums(weight, 4).sqrt()
 
 
 def ppsp_unit_scores(energy: Tensor, weight_norm: Tensor, channels_per_unit: int) -> Tensor:
@@ -31,7 +33,7 @@ def wanda_column_scores(weight: Tensor, energy: Tensor) -> Tensor:
         weight: output matrix (D, C) of any dtype.
         energy: (C,) float32, E[x^2] summed over positions.
     """
-    return weight.detach().abs().sum(0, dtype=torch.float32) * energy.sqrt()
+    return _column_sums(weight, 1) * energy.sqrt()
 
 
 def flap_column_scores(weight: Tensor, mean: Tensor, second_moment: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ def flap_column_scores(weight: Tensor, mean: Tensor, second_moment: Tensor) -> T
         second_moment: E[x^2] over all real tokens, (C,) float32.
     """
     variance = (second_moment - mean.square()).clamp(min=0.0)
-    return variance * torch.linalg.vector_norm(weight.detach(), dim=0, dtype=torch.float32).square()
+    return variance * _column_sums(weight, 2)
 
 
 def standardised(columns: Tensor) -> Tensor:
@@ -56,3 +58,11 @@ def standardised(columns: Tensor) -> Tensor:
 def sum_over_units(columns: Tensor, channels_per_unit: int) -> Tensor:
     """Sum of column scores (C,) within each unit: (U,)."""
     return columns.view(-1, channels_per_unit).sum(1)
+
+
+def _column_sums(weight: Tensor, power: int) -> Tensor:
+    """``sum_i |W_ic|^power`` of a weight (D, C) of any dtype: (C,) float32, without a float32 copy of the weight."""
+    total = torch.zeros(weight.shape[1], device=weight.device)
+    for rows in weight.detach().split(_ROWS_AT_ONCE):
+        total += rows.float().abs().pow(power).sum(0)
+    return total

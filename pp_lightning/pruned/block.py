@@ -12,9 +12,10 @@ from pp_lightning.blocks import BlockModules, Units
 from pp_lightning.functional.moments import Places, placed_second_moment, second_moment, update_history_
 from pp_lightning.functional.probe import Probe
 from pp_lightning.functional.scores import ppsp_weight_norm
-from pp_lightning.functional.selection import keep_best, take_columns, take_rows, unit_channels
+from pp_lightning.functional.selection import keep_best, store_by_columns, take_columns, take_rows, unit_channels
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.pruned.context import BatchContext
+from pp_lightning.pruned.workspace import Memory, fresh_memory
 
 
 class Projection(NamedTuple):
@@ -23,14 +24,16 @@ class Projection(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
-    def of_outputs(self, units: Tensor, per_unit: int) -> "Projection":
+    def of_outputs(self, units: Tensor, per_unit: int, memory: Memory) -> "Projection":
         """Only the outputs (rows) of these units."""
         bias = None if self.bias is None else take_rows(self.bias, units, per_unit)
-        return Projection(take_rows(self.weight, units, per_unit), bias)
+        shape = (len(units) * per_unit, self.weight.shape[1])
+        return Projection(take_rows(self.weight, units, per_unit, memory(shape, self.weight)), bias)
 
-    def of_inputs(self, units: Tensor, per_unit: int) -> "Projection":
+    def of_inputs(self, units: Tensor, per_unit: int, memory: Memory) -> "Projection":
         """Only the inputs (columns) of these units; the bias belongs to the outputs and stays."""
-        return Projection(take_columns(self.weight, units, per_unit), self.bias)
+        shape = (len(units) * per_unit, self.weight.shape[0])
+        return Projection(take_columns(self.weight, units, per_unit, memory(shape, self.weight)), self.bias)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ class PrunedBlock(nn.Module, ABC):
         )
         self.register_buffer("kept", torch.arange(keep, device=device), persistent=False)
         self._held: Weights | None = None
+        block_size = sum(linear.weight.numel() for linear in (*modules.inputs.values(), modules.output))
+        self._slice_size = block_size * keep // units.number
 
     @property
     def parts(self) -> BlockModules:
@@ -137,8 +142,8 @@ class PrunedBlock(nn.Module, ABC):
         """The front half: from the normalised input (B, S, D) to the input of the output matrix (B, S, C or K * d)."""
 
     @abstractmethod
-    def slices(self, kept: Tensor) -> Mapping[str, Projection]:
-        """The block's projections reduced to the kept units (K,)."""
+    def slices(self, kept: Tensor, memory: Memory) -> Mapping[str, Projection]:
+        """The block's projections reduced to the kept units (K,), written into ``memory``."""
 
     def forward(self, residual: Tensor, probed: Tensor, around: Surroundings) -> Tensor:
         """The block's output (B, S, D), to be added to the residual.
@@ -152,12 +157,13 @@ class PrunedBlock(nn.Module, ABC):
         if self.keep == self.units.number:
             weights = self.dense()
         elif self.context.decoding:
-            weights = self._held = self._held or Weights(self.slices(self.kept), self.kept)
+            weights = self._held = self._held or Weights(self.slices(self.kept, fresh_memory), self.kept)
         else:
             self._held = None  # before slicing again, so that two slices never exist at once
             with torch.no_grad():
                 self.kept.copy_(self._choose(normed, residual, probed, around))
-            weights = Weights(self.slices(self.kept), self.kept)
+            memory = self.context.workspace.begin(self.parts.output_weight, self._slice_size)
+            weights = Weights(self.slices(self.kept, memory), self.kept)
         states = self.states(normed, weights, around)
         if self.history is not None and not (self.context.decoding or self.context.frozen):
             with torch.no_grad():
@@ -168,6 +174,17 @@ class PrunedBlock(nn.Module, ABC):
         """The block's projections, whole."""
         modules = {**self.parts.inputs, "output": self.parts.output}
         return Weights({role: Projection(module.weight, module.bias) for role, module in modules.items()})
+
+    def lay_out_for_slicing(self) -> None:
+        """Store the output matrix so that the kept columns are copied whole. No value changes, only the strides."""
+        if self.keep < self.units.number:
+            weight = self.parts.output.weight
+            weight.data = store_by_columns(weight.data)
+
+    def lay_out_as_stock(self) -> None:
+        """Undo :meth:`lay_out_for_slicing`."""
+        weight = self.parts.output.weight
+        weight.data = weight.data.contiguous()
 
     def _choose(self, normed: Tensor, residual: Tensor, probed: Tensor, around: Surroundings) -> Tensor:
         source = normed if probed is residual else self.parts.norm(probed)

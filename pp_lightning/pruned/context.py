@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pp_lightning.errors import UserError
 from pp_lightning.functional.moments import Places
+from pp_lightning.pruned.workspace import SliceWorkspace
 
 
 class BatchContext:
@@ -16,6 +17,7 @@ class BatchContext:
 
     Attributes:
         num_positions: S_max, the positions that histories have; None where no block keeps a history.
+        workspace: memory for one block's slice.
         frozen: leave histories as they are.
         decoding: the batch continues a filled cache, so the choice is held.
         choice: number of the current choice; a cache carries the number that it was filled under.
@@ -24,6 +26,7 @@ class BatchContext:
 
     def __init__(self, num_positions: int | None) -> None:
         self.num_positions = num_positions
+        self.workspace = SliceWorkspace()
         self.frozen = False
         self.decoding = False
         self.choice = 0

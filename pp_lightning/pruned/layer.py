@@ -43,12 +43,18 @@ class LayerPruner(nn.Module):
 
 def install_pruner(layer: nn.Module, pruner: LayerPruner) -> None:
     """Make a stock decoder layer run pruned: same object, same class, same weights, another ``forward``."""
+    pruner.attention.lay_out_for_slicing()
+    pruner.mlp.lay_out_for_slicing()
     layer.pruner = pruner
     layer.forward = MethodType(_pruned_forward, layer)
 
 
 def remove_pruner(layer: nn.Module) -> None:
     """Undo :func:`install_pruner`."""
+    pruner = layer.pruner
+    assert isinstance(pruner, LayerPruner)
+    pruner.attention.lay_out_as_stock()
+    pruner.mlp.lay_out_as_stock()
     del layer.forward
     del layer.pruner
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pp_lightning.pruned.block import Projection, PrunedBlock, Surroundings, Weights
+from pp_lightning.pruned.workspace import Memory
 
 
 class PrunedMLP(PrunedBlock):
@@ -19,8 +20,8 @@ class PrunedMLP(PrunedBlock):
         )
         return activated
 
-    def slices(self, kept: Tensor) -> Mapping[str, Projection]:
+    def slices(self, kept: Tensor, memory: Memory) -> Mapping[str, Projection]:
         """Rows of up and gate, columns of down."""
         whole = self.dense().projections
-        rows = {role: whole[role].of_outputs(kept, 1) for role in self.parts.inputs}
-        return {**rows, "output": whole["output"].of_inputs(kept, 1)}
+        rows = {role: whole[role].of_outputs(kept, 1, memory) for role in self.parts.inputs}
+        return {**rows, "output": whole["output"].of_inputs(kept, 1, memory)}

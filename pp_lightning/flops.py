@@ -1,0 +1,114 @@
+"""Analytic FLOPs of dense and pruned models (01-method, section 2).
+
+A multiply-add is 2. Attention counts the full S x S products. Norms, softmax, activations, embeddings, rotary positions
+and top-k are 0. Counts are of one batch of B rows and S tokens, as Python integers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pp_lightning.architectures import ModelShape, shape_of
+from pp_lightning.blocks import AttentionUnit, Block
+from pp_lightning.methods.dynamic import DynamicMethod
+from pp_lightning.pruning import Pruning
+from pp_lightning.statistics import BlockKey
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one batch.
+
+    Attributes:
+        blocks: of each block of each layer, without its probe.
+        probe: of all probes.
+        vocabulary: of the projection to the vocabulary.
+    """
+
+    blocks: Mapping[BlockKey, int]
+    probe: int
+    vocabulary: int
+
+    @property
+    def layers(self) -> int:
+        """All decoder layers, probes included, without the vocabulary projection (``flops_layers``)."""
+        return sum(self.blocks.values()) + self.probe
+
+    @property
+    def model(self) -> int:
+        """The whole model, probes included (``flops_model``)."""
+        return self.layers + self.vocabulary
+
+
+def dense_flops(shape: ModelShape, rows: int, tokens: int) -> Flops:
+    """FLOPs of the dense model on a (B, S) batch."""
+    attention = attention_flops(shape, rows, tokens, shape.num_heads, shape.num_key_value_heads)
+    mlp = mlp_flops(shape, rows, tokens, shape.mlp_width)
+    blocks = {}
+    for layer in range(shape.num_layers):
+        blocks[layer, Block.ATTENTION] = attention
+        blocks[layer, Block.MLP] = mlp
+    return Flops(blocks, probe=0, vocabulary=2 * rows * tokens * shape.hidden_size * shape.vocabulary)
+
+
+def pruned_flops(shape: ModelShape, pruning: Pruning, rows: int, tokens: int) -> Flops:
+    """FLOPs of a pruned model on a (B, S) batch, probes included."""
+    dense = dense_flops(shape, rows, tokens)
+    blocks = dict(dense.blocks)
+    probe = 0
+    for (layer, block), keep in pruning.keep.items():
+        if block is Block.MLP:
+            whole = keep == shape.mlp_width
+            blocks[layer, block] = mlp_flops(shape, rows, tokens, keep)
+        else:
+            heads, keys = kept_head_counts(shape, pruning.plan.unit, keep)
+            whole = heads == shape.num_heads
+            blocks[layer, block] = attention_flops(shape, rows, tokens, heads, keys)
+        if isinstance(pruning.method, DynamicMethod) and not whole:
+            probe += probe_flops(shape, block, *pruning.method.probe_sizes(rows, tokens))
+    return Flops(blocks, probe, dense.vocabulary)
+
+
+def attention_flops(shape: ModelShape, rows: int, tokens: int, heads: int, keys: int) -> int:
+    """One attention block on (B, S) with this many query heads and key/value heads."""
+    return attention_front_flops(shape, rows, tokens, heads, keys) + _linear(
+        rows * tokens, heads * shape.head_size, shape.hidden_size
+    )
+
+
+def attention_front_flops(shape: ModelShape, rows: int, tokens: int, heads: int, keys: int) -> int:
+    """Query, key and value projections and both products of attention: all but the output projection."""
+    projections = _linear(rows * tokens, shape.hidden_size, (heads + 2 * keys) * shape.head_size)
+    return projections + 2 * 2 * rows * heads * tokens * tokens * shape.head_size
+
+
+def mlp_flops(shape: ModelShape, rows: int, tokens: int, channels: int) -> int:
+    """One MLP block on (B, S) with this many channels."""
+    return mlp_front_flops(shape, rows, tokens, channels) + _linear(rows * tokens, channels, shape.hidden_size)
+
+
+def mlp_front_flops(shape: ModelShape, rows: int, tokens: int, channels: int) -> int:
+    """Up projection, and gate where there is one: all but the down projection."""
+    return (2 if shape.gated else 1) * _linear(rows * tokens, shape.hidden_size, channels)
+
+
+def probe_flops(shape: ModelShape, block: Block, rows: int, tokens: int) -> int:
+    """The probe of one block: the front half of the dense block on the probe's rows and tokens."""
+    if block is Block.MLP:
+        return mlp_front_flops(shape, rows, tokens, shape.mlp_width)
+    return attention_front_flops(shape, rows, tokens, shape.num_heads, shape.num_key_value_heads)
+
+
+def kept_head_counts(shape: ModelShape, unit: AttentionUnit, keep: int) -> tuple[int, int]:
+    """Query heads and key/value heads computed when ``keep`` units of attention stay."""
+    if not shape.grouped:
+        return keep, keep
+    if unit is AttentionUnit.QUERY_HEAD:
+        return keep, shape.num_key_value_heads
+    return keep * shape.num_heads // shape.num_key_value_heads, keep
+
+
+def _linear(rows: int, inputs: int, outputs: int) -> int:
+    return 2 * rows * inputs * outputs
+
+
+__all__ = ["Flops", "dense_flops", "kept_head_counts", "probe_flops", "pruned_flops", "shape_of"]
