@@ -196,11 +196,28 @@ class TestPositionsBeyondTheCalibratedOnes:
         assert all(torch.equal(history, before[key]) for key, history in histories(model).items())
 
 
-def test_mask_of_four_dimensions():
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("method", ["pp", "full_batch"])
+def test_mask_of_four_dimensions(kind, side, method):
+    """Who may attend whom tells padding from text, too."""
+    flat, square = pruned("llama", METHODS[method]), pruned("llama", METHODS[method])
+    batch = ragged([24, 3, 17, 9], side)
+    real = batch["attention_mask"].bool()
+    expected = run(flat, batch, explicit=True)
+    allowed = real[:, None, None, :] & torch.ones(24, 24, dtype=torch.bool).tril()
+    mask = allowed if kind == "bool" else torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo().min)
+    positions = position_ids(batch["attention_mask"])
+    found = logits(square, batch["input_ids"], attention_mask=mask, position_ids=positions)
+    assert choices(kept_units(square)) == choices(kept_units(flat))
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
+    assert_equal_histories(histories(square), histories(flat))
+
+
+def test_mask_of_three_dimensions():
     model = pruned("llama", ProbePruning)
-    mask = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
-    with pytest.raises(UserError, match=r"need the 2-D attention mask \(rows, tokens\)"):
-        logits(model, ids(2, 8), attention_mask=mask)
+    with pytest.raises(UserError, match=r"need a 2-D attention mask \(rows, tokens\)"):
+        logits(model, ids(2, 8), attention_mask=torch.ones(2, 8, 8))
 
 
 def test_embeddings_instead_of_ids():
