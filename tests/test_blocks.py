@@ -1,14 +1,12 @@
 import pytest
 
-from pp_lightning.architectures import Architecture, shape_of
+from pp_lightning.architectures import Architecture, architecture_of, shape_of
 from pp_lightning.blocks import AttentionUnit, Block, block_modules, units_of
 from tests.models import MODELS, config, tiny
 
 
 def weights_of(name: str, block: Block) -> int:
     """Weights (without biases) of all matrices of one block of the real model."""
-    from pp_lightning.architectures import architecture_of
-
     model = tiny(name)
     architecture: Architecture = architecture_of(model.config)
     modules = block_modules(architecture, architecture.layers_of(model)[0], block)

@@ -120,7 +120,7 @@ def test_the_model_is_left_as_it_was():
     assert_same(found, calibrate(tiny("opt"), calibration_batches(1), progress=False))
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818 (an interruption, not an error)
     """Stands for whatever ends a run half way."""
 
 
@@ -240,5 +240,5 @@ def test_overflow_in_half_precision():
     model = tiny("llama").half()
     with torch.no_grad():
         model.model.layers[4].mlp.up_proj.weight.mul_(1e5)
-    with pytest.raises(UserError, match="mlp block of layer 4 are not finite: .*use float32 or bfloat16"):
+    with pytest.raises(UserError, match=r"mlp block of layer 4 are not finite: .*use float32 or bfloat16"):
         calibrate(model, calibration_batches(1), progress=False)

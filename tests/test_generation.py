@@ -194,7 +194,8 @@ def test_slices_are_made_once_while_decoding(monkeypatch, steps):
 
 
 @pytest.mark.parametrize(
-    ("name", "unit", "heads"), [("llama", "default", 3), ("llama_gqa", "default", 2), ("llama_gqa", "query_head", GROUPS)]
+    ("name", "unit", "heads"),
+    [("llama", "default", 3), ("llama_gqa", "default", 2), ("llama_gqa", "query_head", GROUPS)],
 )
 def test_the_cache_holds_kept_heads_only(name, unit, heads):
     model = pruned(name, unit)

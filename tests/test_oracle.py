@@ -19,7 +19,14 @@ from tests.recording import Record, RecordingFullBatchProbing, RecordingProbePru
 LAYERS = (3, 4, 5)
 NAMES = {"attention": "attn", "mlp": "mlp"}
 BLOCKS = [(layer, block) for layer in LAYERS for block in NAMES]
-BATCHES = (0, 0, 1, 2, 3, 4)  # row of the recorded arrays -> evaluation batch; row 0 is a warm-up without history update
+BATCHES = (
+    0,
+    0,
+    1,
+    2,
+    3,
+    4,
+)  # row of the recorded arrays -> evaluation batch; row 0 is a warm-up without history update
 RELATIVE, LOGITS = 1e-4, 1e-4
 
 RUNS = {
@@ -226,10 +233,30 @@ def test_hidden_states(runs, name):
 
 def test_every_recorded_array_is_compared(folder):
     """An array added to the record without a test here would go unnoticed."""
-    compared = ["_scaler_inp", "_nsamples", "_probe_bsz", "_probe_seq", "_score", "_kept_heads", "_kept", "_probe_out_b1", "_hist_colsum", "_hist_final", "logits_slice", "logits_samples", "logits_positions", "logits_abs_mean", "nll", "loss", "metric_Perplexity"]
+    compared = [
+        "_scaler_inp",
+        "_nsamples",
+        "_probe_bsz",
+        "_probe_seq",
+        "_score",
+        "_kept_heads",
+        "_kept",
+        "_probe_out_b1",
+        "_hist_colsum",
+        "_hist_final",
+        "logits_slice",
+        "logits_samples",
+        "logits_positions",
+        "logits_abs_mean",
+        "nll",
+        "loss",
+        "metric_Perplexity",
+    ]
     for path in folder.glob("*.npz"):
         if path.name == "inputs.npz":
             continue
         for key in np.load(path):
-            known = key == "batch_index" or key.startswith(("_bi_", "hidden_after_layer_")) or key.endswith(tuple(compared))
+            known = (
+                key == "batch_index" or key.startswith(("_bi_", "hidden_after_layer_")) or key.endswith(tuple(compared))
+            )
             assert known, f"{path.name}: {key}"

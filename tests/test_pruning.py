@@ -482,7 +482,7 @@ class TestMistakes:
 
         model = broken()
         stats = calibrate(model, calibration_batches(), progress=False)
-        with pytest.raises(UserError, match="mlp block of layer 4 .*not finite: check the checkpoint"):
+        with pytest.raises(UserError, match=r"mlp block of layer 4 .*not finite: check the checkpoint"):
             prune_(model, METHODS[method](), stats, **SETTINGS, keep_dense=keep_dense)
         assert not is_pruned(model)
         expected = broken().state_dict()

@@ -79,7 +79,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(UserError, match="cannot read statistics from .*nowhere"):
+    with pytest.raises(UserError, match=r"cannot read statistics from .*nowhere"):
         Statistics.load(tmp_path / "nowhere")
 
 

@@ -48,7 +48,9 @@ def test_counts_are_taken_in_double_precision_as_published():
     assert kept_channels(100, 0.29, round_to=1) == 100 - 28
 
 
-@pytest.mark.parametrize(("layers", "ratios"), [(16, (0.25, 0.49, 0.74)), (28, (0.22, 0.45, 0.67)), (80, (0.21, 0.42, 0.62))])
+@pytest.mark.parametrize(
+    ("layers", "ratios"), [(16, (0.25, 0.49, 0.74)), (28, (0.22, 0.45, 0.67)), (80, (0.21, 0.42, 0.62))]
+)
 def test_layer_ratio_of_other_depths(layers, ratios):
     assert tuple(layer_ratio(r, layers, 3) for r in (0.2, 0.4, 0.6)) == ratios
 
@@ -92,7 +94,7 @@ def test_ratio_out_of_range(ratio):
 
 
 def test_no_layer_left():
-    with pytest.raises(UserError, match="leaves none of the 3 layers.*skip fewer"):
+    with pytest.raises(UserError, match=r"leaves none of the 3 layers.*skip fewer"):
         layer_ratio(0.4, 3, 3)
 
 

@@ -31,7 +31,9 @@ def naive_moment(states, places):
                 count[position] += 1
                 for c in range(states.shape[2]):
                     total[position][c] += float(states[b, t, c]) ** 2
-    return torch.tensor([[x / max(n, 1) for x in row] for row, n in zip(total, count, strict=True)]), torch.tensor(count)
+    return torch.tensor([[x / max(n, 1) for x in row] for row, n in zip(total, count, strict=True)]), torch.tensor(
+        count
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

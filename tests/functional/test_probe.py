@@ -94,7 +94,10 @@ def test_padded_selection_equals_the_naive_loop(seed, ratios):
     assert probe.tokens.tolist() == sorted(probe.tokens.tolist())
 
 
-@pytest.mark.parametrize(("left", "right", "rows_above", "rows_below"), [(3, 0, 0, 0), (0, 5, 0, 0), (9, 4, 0, 0), (2, 2, 3, 1), (0, 0, 0, 30)])
+@pytest.mark.parametrize(
+    ("left", "right", "rows_above", "rows_below"),
+    [(3, 0, 0, 0), (0, 5, 0, 0), (9, 4, 0, 0), (2, 2, 3, 1), (0, 0, 0, 30)],
+)
 @pytest.mark.parametrize("tokens", [12, 40])  # with and without the rule for few tokens
 def test_padding_around_a_batch_does_not_change_its_probe(left, right, rows_above, rows_below, tokens):
     importance = torch.rand(7, tokens) + 0.1

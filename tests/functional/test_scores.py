@@ -44,9 +44,7 @@ def test_ppsp_is_the_joint_norm_over_a_units_columns(weight, width):
 
 def test_wanda(weight):
     energy = torch.rand(12)
-    expected = [
-        sum(abs(w) for w in weight[:, c].tolist()) * math.sqrt(energy[c].item()) for c in range(12)
-    ]
+    expected = [sum(abs(w) for w in weight[:, c].tolist()) * math.sqrt(energy[c].item()) for c in range(12)]
     torch.testing.assert_close(wanda_column_scores(weight, energy), torch.tensor(expected), rtol=1e-6, atol=0)
     assert wanda_column_scores(weight.half(), energy).dtype == torch.float32
 

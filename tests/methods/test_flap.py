@@ -9,7 +9,7 @@ from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, Units, units_of
 from pp_lightning.methods import FLAP
 from pp_lightning.methods.base import BlockToPrune
 from pp_lightning.methods.flap import global_counts
-from tests.models import GROUPS, HEADS, PRUNED, SETTINGS, output_weights, statistics, tiny
+from tests.models import GROUPS, HEADS, PRUNED, SETTINGS, calibration_batches, logits, output_weights, statistics, tiny
 
 
 def block(kind, number, cost, ratio, round_to=1, layer=3):
@@ -128,9 +128,13 @@ def test_bias_is_the_mean_output_of_what_was_removed(name, units):
     for layer in PRUNED:
         kept = kept_units(model)[layer]
         module = architecture_layers[layer]
-        attention, mlp = (module.self_attn.out_proj, module.fc2) if name == "opt" else (
-            module.self_attn.o_proj,
-            module.mlp.down_proj,
+        attention, mlp = (
+            (module.self_attn.out_proj, module.fc2)
+            if name == "opt"
+            else (
+                module.self_attn.o_proj,
+                module.mlp.down_proj,
+            )
         )
         dense = tiny(name)
         dense_layer = (dense.model.decoder.layers if name == "opt" else dense.model.layers)[layer]
@@ -161,11 +165,13 @@ def test_without_bias():
 
 def test_bias_keeps_the_mean_output():
     """Over the calibration set itself, a pruned block with bias has the mean output of the dense one."""
-    from tests.models import calibration_batches, logits
-
     means = {}
     settings = {**SETTINGS, "skip_layers": (0, 1, 2, 3), "pruning_ratio": 0.1}  # its input is the dense one
-    for label, method in (("dense", None), ("bias", FLAP(blocks=("mlp",))), ("none", FLAP(blocks=("mlp",), bias=False))):
+    for label, method in (
+        ("dense", None),
+        ("bias", FLAP(blocks=("mlp",))),
+        ("none", FLAP(blocks=("mlp",), bias=False)),
+    ):
         model = tiny("llama")
         if method is not None:
             prune_(model, method, statistics("llama"), **settings)

@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from pp_lightning import UserError, kept_units, prune_
+from pp_lightning import UserError, calibrate, kept_units, prune_, unprune_
 from pp_lightning.functional.moments import Places
 from pp_lightning.methods import ProbePruning, StaticPPsp, WandaSP
 from pp_lightning.pruning import pruners_of
-from tests.models import PRUNED, SETTINGS, histories, ids, logits, output_weights, ragged, statistics, tiny
+from tests.models import PRUNED, SETTINGS, histories, ids, logits, output_weights, ragged, run_frozen, statistics, tiny
 from tests.recording import RecordingProbePruning
 
 
@@ -15,7 +15,7 @@ def naive_energy(states, probe, places, history, weight):
     """01-method, section 1, step 4, in loops: fused moment at the positions of the selected columns, summed."""
     rows, tokens = probe.rows.tolist(), probe.tokens.tolist()
     valid = [True] * len(tokens) if probe.real_tokens is None else probe.real_tokens.tolist()
-    num_rows, num_columns = places.real.shape
+    num_rows = len(places.real)
     selected = {
         int(places.positions[b, t])
         for t, use in zip(tokens, valid, strict=True)
@@ -82,9 +82,7 @@ def test_scores_and_choice_of_a_whole_batch():
         weight = output_weights(tiny("llama"), layer)[block == "mlp"].detach().double()
         channels = [energy[c].item() * math.sqrt(sum(w**4 for w in weight[:, c].tolist())) for c in range(len(energy))]
         width = 1 if block == "mlp" else 8
-        scores = [
-            math.sqrt(sum(x * x for x in channels[u : u + width])) for u in range(0, len(channels), width)
-        ]
+        scores = [math.sqrt(sum(x * x for x in channels[u : u + width])) for u in range(0, len(channels), width)]
         torch.testing.assert_close(record.scores, torch.tensor(scores), rtol=1e-5, atol=0)
         best = sorted(sorted(range(len(scores)), key=lambda u: -scores[u])[: 3 if block == "attention" else 64])
         assert getattr(kept[layer], block).tolist() == best
@@ -141,8 +139,6 @@ def with_planted_channel():
 
 
 def test_a_channel_made_large_in_this_batch_only():
-    from pp_lightning import calibrate, unprune_
-
     model = with_planted_channel()
     without = [{"input_ids": torch.where(t == MARKED, 8, t)} for t in (ids(4, 32, 100 + i) for i in range(3))]
     stats = calibrate(model, without, progress=False)
@@ -153,7 +149,7 @@ def test_a_channel_made_large_in_this_batch_only():
     for method in (ProbePruning(), WandaSP(), StaticPPsp()):
         prune_(model, method, stats, **SETTINGS)
         for label, text in (("marked", marked), ("plain", plain)):
-            logits(model, text)
+            run_frozen(model, text)
             kept[method.label, label] = CHANNEL in kept_units(model)[LAYER].mlp.tolist()
         unprune_(model)
     assert kept == {

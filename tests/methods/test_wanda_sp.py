@@ -4,7 +4,7 @@ import pytest
 
 from pp_lightning import kept_units, prune_
 from pp_lightning.blocks import Block
-from pp_lightning.methods import WandaSP
+from pp_lightning.methods import StaticPPsp, WandaSP
 from tests.models import GROUPS, HEADS, PRUNED, SETTINGS, output_weights, statistics, tiny
 
 
@@ -30,8 +30,6 @@ def test_choice_equals_the_naive_loop(name, units):
 
 
 def test_differs_from_ppsp():
-    from pp_lightning.methods import StaticPPsp
-
     chosen = []
     for method in (WandaSP(), StaticPPsp()):
         model = tiny("llama")

@@ -58,9 +58,7 @@ def assert_equal_histories(found, expected):
         *((name, method) for name in MODELS if name not in ("llama", "opt") for method in ("pp", "full_batch")),
     ],
 )
-@pytest.mark.parametrize(
-    ("left", "right", "explicit"), [(6, 0, False), (6, 0, True), (0, 6, False), (2, 3, True)]
-)
+@pytest.mark.parametrize(("left", "right", "explicit"), [(6, 0, False), (6, 0, True), (0, 6, False), (2, 3, True)])
 def test_padding_changes_nothing(name, method, left, right, explicit):
     plain, wide = pruned(name, METHODS[method]), pruned(name, METHODS[method])
     for seed in (60, 61):  # the second batch sees the history that the first one left
