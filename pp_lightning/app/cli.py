@@ -1,32 +1,121 @@
-"""The command line: LightningCLI with our module, data and defaults."""
+"""The command line: LightningCLI with our module, data, trainer and defaults."""
 
+import logging
+import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
+from jsonargparse import ArgumentError
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from pp_lightning.app.module import PrunedLM
+from pp_lightning.app.report import comma_separated, markdown, plot, show
+from pp_lightning.app.results import Comparison, environment, write_json, write_text
+from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.data import LanguageModelling
+from pp_lightning.errors import UserError
+
+_FILLED_IN = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "verbose", "weights_only"}
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # the data module shares out whole batches itself, none twice
+    "callbacks": [RichProgressBar(leave=False)],
+}
 
 
 class PruningCLI(LightningCLI):
-    """``pp-lightning fit | test``."""
+    """``pp-lightning fit | test | compare``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Trainer methods that are commands, with the arguments that are filled in here."""
-        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+        return {"test": _FILLED_IN | {"ckpt_path"}, "compare": _FILLED_IN, "fit": _FILLED_IN}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Options every command has."""
-        parser.add_argument("--out", type=str, default="results", help="folder that everything is written into")
+        """Options that every command has."""
+        parser.add_argument("--out", type=str, default="results", help="Folder that everything is written into.")
+
+    @property
+    def out(self) -> Path:
+        """The output folder."""
+        return Path(self._get(self.config, "out"))
+
+    def test(self, model: PrunedLM, datamodule: LanguageModelling) -> None:
+        """Evaluate one model state."""
+        self.trainer.test(model, datamodule=datamodule, verbose=False)
+        assert model.evaluation is not None
+        self._write([Comparison(model.evaluation)])
+
+    def compare(self, **arguments: Any) -> None:
+        """Evaluate several methods and ratios."""
+        assert isinstance(self.trainer, PruningTrainer)
+        rows = self.trainer.compare(**arguments)
+        self._write(rows)
+        if self.trainer.is_global_zero:
+            plot(rows, self._caption(rows), self.out / "results.png")
 
     def after_fit(self) -> None:
         """Write the trained model as a transformers checkpoint in bfloat16."""
-        out = Path(self.config[self.subcommand]["out"])
-        self.model.model.bfloat16().save_pretrained(out)
-        self.model.tokenizer.save_pretrained(out)
+        if self.trainer.is_global_zero:
+            self.model.model.bfloat16().save_pretrained(self.out)
+            self.model.tokenizer.save_pretrained(self.out)
+
+    def _write(self, rows: list[Comparison]) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        self._dump_config()
+        caption = self._caption(rows)
+        record = {
+            "command": self.subcommand,
+            "rows": [row.as_dict() for row in rows],
+            "data": self.datamodule.describe(),
+            "environment": environment(self.model.device, self.trainer.world_size),
+            "settings": self.config_dump,
+        }
+        write_text(self.out / "results.csv", comma_separated(rows))
+        write_text(self.out / "results.md", markdown(rows, caption))
+        write_json(self.out / "results.json", record)
+        show(rows, f"{caption}\nwritten to {self.out}/results.json, .csv, .md")
+
+    def _caption(self, rows: list[Comparison]) -> str:
+        """What a table must say about itself: machine, dtype, batch, length, versions."""
+        machine, data = environment(self.model.device, self.trainer.world_size), self.datamodule
+        dtype = str(next(self.model.model.parameters()).dtype).removeprefix("torch.")
+        versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
+        return (
+            f"{rows[0].evaluation.tokens} tokens, batch {data.batch_size} x {data.window}, {data.protocol}, {dtype}; "
+            f"{machine['device_name']}, {machine['threads']} threads, {machine['processes']} process(es); {versions}"
+        )
 
 
 def main() -> None:
-    """Entry point of ``pp-lightning``."""
-    PruningCLI(PrunedLM, LanguageModelling, save_config_callback=None, seed_everything_default=0)
+    """Entry point of ``pp-lightning``: a mistake of the user's is one line and exit code 2."""
+    _quiet()
+    try:
+        PruningCLI(
+            PrunedLM,
+            LanguageModelling,
+            trainer_class=PruningTrainer,
+            trainer_defaults=TRAINER_DEFAULTS,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in PruningCLI.subcommands()}},
+        )
+    except (UserError, ArgumentError) as error:
+        print(f"pp-lightning: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _quiet() -> None:
+    """Silence what Lightning says about itself on every start."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="jsonargparse.*")

@@ -1,20 +1,54 @@
 """The LightningModule: a causal language model, trained dense or evaluated pruned."""
 
+import time
+from collections.abc import Sequence
+from typing import TypedDict
+
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torchmetrics import Metric
 from transformers import get_cosine_schedule_with_warmup
 
+from pp_lightning.app.metrics import BatchMeanPerplexity, Perplexity
+from pp_lightning.app.results import Evaluation, Timing
+from pp_lightning.architectures import shape_of
+from pp_lightning.calibration import calibrate
 from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer, new_model
+from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.data.windows import Batch
+from pp_lightning.errors import UserError
+from pp_lightning.flops import Flops, dense_flops, pruned_flops
+from pp_lightning.methods import PruningMethod
+from pp_lightning.plan import make_plan
+from pp_lightning.pruning import is_pruned, prune_, pruning_of, unprune_
+from pp_lightning.statistics import Statistics
+
+
+class _Amounts(TypedDict):
+    """How much to prune: the arguments that ``make_plan`` and ``prune_`` share."""
+
+    pruning_ratio: float
+    attention_ratio: float | None
+    mlp_ratio: float | None
+    skip_layers: Sequence[int]
+    round_to: int
 
 
 class PrunedLM(L.LightningModule):
-    """A causal language model.
+    """A causal language model and how to prune it.
 
     Args:
         path: a transformers checkpoint folder or hub id; none takes the small model that comes with the package.
+        method: the pruning method of ``test``; none evaluates the dense model. ``compare`` names its own.
+        pruning_ratio: fraction of heads and MLP channels removed over the whole model, in [0, 1).
+        attention_ratio: the same for attention alone; none takes ``pruning_ratio``.
+        mlp_ratio: the same for MLPs alone; none takes ``pruning_ratio``.
+        skip_layers: layers left dense; the others lose more to make up for them.
+        round_to: MLP channels are kept in multiples of this.
+        statistics: a safetensors file of calibration statistics: read if it exists, else written (and resumed after an
+            interruption).
         dtype: dtype of the weights; ``auto`` keeps the checkpoint's own.
         pad_token: a token to pad with, for tokenizers that define none (LLaMA: ``</s>``).
         allow_pickle: also load ``.bin`` checkpoints, which can run code of whoever wrote them.
@@ -27,6 +61,13 @@ class PrunedLM(L.LightningModule):
     def __init__(
         self,
         path: str | None = None,
+        method: PruningMethod | None = None,
+        pruning_ratio: float = 0.2,
+        attention_ratio: float | None = None,
+        mlp_ratio: float | None = None,
+        skip_layers: list[int] = [0, 1, 2],  # noqa: B006 (the command line's help shows it; never changed)
+        round_to: int = 64,
+        statistics: str | None = None,
         dtype: Dtype = "float32",
         pad_token: str | None = None,
         allow_pickle: bool = False,
@@ -37,17 +78,101 @@ class PrunedLM(L.LightningModule):
     ) -> None:
         super().__init__()
         self.path = path
-        self.dtype_name = dtype
-        self.pad_token = pad_token
+        self.method = method
+        self.pruning_ratio = pruning_ratio
+        self.attention_ratio = attention_ratio
+        self.mlp_ratio = mlp_ratio
+        self.skip_layers = tuple(skip_layers)
+        self.round_to = round_to
+        self.statistics_file = statistics
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay
+        self.reuse = False
+        self.label = "dense" if method is None else method.label
         self.tokenizer = load_tokenizer(path, pad_token)
         self.model = new_model(path) if from_scratch else load_model(path, dtype, allow_pickle=allow_pickle)
+        self.perplexity: Metric = Perplexity()
+        self.evaluation: Evaluation | None = None
+        self._statistics: Statistics | None = None
+        self._milliseconds: list[float] = []
+        self._flops: list[tuple[Flops, Flops]] = []
+
+    @property
+    def data(self) -> LanguageModelling:
+        """The trainer's data module."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, LanguageModelling)
+        return data
 
     def setup(self, stage: str) -> None:
-        """Hand the tokenizer to the data module."""
-        self.trainer.datamodule.use_tokenizer(self.tokenizer)  # type: ignore[attr-defined]
+        """Hand the tokenizer to the data module, and check before any work that the windows fit the model."""
+        self.data.use_tokenizer(self.tokenizer)
+        limit = self.model.config.max_position_embeddings
+        if self.data.window > limit:
+            raise UserError(f"windows of {self.data.window} tokens exceed the model's {limit} positions: lower --data.window")
+        self.check_plan(self.method, self.pruning_ratio)
+
+    def check_plan(self, method: PruningMethod | None, pruning_ratio: float) -> None:
+        """Refuse impossible ratios before any work is done.
+
+        Raises:
+            UserError: the model is not supported, or the ratios leave nothing.
+        """
+        if method is not None:
+            make_plan(shape_of(self.model.config), method, **self._amounts(pruning_ratio))
+
+    def on_test_start(self) -> None:
+        """Calibrate, if the method needs it, and prune."""
+        self.perplexity = BatchMeanPerplexity() if self.data.protocol == "paper" else Perplexity()
+        self.perplexity.to(self.device)
+        self._milliseconds, self._flops, self.evaluation = [], [], None
+        if self.method is None:
+            return
+        statistics = self._calibrated() if self.method.needs_statistics else None
+        prune_(
+            self.model,
+            self.method,
+            statistics,
+            **self._amounts(self.pruning_ratio),
+            keep_dense=self.reuse,
+            release_stats=not self.reuse,
+        )
+
+    def test_step(self, batch: Batch, batch_index: int) -> None:
+        """Score one batch and time it."""
+        self._synchronise()
+        start = time.perf_counter()
+        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        self._synchronise()
+        self._milliseconds.append(1000 * (time.perf_counter() - start))
+        self.perplexity.update(logits, batch["labels"])
+        self._flops.append(self._count_flops(*batch["input_ids"].shape))
+
+    def on_test_epoch_end(self) -> None:
+        """Sum up; log perplexity, FLOPs ratio, probe share and milliseconds a batch."""
+        dense, actual = ([flops[side] for flops in self._flops] for side in (0, 1))
+        layers = sum(flops.layers for flops in dense)
+        self.evaluation = Evaluation(
+            method=self.label,
+            pruning_ratio=self.pruning_ratio if self.method else 0.0,
+            perplexity=float(self.perplexity.compute()),
+            tokens=int(self.perplexity.tokens),
+            flops_ratio=sum(flops.model for flops in actual) / sum(flops.model for flops in dense),
+            flops_ratio_layers=sum(flops.layers for flops in actual) / layers,
+            probe_share=sum(flops.probe for flops in actual) / layers,
+            time=Timing.of(self._milliseconds),
+            kept=self._kept_counts(),
+            settings={} if self.method is None else self.method.settings(),
+        )
+        figures = ("perplexity", "flops_ratio", "probe_share")
+        self.log_dict({name: float(getattr(self.evaluation, name)) for name in figures}, rank_zero_only=True)
+        self.log("ms_per_batch", self.evaluation.time.median, rank_zero_only=True)
+
+    def on_test_end(self) -> None:
+        """Leave the dense model behind where more rows follow."""
+        if self.reuse and is_pruned(self.model):
+            unprune_(self.model)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Mean next-token cross-entropy of one batch."""
@@ -70,3 +195,49 @@ class PrunedLM(L.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, self.warmup_steps, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _amounts(self, pruning_ratio: float) -> _Amounts:
+        return {
+            "pruning_ratio": pruning_ratio,
+            "attention_ratio": self.attention_ratio,
+            "mlp_ratio": self.mlp_ratio,
+            "skip_layers": self.skip_layers,
+            "round_to": self.round_to,
+        }
+
+    def _calibrated(self) -> Statistics:
+        """Statistics for the method: from this run, from the file, or from a new pass over the calibration text."""
+        if self._statistics is not None:
+            return self._statistics
+        assert self.method is not None
+        shared = self.reuse or self.statistics_file is not None  # then other methods will want to use them too
+        plan = make_plan(shape_of(self.model.config), self.method, **self._amounts(self.pruning_ratio))
+        statistics = calibrate(
+            self.model,
+            self.data.calibration_batches(),
+            means=shared or self.method.needs_means,
+            layers=None if shared else plan.layers,
+            save_to=self.statistics_file if self.trainer.is_global_zero else None,
+            progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None,
+        )
+        if self.reuse:
+            self._statistics = statistics
+        return statistics
+
+    def _count_flops(self, rows: int, tokens: int) -> tuple[Flops, Flops]:
+        shape = shape_of(self.model.config)
+        dense = dense_flops(shape, rows, tokens)
+        pruned = is_pruned(self.model)
+        return dense, pruned_flops(shape, pruning_of(self.model), rows, tokens) if pruned else dense
+
+    def _kept_counts(self) -> dict[str, tuple[int, int]]:
+        if not is_pruned(self.model):
+            return {}
+        keep = pruning_of(self.model).keep
+        counts = {str(block): [count for (_, b), count in keep.items() if b is block] for _, block in keep}
+        return {block: (min(numbers), max(numbers)) for block, numbers in counts.items()}
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+

@@ -1,0 +1,100 @@
+"""Perplexity as torchmetrics metrics: float32 losses, float64 sums, reduced over processes."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from pp_lightning.data.windows import IGNORED_LABEL
+from pp_lightning.errors import UserError
+
+
+def next_token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods of the next tokens, summed.
+
+    Args:
+        logits: (B, S, V) of any dtype; position t predicts token t + 1.
+        labels: (B, S) int64, -100 where nothing is predicted.
+
+    Returns:
+        Sum of the losses (float64, 0-d) and number of predicted tokens (int64, 0-d). Losses are float32, made row by
+        row so that no float32 copy of all logits exists.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for row, targets in zip(logits, labels, strict=True):
+        losses = F.cross_entropy(row[:-1].float(), targets[1:], ignore_index=IGNORED_LABEL, reduction="none")
+        total += losses.double().sum()
+    return total, (labels[:, 1:] != IGNORED_LABEL).sum()
+
+
+class Perplexity(Metric):
+    """``exp(total NLL / predicted tokens)`` over all batches and processes: the ``contiguous`` protocol."""
+
+    full_state_update = False
+    higher_is_better = False
+    nll: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: logits (B, S, V), labels (B, S).
+
+        Raises:
+            UserError: the logits are not finite.
+        """
+        nll, tokens = finite_nll(logits, labels)
+        self.nll += nll
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        """Perplexity, float64, 0-d."""
+        return (self.nll / self.tokens).exp()
+
+
+class BatchMeanPerplexity(Metric):
+    """``exp(mean over batches of the batch's mean loss)``: the published code's, for the ``paper`` protocol only."""
+
+    full_state_update = False
+    higher_is_better = False
+    losses: Tensor
+    batches: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("losses", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("batches", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: logits (B, S, V), labels (B, S).
+
+        Raises:
+            UserError: the logits are not finite.
+        """
+        nll, tokens = finite_nll(logits, labels)
+        self.losses += nll / tokens
+        self.batches += 1
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        """Perplexity, float64, 0-d."""
+        return (self.losses / self.batches).exp()
+
+
+def finite_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`next_token_nll`, refusing losses that are not finite.
+
+    Raises:
+        UserError: a logit is NaN or infinite.
+    """
+    nll, tokens = next_token_nll(logits, labels)
+    if not torch.isfinite(nll):
+        raise UserError(
+            "the model's logits are not finite: check the checkpoint, or evaluate in --model.dtype float32 or bfloat16"
+        )
+    return nll, tokens

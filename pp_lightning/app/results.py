@@ -1,0 +1,135 @@
+"""What an evaluation leaves behind, for machines: figures with everything needed to repeat them."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "safetensors", "jsonargparse")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a batch: the median and the spread over full-size batches, vocabulary projection included.
+
+    Attributes:
+        median: median.
+        fastest: minimum.
+        slowest: maximum.
+        batches: number of timed batches.
+    """
+
+    median: float
+    fastest: float
+    slowest: float
+    batches: int
+
+    @staticmethod
+    def of(milliseconds: list[float]) -> "Timing":
+        """Summary of at least one measurement; the first is left out where there are others (warm-up)."""
+        kept = sorted(milliseconds[1:] or milliseconds)
+        middle = len(kept) // 2
+        median = kept[middle] if len(kept) % 2 else (kept[middle - 1] + kept[middle]) / 2
+        return Timing(median, kept[0], kept[-1], len(kept))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model state evaluated on one text.
+
+    Attributes:
+        method: label of the method, ``dense`` for none.
+        pruning_ratio: asked fraction removed.
+        perplexity: on the text.
+        tokens: predicted tokens.
+        flops_ratio: FLOPs over dense FLOPs, probe and vocabulary projection included (``flops_model``).
+        flops_ratio_layers: the same without the vocabulary projection (``flops_layers``).
+        probe_share: FLOPs of the probes over dense ``flops_layers``.
+        time: milliseconds a batch.
+        kept: smallest and largest count of kept units over the pruned layers, by block.
+        settings: of the method.
+    """
+
+    method: str
+    pruning_ratio: float
+    perplexity: float
+    tokens: int
+    flops_ratio: float
+    flops_ratio_layers: float
+    probe_share: float
+    time: Timing
+    kept: dict[str, tuple[int, int]] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An evaluation beside the dense model's, from the same run; without one there is nothing to compare with.
+
+    Attributes:
+        evaluation: the row itself.
+        degradation: perplexity above the dense model's.
+        time_ratio: time over dense time.
+        efficiency: FLOPs ratio over time ratio; 1 means every saved operation became saved time.
+        prr: perplexity lost per millisecond saved, ``(ppl - ppl_dense) / (time_dense - time)``; None where none is saved.
+    """
+
+    evaluation: Evaluation
+    degradation: float | None = None
+    time_ratio: float | None = None
+    efficiency: float | None = None
+    prr: float | None = None
+
+    @staticmethod
+    def of(evaluation: Evaluation, dense: Evaluation) -> "Comparison":
+        """Compare a row with the dense row."""
+        degradation = evaluation.perplexity - dense.perplexity
+        time_ratio = evaluation.time.median / dense.time.median
+        saved = dense.time.median - evaluation.time.median
+        prr = degradation / saved if saved > 0 else None
+        return Comparison(evaluation, degradation, time_ratio, evaluation.flops_ratio / time_ratio, prr)
+
+    def as_dict(self) -> dict[str, Any]:
+        """One flat dictionary, the evaluation's fields included."""
+        own = {key: value for key, value in vars(self).items() if key != "evaluation"}
+        return {**asdict(self.evaluation), **own}
+
+
+def environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """Machine and versions, without anything that names a person or a path."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": device.type,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "processes": world_size,
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a whole file or none."""
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
