@@ -40,7 +40,7 @@ class BatchContext:
         """Forward pre-hook of the decoder: tell prefill from decoding, and find real tokens and their positions.
 
         Raises:
-            UserError: the cache belongs to another choice, a position was never calibrated, or the mask is not readable.
+            UserError: the cache belongs to another choice, a position was never calibrated, or the mask is unreadable.
         """
         given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | dict(kwargs)
         inputs = given.get("input_ids")
