@@ -47,14 +47,15 @@ def calibrate(
         progress: show a progress bar.
 
     Raises:
-        UserError: no batches, activations that are not finite, a pruned or unknown model, or a ``save_to`` that holds
-            the statistics of another model, other batches or other layers.
+        UserError: no batches, activations that are not finite, a pruned or unknown model, layers that it has not, or a
+            ``save_to`` that holds the statistics of another model, other batches or other layers, or no means.
     """
     if is_pruned(model):
         raise UserError("calibrate runs the dense model: unprune_ it first")
     architecture = architecture_of(model.config)
     model_layers = architecture.layers_of(model)
     wanted = range(len(model_layers)) if layers is None else layers
+    _check_layers(wanted, len(model_layers))
     statistics = _start(model, save_to)
     outputs = {
         (index, block): block_modules(architecture, model_layers[index], block).output
@@ -63,7 +64,10 @@ def calibrate(
     }
     if statistics.num_batches and set(statistics.sums) != set(outputs):
         raise UserError(f"{save_to} covers other layers: name another file or remove it")
-    collector = _Collector(statistics, means)
+    has_means = any(sums.values is not None for sums in statistics.sums.values())
+    if statistics.num_batches and means and not has_means:
+        raise UserError(f"{save_to} was collected without means: name another file or remove it")
+    collector = _Collector(statistics, means or has_means)
     decoder = architecture.decoder_of(model)
     done, digest, seen = statistics.num_batches, "", 0
     was_training = model.training
@@ -115,7 +119,7 @@ class _Collector:
         if padded:
             assert mask is not None
             real = mask.bool().to(device)
-            self.places = Places(real.long().cumsum(1) - 1, real, tokens)
+            self.places = Places(real.long().cumsum(1) - 1, real, max(1, int(real.sum(1).max())))
             count = placed_count(self.places)
         else:
             self.places = None
@@ -156,6 +160,12 @@ def _start(model: PreTrainedModel, save_to: str | os.PathLike[str] | None) -> St
     return statistics
 
 
+def _check_layers(layers: Sequence[int], number: int) -> None:
+    for layer in layers:
+        if not 0 <= layer < number:
+            raise UserError(f"layers names layer {layer}, but the model has layers 0 to {number - 1}")
+
+
 def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
 
@@ -163,7 +173,7 @@ def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]
 def _chained_digest(previous: str, batch: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(previous.encode())
     for tensor in _inputs(batch, torch.device("cpu")).values():
-        digest.update(tensor.long().numpy().tobytes())
+        digest.update(str(tuple(tensor.shape)).encode() + tensor.long().numpy().tobytes())
     return digest.hexdigest()
 
 

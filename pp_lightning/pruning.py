@@ -16,8 +16,8 @@ from pp_lightning.methods.base import BlockToPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import Plan, make_plan
 from pp_lightning.pruned.context import BatchContext
-from pp_lightning.pruned.dynamic import prune_layer
-from pp_lightning.pruned.layer import LayerPruner, publish_residual, remove_pruner
+from pp_lightning.pruned.dynamic import layer_pruner
+from pp_lightning.pruned.layer import LayerPruner, install_pruner, publish_residual, remove_pruner
 from pp_lightning.pruned.slices import SlicedBlock, restore_block, slice_block
 from pp_lightning.statistics import BlockKey, Statistics
 
@@ -209,8 +209,12 @@ def _prune_dynamic(
     histories = stats if method.keeps_history else None
     context = BatchContext(None if histories is None else histories.num_positions)
     layers = architecture.layers_of(model)
-    for index in plan.layers:
-        prune_layer(layers[index], index, architecture, shape, plan, method, context, histories, release)
+    pruners = {  # all of them before the first is installed: a mistake leaves the model as it was
+        index: layer_pruner(layers[index], index, architecture, shape, plan, method, context, histories, release)
+        for index in plan.layers
+    }
+    for index, pruner in pruners.items():
+        install_pruner(layers[index], pruner)
     hooks = [architecture.decoder_of(model).register_forward_pre_hook(context.begin_batch, with_kwargs=True)]
     if method.probe_source == "previous":
         before = {index - 1 for index in plan.layers if index > 0} - set(plan.layers)

@@ -35,7 +35,7 @@ class Probe:
 
 def token_norms(states: Tensor) -> Tensor:
     """Residual importance ``||R[b, t]||_2``: (B, S, D) of any dtype to (B, S) float32."""
-    return torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)
+    return torch.linalg.vector_norm(states, dim=-1, dtype=torch.promote_types(states.dtype, torch.float32)).float()
 
 
 def select_probe(importance: Tensor, real: Tensor | None, row_ratio: float, token_ratio: float) -> Probe:

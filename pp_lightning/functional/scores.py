@@ -52,7 +52,7 @@ def standardised(columns: Tensor) -> Tensor:
     """Zero mean and unit (n - 1) standard deviation over one layer's columns (C,); zeros where they are all equal."""
     centred = columns - columns.mean()
     deviation = columns.std()
-    return torch.where(deviation > 0, centred / deviation, torch.zeros_like(columns))
+    return torch.where(deviation == 0, torch.zeros_like(columns), centred / deviation)  # NaN stays NaN
 
 
 def sum_over_units(columns: Tensor, channels_per_unit: int) -> Tensor:

@@ -110,12 +110,12 @@ class StaticMethod(PruningMethod):
     def choose(
         self, blocks: Sequence[BlockToPrune], statistics: Statistics
     ) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
-        """Choose for every block; lazily, so that a block's slice can be made before the next one is scored.
+        """Choose for every block; all are scored before the first choice is given, so that a mistake changes nothing.
 
         The default scores each block with :meth:`unit_scores` and keeps the best ``keep`` of each.
         """
-        for block in blocks:
-            yield block, StaticChoice(keep_best(self.unit_scores(block, statistics), block.plan.keep))
+        choices = [StaticChoice(keep_best(self.unit_scores(block, statistics), block.plan.keep)) for block in blocks]
+        yield from zip(blocks, choices, strict=True)
 
     @abstractmethod
     def unit_scores(self, block: BlockToPrune, statistics: Statistics) -> Tensor:

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from pp_lightning.errors import UserError
 from pp_lightning.functional.moments import Places
 from pp_lightning.functional.probe import Probe
 from pp_lightning.functional.scores import ppsp_unit_scores
@@ -37,6 +38,8 @@ class DynamicMethod(PruningMethod):
         attention_unit: UnitName | None = None,
     ) -> None:
         super().__init__(blocks, attention_unit)
+        if probe_source not in ("current", "previous"):
+            raise UserError(f"probe_source must be current or previous, not {probe_source!r}")
         self.probe_source: ProbeSource = probe_source
 
     @abstractmethod

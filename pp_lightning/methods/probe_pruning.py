@@ -48,6 +48,8 @@ class ProbePruning(DynamicMethod):
         for name, weight in (("momentum", momentum), ("fusion_weight", fusion_weight)):
             if weight is not None and not 0.0 <= weight <= 1.0:
                 raise UserError(f"{name} must be in [0, 1], not {weight}")
+        if rank_by not in ("residual", "input"):
+            raise UserError(f"rank_by must be residual or input, not {rank_by!r}")
         self.token_ratio = token_ratio
         self.row_ratio = row_ratio
         self.momentum = momentum

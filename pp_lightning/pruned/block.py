@@ -62,6 +62,10 @@ class Surroundings:
     rotation: tuple[Tensor, Tensor] | None = None
     cache: Any = None
 
+    def without_cache(self, num_tokens: int) -> "Surroundings":
+        """The same for the whole batch with no cache to extend (a static one has more places than the batch)."""
+        return Surroundings(None if self.mask is None else self.mask[..., :num_tokens], self.rotation)
+
     def of_probe(self, probe: Probe) -> "Surroundings":
         """The same for the probe's rows and tokens, at their true positions and without a cache."""
         return Surroundings(self._probe_mask(probe), self._probe_rotation(probe))
@@ -191,7 +195,7 @@ class PrunedBlock(nn.Module, ABC):
         places = self.context.places(around.mask)
         probe = self.method.select(probed, source, None if places is None else places.real)
         if probe is None:
-            states = self.states(source, self.dense(), Surroundings(around.mask, around.rotation))
+            states = self.states(source, self.dense(), around.without_cache(source.shape[1]))
         else:
             states = self.states(probe.take(source), self.dense(), around.of_probe(probe))
         energy = self.method.energy(states, probe, places, self.history)

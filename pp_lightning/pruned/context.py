@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class BatchContext:
         self.decoding = False
         self.choice = 0
         self.earlier: Tensor | None = None
+        self._name = uuid4().hex  # tells this pruning's caches from those of another one of the same model
         self._places: Places | None = None
         self._explicit_positions = False
         self._shape = torch.Size()
@@ -38,7 +40,7 @@ class BatchContext:
         """Forward pre-hook of the decoder: tell prefill from decoding, and find real tokens and their positions.
 
         Raises:
-            UserError: the cache belongs to another choice, a position was never calibrated, or the mask is not 2-D.
+            UserError: the cache belongs to another choice, a position was never calibrated, or the mask is unreadable.
         """
         given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | dict(kwargs)
         inputs = given.get("input_ids")
@@ -49,11 +51,12 @@ class BatchContext:
         self.earlier = None
         self.decoding = cache is not None and bool(cache.get_seq_length() > 0)
         if self.decoding:
-            if getattr(cache, "pruning_choice", None) != self.choice:
+            if getattr(cache, "pruning_choice", None) != (self._name, self.choice):
                 raise UserError("this key/value cache belongs to another choice of heads: run its prompt again")
             return
+        real = _real_tokens(given.get("attention_mask"), self._shape)
+        self._locate(self._shape, real, given.get("position_ids"))
         self.choice += 1
-        self._locate(self._shape, given.get("attention_mask"), given.get("position_ids"))
 
     def places(self, mask: Tensor | None) -> Places | None:
         """Positions of the current batch; None where columns are positions and nothing is padding.
@@ -66,27 +69,26 @@ class BatchContext:
 
     def mark(self, cache: Any) -> None:
         """Note on a cache that is being filled under which choice that happens."""
-        cache.pruning_choice = self.choice
+        cache.pruning_choice = (self._name, self.choice)
 
     def publish(self, residual: Tensor) -> None:
         """Offer a residual, (B, S, D) or (B * S, D), to the parallel probe of the next pruned layer."""
         self.earlier = residual.view(*self._shape, -1)
 
-    def _locate(self, shape: torch.Size, mask: Tensor | None, position_ids: Tensor | None) -> None:
+    def _locate(self, shape: torch.Size, real: Tensor | None, position_ids: Tensor | None) -> None:
         self._explicit_positions = position_ids is not None
         self._places = None
-        if mask is not None and mask.dim() != 2:
-            raise UserError("pruned models need the 2-D attention mask (rows, tokens), to tell padding from text")
         if position_ids is not None:
-            real = torch.ones(shape, dtype=torch.bool, device=position_ids.device) if mask is None else mask.bool()
+            if real is None:
+                real = torch.ones(shape, dtype=torch.bool, device=position_ids.device)
             positions = position_ids.expand(shape)
             self._places = Places(positions, real, self._checked(int(positions[real].max()) + 1))
-        elif mask is not None:
-            positions = mask.long().cumsum(1) - 1
+        elif real is not None:
+            positions = real.long().cumsum(1) - 1
             longest = shape[1]
             if self.num_positions is not None and longest > self.num_positions:
                 longest = int(positions.max()) + 1  # padding may account for the excess; worth a look only here
-            self._places = Places(positions, mask.bool(), self._checked(longest))
+            self._places = Places(positions, real, self._checked(longest))
         else:
             self._checked(shape[1])
 
@@ -97,3 +99,19 @@ class BatchContext:
                 "calibrate on longer windows or shorten the input"
             )
         return needed
+
+
+def _real_tokens(mask: Any, shape: torch.Size) -> Tensor | None:
+    """The real tokens (B, S), bool, from the mask that a decoder was called with; None where it has none.
+
+    Generating with a static cache makes 4-D masks, one or one for each kind of layer, that say which query may attend
+    which key: a real token may attend itself, a pad may not.
+    """
+    if isinstance(mask, Mapping):
+        mask = next((one for one in mask.values() if one is not None), None)
+    if mask is None or mask.dim() == 2:
+        return None if mask is None else mask.bool()
+    if mask.dim() != 4:
+        raise UserError("pruned models need a 2-D attention mask (rows, tokens), to tell padding from text")
+    allowed = mask if mask.dtype == torch.bool else mask >= 0  # additive: 0 may be attended, the lowest number not
+    return allowed[:, 0, :, : shape[1]].diagonal(dim1=1, dim2=2).expand(shape)

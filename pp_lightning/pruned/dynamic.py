@@ -11,12 +11,12 @@ from pp_lightning.plan import Plan
 from pp_lightning.pruned.attention import PrunedAttention
 from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruned.context import BatchContext
-from pp_lightning.pruned.layer import LayerPruner, install_pruner
+from pp_lightning.pruned.layer import LayerPruner
 from pp_lightning.pruned.mlp import PrunedMLP
 from pp_lightning.statistics import Statistics
 
 
-def prune_layer(
+def layer_pruner(
     layer: nn.Module,
     index: int,
     architecture: Architecture,
@@ -26,8 +26,8 @@ def prune_layer(
     context: BatchContext,
     statistics: Statistics | None,
     release: bool,
-) -> None:
-    """Build both pruned blocks of a stock layer and install them.
+) -> LayerPruner:
+    """Build both pruned blocks of a stock layer, which is left as it is.
 
     Args:
         layer: a stock decoder layer.
@@ -65,7 +65,7 @@ def prune_layer(
     mlp = PrunedMLP(**arguments(plan.blocks[1]))  # type: ignore[arg-type]
     for name, block in ((Block.ATTENTION, attention), (Block.MLP, mlp)):
         _check_finite(block, name, index)
-    install_pruner(layer, LayerPruner(attention, mlp, context, parallel=method.probe_source == "previous"))
+    return LayerPruner(attention, mlp, context, parallel=method.probe_source == "previous")
 
 
 def _history(statistics: Statistics | None, index: int, block: BlockPlan, release: bool) -> Tensor | None:

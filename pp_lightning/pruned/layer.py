@@ -1,5 +1,6 @@
 """A decoder layer whose two blocks are pruned per batch."""
 
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -65,11 +66,12 @@ def publish_residual(norm: nn.Module, context: BatchContext) -> RemovableHandle:
         norm: the norm in front of that MLP.
         context: the model's context.
     """
+    # partial, not a closure: a copy of the model then publishes to its own context
+    return norm.register_forward_pre_hook(partial(_publish_input, context))
 
-    def publish(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        context.publish(inputs[0])
 
-    return norm.register_forward_pre_hook(publish)
+def _publish_input(context: BatchContext, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    context.publish(inputs[0])
 
 
 def _pruned_forward(

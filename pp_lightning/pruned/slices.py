@@ -61,11 +61,11 @@ def slice_block(
 
 
 def restore_block(layer: nn.Module, sliced: SlicedBlock) -> None:
-    """Put the dense projections back, on the device that the slices are on now."""
+    """Put the dense projections back, with the device and dtype that the slices have now."""
     for path, dense in sliced.dense.items():
         narrow = layer.get_submodule(path)
         assert isinstance(narrow, nn.Linear)
-        layer.set_submodule(path, dense.to(narrow.weight.device))
+        layer.set_submodule(path, dense.to(narrow.weight.device, narrow.weight.dtype))
     if sliced.head_count is not None:
         setattr(layer.get_submodule(sliced.attention_path), sliced.head_count, sliced.num_heads)
 

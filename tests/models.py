@@ -1,0 +1,242 @@
+"""Tiny random models, one row an architecture, and batches for them.
+
+A new architecture is one row in ``MODELS``: every test that is parametrised over them then covers it.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from pp_lightning import KeptUnits, Statistics, calibrate, frozen_history
+from pp_lightning.architectures import Architecture, architecture_of
+from pp_lightning.pruning import pruners_of
+
+VOCABULARY = 96
+HEADS, GROUPS, MLP_WIDTH, LAYERS = 8, 4, 160, 5
+SKIPPED = (0, 1)
+PRUNED = (2, 3, 4)
+ROWS, TOKENS = 4, 24
+CALIBRATED = 32  # positions that `statistics` covers
+
+# At ratio 0.4 with SKIPPED: 3 of 8 heads, 2 of 4 groups and 64 of 160 channels stay.
+SETTINGS: dict[str, Any] = {"pruning_ratio": 0.4, "skip_layers": SKIPPED, "round_to": 16}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One architecture: its config class and what is particular about it."""
+
+    config: type[PreTrainedConfig]
+    grouped: bool
+    particulars: dict[str, Any] = field(default_factory=dict)
+
+
+MODELS = {
+    "llama": Tiny(LlamaConfig, False, {"intermediate_size": MLP_WIDTH}),
+    "llama_gqa": Tiny(LlamaConfig, True, {"intermediate_size": MLP_WIDTH}),
+    # windows shorter than the texts, so that a mask is made where nothing is padding
+    "mistral": Tiny(MistralConfig, True, {"intermediate_size": MLP_WIDTH, "sliding_window": 16, "head_dim": 8}),
+    # biases in query, key and value; windows in the upper layers only
+    "qwen2": Tiny(
+        Qwen2Config,
+        True,
+        {
+            "intermediate_size": MLP_WIDTH,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 3,
+        },
+    ),
+    # norms on queries and keys; heads together wider than the residual stream
+    "qwen3": Tiny(Qwen3Config, True, {"intermediate_size": MLP_WIDTH, "head_dim": 16}),
+    "opt": Tiny(OPTConfig, False, {"ffn_dim": MLP_WIDTH, "word_embed_proj_dim": 64}),
+}
+GROUPED = [name for name, row in MODELS.items() if row.grouped]
+
+
+def config(name: str, **overrides: Any) -> PreTrainedConfig:
+    """The config of a tiny model."""
+    row = MODELS[name]
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    if row.grouped:
+        sizes["num_key_value_heads"] = GROUPS
+    return row.config(**{**sizes, **row.particulars, **overrides})
+
+
+def tiny(name: str, **overrides: Any) -> PreTrainedModel:
+    """A new copy of the tiny model, always with the same weights."""
+    return copy.deepcopy(_tiny(name, tuple(sorted(overrides.items()))))
+
+
+@lru_cache
+def _tiny(name: str, overrides: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
+    given = dict(overrides)
+    attention = given.pop("attn_implementation", "sdpa")
+    model = AutoModelForCausalLM.from_config(config(name, **given), attn_implementation=attention).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for path, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(1 + 0.2 * noise if "norm" in path and path.endswith("weight") else 0.15 * noise)
+    return model
+
+
+def ids(rows: int = ROWS, tokens: int = TOKENS, seed: int = 0) -> Tensor:
+    """Random token ids (rows, tokens), none of them special."""
+    return torch.randint(3, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(text: Tensor, left: int = 0, right: int = 0) -> dict[str, Tensor]:
+    """The same rows with padding, which is an ordinary token: only the mask tells."""
+    shape = text.shape[0]
+    fill = [torch.full((shape, n), 5) for n in (left, right)]
+    ones = torch.ones_like(text)
+    mask = [torch.zeros_like(f) for f in fill]
+    return {
+        "input_ids": torch.cat([fill[0], text, fill[1]], dim=1),
+        "attention_mask": torch.cat([mask[0], ones, mask[1]], dim=1),
+    }
+
+
+def ragged(lengths: list[int], side: str, seed: int = 0) -> dict[str, Tensor]:
+    """Rows of these lengths, padded on one side to the longest."""
+    longest = max(lengths)
+    rows = []
+    for index, length in enumerate(lengths):
+        text = ids(1, length, seed + index)
+        rows.append(padded(text, **{side: longest - length}))
+    return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+
+
+def calibration_batches(number: int = 3, tokens: int = CALIBRATED) -> list[dict[str, Tensor]]:
+    """Batches without padding, for ``calibrate``."""
+    return [{"input_ids": ids(ROWS, tokens, 100 + index)} for index in range(number)]
+
+
+def statistics(name: str) -> Statistics:
+    """The statistics of ``tiny(name)`` over ``calibration_batches()``; a new copy, so that a test may spoil it."""
+    return copy.deepcopy(_statistics(name))
+
+
+@lru_cache
+def _statistics(name: str) -> Statistics:
+    return calibrate(tiny(name), calibration_batches(), progress=False)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, text: Tensor, **arguments: Any) -> Tensor:
+    """Logits without a cache."""
+    result: Tensor = model(input_ids=text, use_cache=False, **arguments).logits
+    return result
+
+
+def histories(model: PreTrainedModel) -> dict[tuple[int, str], Tensor]:
+    """Copies of all histories of a dynamically pruned model."""
+    return {
+        (index, name): block.history.clone()
+        for index, pruner in pruners_of(model).items()
+        for name, block in (("attention", pruner.attention), ("mlp", pruner.mlp))
+        if block.history is not None
+    }
+
+
+def choices(kept: dict[int, KeptUnits]) -> dict[int, tuple[list[int], list[int]]]:
+    """Kept units in plain lists, to compare with ``==``."""
+    return {index: (units.attention.tolist(), units.mlp.tolist()) for index, units in kept.items()}
+
+
+def masked_dense(dense: PreTrainedModel, kept: dict[int, KeptUnits], num_units: int) -> PreTrainedModel:
+    """A dense copy whose output matrices are zero in the columns of the units that were dropped.
+
+    Args:
+        dense: left as it is.
+        kept: of a pruned model with the same weights.
+        num_units: attention units of a layer: query heads, or key/value groups.
+    """
+    masked = copy.deepcopy(dense)
+    for index, units in kept.items():
+        attention, mlp = output_weights(masked, index)
+        _zero_dropped(attention, units.attention, attention.shape[1] // num_units)
+        _zero_dropped(mlp, units.mlp, 1)
+    return masked
+
+
+def output_weights(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
+    """The output matrices (D, C) of a layer's attention and MLP block."""
+    family: Architecture = architecture_of(model.config)
+    module = family.layers_of(model)[layer]
+    return tuple(module.get_submodule(path).weight for path in (family.attention_output, family.down))  # type: ignore
+
+
+def plant(
+    model: PreTrainedModel, heads: tuple[int, ...] = (1, 4, 6), seed: int = 3
+) -> tuple[PreTrainedModel, dict[int, tuple[list[int], list[int]]]]:
+    """Make three heads and 64 channels of every pruned layer matter far more than the rest, in any precision."""
+    channels = torch.randperm(MLP_WIDTH, generator=torch.Generator().manual_seed(seed))[:64].sort().values
+    with torch.no_grad():
+        for layer in range(LAYERS):
+            attention, mlp = output_weights(model, layer)
+            width = attention.shape[1] // HEADS
+            columns = torch.zeros(attention.shape[1], dtype=torch.bool)
+            for head in heads:
+                columns[head * width : (head + 1) * width] = True
+            attention[:, columns] *= 3
+            attention[:, ~columns] *= 0.1
+            stays = torch.zeros(MLP_WIDTH, dtype=torch.bool)
+            stays[channels] = True
+            mlp[:, stays] *= 2
+            mlp[:, ~stays] *= 0.02
+            if model.config.model_type == "opt":  # no channel that is silent on every token
+                model.model.decoder.layers[layer].fc1.bias += 4.0
+    return model, {layer: (list(heads), channels.tolist()) for layer in PRUNED}
+
+
+@torch.no_grad()
+def _zero_dropped(weight: Tensor, kept: Tensor, width: int) -> None:
+    stays = torch.zeros(weight.shape[1], dtype=torch.bool)
+    for unit in kept.tolist():
+        stays[unit * width : (unit + 1) * width] = True
+    weight[:, ~stays] = 0.0
+
+
+@torch.no_grad()
+def greedy_without_cache(model: PreTrainedModel, batch: dict[str, Tensor], steps: int) -> Tensor:
+    """The most likely continuation, the whole text run again for each token: (rows, steps)."""
+    text, mask = batch["input_ids"], batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    start = text.shape[1]
+    for _ in range(steps):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        step = model(input_ids=text, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
+        text = torch.cat([text, step.argmax(-1, keepdim=True)], dim=1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    return text[:, start:]
+
+
+@torch.no_grad()
+def run_frozen(model: PreTrainedModel, text: Tensor, **arguments: Any) -> Tensor:
+    """Logits, with the histories left alone."""
+    with frozen_history(model):
+        return logits(model, text, **arguments)

@@ -1,0 +1,139 @@
+"""What a block keeps, allocates and lays out."""
+
+import pytest
+import torch
+
+from pp_lightning import calibrate, kept_units, prune_, unprune_
+from pp_lightning.methods import FullBatchProbing, ProbePruning
+from pp_lightning.pruned.workspace import SliceWorkspace, fresh_memory
+from pp_lightning.pruning import pruners_of, pruning_of
+from tests.models import (
+    MODELS,
+    PRUNED,
+    SETTINGS,
+    calibration_batches,
+    choices,
+    ids,
+    logits,
+    masked_dense,
+    output_weights,
+    statistics,
+    tiny,
+)
+
+
+def pruned(name="llama", method=ProbePruning, **settings):
+    model = tiny(name)
+    prune_(model, method(), statistics(name), **{**SETTINGS, **settings})
+    return model
+
+
+def blocks_of(model):
+    return [block for pruner in pruners_of(model).values() for block in (pruner.attention, pruner.mlp)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_output_matrices_are_laid_out_by_columns_while_pruned(name):
+    model = pruned(name)
+    for layer in range(5):
+        for weight in output_weights(model, layer):
+            assert weight.t().is_contiguous() == (layer in PRUNED)
+    unprune_(model)
+    assert all(weight.is_contiguous() for layer in range(5) for weight in output_weights(model, layer))
+
+
+def test_a_dense_block_is_not_laid_out():
+    model = pruned(method=lambda: ProbePruning(blocks=("mlp",)))
+    attention, mlp = output_weights(model, 3)
+    assert attention.is_contiguous()
+    assert mlp.t().is_contiguous()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("unit", [None, "query_head"])
+def test_one_slice_at_a_time_in_one_buffer(name, unit):
+    model = pruned(name, lambda: ProbePruning(attention_unit=unit))
+    logits(model, ids())
+    workspace = pruning_of(model).context.workspace
+    address, size = workspace._buffer.data_ptr(), workspace._buffer.numel()
+    assert size == max(block._slice_size for block in blocks_of(model))
+    logits(model, ids(seed=2))
+    assert (workspace._buffer.data_ptr(), workspace._buffer.numel()) == (address, size)
+    # nothing is held between batches but that
+    assert all(block._held is None for block in blocks_of(model))
+
+
+def test_workspace_hands_out_one_buffer_in_turn():
+    workspace, like = SliceWorkspace(), torch.zeros(4, 4)
+    take = workspace.begin(like, 10)
+    first, second = take((2, 3), like), take((2, 2), like)
+    first.fill_(1.0)
+    second.fill_(2.0)
+    assert first.eq(1).all() and second.eq(2).all()  # they do not overlap
+    again = workspace.begin(like, 6)((2, 3), like)
+    assert again.data_ptr() == first.data_ptr()
+    assert workspace.begin(like.half(), 6)((2, 3), like.half()).dtype == torch.float16
+    assert fresh_memory((2, 3), like) is None
+
+
+def test_gradients_are_recorded_with_memory_of_their_own():
+    workspace, like = SliceWorkspace(), torch.zeros(4, 4, requires_grad=True)
+    assert workspace.begin(like, 10) is fresh_memory
+    with torch.no_grad():
+        assert workspace.begin(like, 10) is not fresh_memory
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_gqa", "opt"])
+def test_gradients_are_those_of_the_masked_dense_model(name):
+    model, text = pruned(name, FullBatchProbing), ids()
+    model(input_ids=text, labels=text, use_cache=False).loss.backward()
+    masked = masked_dense(tiny(name), kept_units(model), 4 if MODELS[name].grouped else 8)
+    masked(input_ids=text, labels=text, use_cache=False).loss.backward()
+    outputs = tuple(f"{module}.weight" for module in ("o_proj", "down_proj", "out_proj", "fc2"))
+    for (path, found), expected in zip(model.named_parameters(), masked.parameters(), strict=True):
+        gradient = expected.grad
+        if path.endswith(outputs):  # a dropped column has no part in the pruned model
+            gradient = gradient * (expected != 0)
+        torch.testing.assert_close(found.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_inference_mode_and_back(name):
+    model, plain = pruned(name), pruned(name)
+    with torch.inference_mode():
+        first = model(input_ids=ids(), use_cache=False).logits
+    second = logits(model, ids(seed=2))
+    with torch.inference_mode():
+        third = model(input_ids=ids(seed=3), use_cache=False).logits
+    assert torch.equal(first, logits(plain, ids()))
+    assert torch.equal(second, logits(plain, ids(seed=2)))
+    assert torch.equal(third, logits(plain, ids(seed=3)))
+
+
+def test_scores_constant_is_computed_once():
+    model = pruned()
+    before = [block.weight_norm.data_ptr() for block in blocks_of(model)]
+    logits(model, ids())
+    assert [block.weight_norm.data_ptr() for block in blocks_of(model)] == before
+
+
+def test_a_held_slice_is_let_go_by_the_next_prompt():
+    model = pruned()
+    with torch.no_grad():
+        cache = model(input_ids=ids(), use_cache=True).past_key_values
+        model(input_ids=ids(4, 1), past_key_values=cache, use_cache=True)
+        assert all(block._held is not None for block in blocks_of(model))
+        model(input_ids=ids(seed=2), use_cache=False)
+    assert all(block._held is None for block in blocks_of(model))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_double_precision(name):
+    """No precision that a model may have is refused; statistics stay float32."""
+    model = tiny(name).double()
+    stats = calibrate(model, calibration_batches(), progress=False)
+    prune_(model, ProbePruning(), stats, **SETTINGS)
+    found, single = logits(model, ids()), pruned(name)
+    torch.testing.assert_close(found.float(), logits(single, ids()), rtol=1e-4, atol=1e-4)
+    assert choices(kept_units(model)) == choices(kept_units(single))
+    assert all(block.history.dtype == torch.float32 for block in blocks_of(model))

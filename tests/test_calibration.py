@@ -1,0 +1,244 @@
+import pytest
+import torch
+
+from pp_lightning import Statistics, UserError, calibrate, prune_
+from pp_lightning.architectures import architecture_of
+from pp_lightning.blocks import Block, block_modules
+from pp_lightning.methods import FullBatchProbing
+from tests.models import LAYERS, MODELS, calibration_batches, ids, padded, ragged, tiny
+
+
+def assert_same(found: Statistics, expected: Statistics) -> None:
+    """Bit for bit."""
+    assert (found.model, found.num_batches, found.batches_digest) == (
+        expected.model,
+        expected.num_batches,
+        expected.batches_digest,
+    )
+    assert torch.equal(found.counts, expected.counts)
+    assert found.sums.keys() == expected.sums.keys()
+    for key, sums in expected.sums.items():
+        assert torch.equal(found.sums[key].squares, sums.squares), key
+        assert torch.equal(found.sums[key].values, sums.values), key
+
+
+def states_of(model, batch, layer: int, block: Block) -> torch.Tensor:
+    """The input (B, S, C) of a block's output matrix, caught with a hook of our own."""
+    caught = []
+    architecture = architecture_of(model.config)
+    output = block_modules(architecture, architecture.layers_of(model)[layer], block).output
+    hook = output.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    with torch.no_grad():
+        model(**batch, use_cache=False)
+    hook.remove()
+    return caught[0].view(*batch["input_ids"].shape, -1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_naive_loops(name):
+    model = tiny(name)
+    batches = [
+        {"input_ids": ids(2, 7, 1)},
+        ragged([5, 9, 3], "left", 2),
+        ragged([4, 6], "right", 3),
+    ]
+    found = calibrate(model, batches, progress=False)
+    assert found.sums.keys() == {(layer, block) for layer in range(LAYERS) for block in Block}
+    assert found.num_batches == 3
+    for layer, block in ((0, Block.ATTENTION), (3, Block.MLP)):
+        values, squares = torch.zeros(9, 160).double(), torch.zeros(9, 160).double()
+        counts = [0] * 9
+        for batch in batches:
+            states = states_of(model, batch, layer, block).double()
+            width = states.shape[2]
+            for b in range(states.shape[0]):
+                mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[b].tolist()
+                position = 0
+                for t, real in enumerate(mask):
+                    if real:
+                        values[position, :width] += states[b, t]
+                        squares[position, :width] += states[b, t] ** 2
+                        counts[position] += 1
+                        position += 1
+        assert found.counts.tolist() == counts
+        torch.testing.assert_close(found.sums[layer, block].squares, squares[:, :width].float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.sums[layer, block].values, values[:, :width].float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "opt"])
+@pytest.mark.parametrize(("left", "right"), [(5, 0), (0, 5), (3, 2)])
+def test_padding_does_not_change_the_statistics(name, left, right):
+    model = tiny(name)
+    plain = calibrate(model, [{"input_ids": ids(3, 20)}], progress=False)
+    found = calibrate(model, [padded(ids(3, 20), left, right)], progress=False)
+    assert torch.equal(found.counts, plain.counts)  # no position more, either
+    for key, sums in plain.sums.items():
+        torch.testing.assert_close(found.sums[key].squares, sums.squares, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.sums[key].values, sums.values, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_of_ones_is_no_padding():
+    model = tiny("llama")
+    batch = {"input_ids": ids(3, 20)}
+    masked = dict(batch, attention_mask=torch.ones(3, 20, dtype=torch.long))
+    plain, found = (calibrate(model, [b], progress=False) for b in (batch, masked))
+    for key, sums in plain.sums.items():
+        assert torch.equal(found.sums[key].squares, sums.squares)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_have_float32_statistics(dtype):
+    exact = calibrate(tiny("llama"), calibration_batches(), progress=False)
+    found = calibrate(tiny("llama").to(dtype), calibration_batches(), progress=False)
+    for key, sums in found.sums.items():
+        assert sums.squares.dtype == sums.values.dtype == torch.float32
+        torch.testing.assert_close(sums.squares.sum(), exact.sums[key].squares.sum(), rtol=0.02, atol=0)
+
+
+def test_means_are_optional():
+    found = calibrate(tiny("llama"), calibration_batches(1), means=False, progress=False)
+    assert all(sums.values is None for sums in found.sums.values())
+
+
+def test_some_layers_only():
+    model = tiny("llama")
+    everything = calibrate(model, calibration_batches(1), progress=False)
+    found = calibrate(model, calibration_batches(1), layers=(3, 4), progress=False)
+    assert found.sums.keys() == {(layer, block) for layer in (3, 4) for block in Block}
+    assert torch.equal(found.sums[3, Block.MLP].squares, everything.sums[3, Block.MLP].squares)
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny("opt").train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
+    found = calibrate(model, calibration_batches(1), progress=False)
+    assert model.training
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks
+    # in evaluation mode while it ran: no dropout
+    assert_same(found, calibrate(tiny("opt"), calibration_batches(1), progress=False))
+
+
+class Killed(Exception):  # noqa: N818 (an interruption, not an error)
+    """Stands for whatever ends a run half way."""
+
+
+def killed_after(batches, number):
+    for index, batch in enumerate(batches):
+        if index == number:
+            raise Killed
+        yield batch
+
+
+@pytest.mark.parametrize("killed_at", [2, 3, 5])
+def test_resumed_bit_for_bit(tmp_path, killed_at):
+    batches = [*calibration_batches(3), ragged([9, 4], "left"), *calibration_batches(2, tokens=40)]
+    path = tmp_path / "stats"
+    uninterrupted = calibrate(tiny("llama"), batches, progress=False)
+    model = tiny("llama")
+    with pytest.raises(Killed):
+        calibrate(model, killed_after(batches, killed_at), save_to=path, save_every=2, progress=False)
+    assert Statistics.load(path).num_batches == killed_at // 2 * 2
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    resumed = calibrate(model, batches, save_to=path, save_every=2, progress=False)
+    assert_same(resumed, uninterrupted)
+    assert_same(Statistics.load(path), uninterrupted)
+
+
+def test_a_finished_file_is_not_collected_again(tmp_path):
+    batches = calibration_batches()
+    first = calibrate(tiny("llama"), batches, save_to=tmp_path / "stats", progress=False)
+    model = tiny("llama")
+
+    def refuse(*_):
+        raise AssertionError("the model ran")
+
+    model.model.register_forward_pre_hook(refuse)
+    assert_same(calibrate(model, batches, save_to=tmp_path / "stats", progress=False), first)
+
+
+def test_more_batches_continue_a_file(tmp_path):
+    batches = calibration_batches(4)
+    calibrate(tiny("llama"), batches[:2], save_to=tmp_path / "stats", progress=False)
+    longer = calibrate(tiny("llama"), batches, save_to=tmp_path / "stats", progress=False)
+    assert_same(longer, calibrate(tiny("llama"), batches, progress=False))
+
+
+def test_file_of_other_batches(tmp_path):
+    calibrate(tiny("llama"), calibration_batches(2), save_to=tmp_path / "stats", progress=False)
+    others = [{"input_ids": ids(4, 32, 7)} for _ in range(2)]
+    with pytest.raises(UserError, match="was collected from other batches: name another file or remove it"):
+        calibrate(tiny("llama"), others, save_to=tmp_path / "stats", progress=False)
+
+
+def test_the_same_tokens_in_other_rows_are_other_batches(tmp_path):
+    batch = ids(4, 32)
+    calibrate(tiny("llama"), [{"input_ids": batch}], save_to=tmp_path / "stats", progress=False)
+    with pytest.raises(UserError, match="was collected from other batches"):
+        calibrate(tiny("llama"), [{"input_ids": batch.view(8, 16)}], save_to=tmp_path / "stats", progress=False)
+
+
+def test_file_of_more_batches(tmp_path):
+    calibrate(tiny("llama"), calibration_batches(3), save_to=tmp_path / "stats", progress=False)
+    with pytest.raises(UserError, match="was collected from 3 batches, more than the 2 given: remove it"):
+        calibrate(tiny("llama"), calibration_batches(2), save_to=tmp_path / "stats", progress=False)
+
+
+def test_file_of_another_model(tmp_path):
+    calibrate(tiny("llama"), calibration_batches(1), save_to=tmp_path / "stats", progress=False)
+    with pytest.raises(UserError, match="collected on another model"):
+        calibrate(tiny("llama_gqa"), calibration_batches(1), save_to=tmp_path / "stats", progress=False)
+
+
+def test_file_of_other_layers(tmp_path):
+    calibrate(tiny("llama"), calibration_batches(1), layers=(3, 4), save_to=tmp_path / "stats", progress=False)
+    with pytest.raises(UserError, match="covers other layers: name another file or remove it"):
+        calibrate(tiny("llama"), calibration_batches(1), save_to=tmp_path / "stats", progress=False)
+
+
+def test_file_without_means(tmp_path):
+    calibrate(tiny("llama"), calibration_batches(1), means=False, save_to=tmp_path / "stats", progress=False)
+    with pytest.raises(UserError, match="was collected without means: name another file or remove it"):
+        calibrate(tiny("llama"), calibration_batches(2), save_to=tmp_path / "stats", progress=False)
+
+
+def test_file_with_means_goes_on_with_them(tmp_path):
+    calibrate(tiny("llama"), calibration_batches(1), save_to=tmp_path / "stats", progress=False)
+    longer = calibrate(tiny("llama"), calibration_batches(2), means=False, save_to=tmp_path / "stats", progress=False)
+    assert_same(longer, calibrate(tiny("llama"), calibration_batches(2), progress=False))
+
+
+@pytest.mark.parametrize("layer", [LAYERS, -1])
+def test_layers_that_are_not_there(layer):
+    with pytest.raises(UserError, match=f"layer {layer}, but the model has layers 0 to {LAYERS - 1}"):
+        calibrate(tiny("llama"), calibration_batches(1), layers=(3, layer), progress=False)
+
+
+def test_no_batches():
+    with pytest.raises(UserError, match="no calibration batches"):
+        calibrate(tiny("llama"), [], progress=False)
+
+
+def test_pruned_model():
+    model = tiny("llama")
+    prune_(model, FullBatchProbing(), pruning_ratio=0.4, skip_layers=(0, 1))
+    with pytest.raises(UserError, match="calibrate runs the dense model: unprune_ it first"):
+        calibrate(model, calibration_batches(1), progress=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value):
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[5, 7] = value
+    with pytest.raises(UserError, match="activations in the mlp block of layer 2 are not finite: check the checkpoint"):
+        calibrate(model, calibration_batches(1), progress=False)
+
+
+def test_overflow_in_half_precision():
+    model = tiny("llama").half()
+    with torch.no_grad():
+        model.model.layers[4].mlp.up_proj.weight.mul_(1e5)
+    with pytest.raises(UserError, match=r"mlp block of layer 4 are not finite: .*use float32 or bfloat16"):
+        calibrate(model, calibration_batches(1), progress=False)

@@ -1,0 +1,163 @@
+"""The library is in layers, and needs torch and transformers only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "pp_lightning"
+
+# Lowest first; a module imports its own layer and lower ones. A package stands for everything inside.
+LAYERS = [
+    {"errors"},
+    {"functional"},
+    {"architectures", "blocks"},
+    {"statistics"},
+    {"methods"},
+    {"plan"},
+    {"pruned"},
+    {"pruning"},
+    {"calibration"},
+]
+# Not part of the library's layers: they may import it, it may not import them.
+TOP = {"app", "data"}
+HEAVY = {
+    "datasets",
+    "jsonargparse",
+    "lightning",
+    "lm_eval",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "peft",
+    "pytorch_lightning",
+    "rich",
+    "torchmetrics",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by dotted name without the package itself; '' is its __init__."""
+    found = {}
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = list(path.relative_to(ROOT / PACKAGE).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> set[str]:
+    """What a module imports, wherever in it: full dotted names, of our own modules without the package's name."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name or PACKAGE} has a relative import"
+            for alias in node.names:  # "from package import module" imports the module
+                inner = f"{node.module}.{alias.name}".removeprefix(f"{PACKAGE}.")
+                ours = str(node.module).split(".")[0] == PACKAGE
+                found.add(f"{PACKAGE}.{inner}" if ours and inner in MODULES else str(node.module))
+    return found
+
+
+def own(name: str) -> set[str]:
+    """Our own modules among the imports, without the package's name."""
+    return {i.removeprefix(PACKAGE).removeprefix(".") for i in imports(name) if i.split(".")[0] == PACKAGE}
+
+
+def layer(name: str) -> int | None:
+    head = name.split(".")[0]
+    return next((level for level, names in enumerate(LAYERS) if head in names), None)
+
+
+LIBRARY = [name for name in MODULES if layer(name) is not None]
+
+
+def test_the_layers_exist():
+    heads = {name.split(".")[0] for name in MODULES}
+    assert {name for names in LAYERS for name in names} <= heads
+    assert len(LIBRARY) > 20
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_imports_go_down(name):
+    for imported in own(name):
+        level = layer(imported)
+        assert level is not None, f"{name} imports {imported or PACKAGE}, which is above the library's layers"
+        assert level <= layer(name), f"{name} imports {imported}, which is in a higher layer"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.split(".")[0] == "functional"])
+def test_the_arithmetic_imports_torch_only(name):
+    for imported in imports(name):
+        head = imported.split(".")[0]
+        if head == PACKAGE:
+            assert imported.split(".")[1] in ("errors", "functional")
+        else:
+            assert head == "torch" or head in sys.stdlib_module_names, f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.split(".")[0] not in TOP])
+def test_the_library_does_without_heavy_packages(name):
+    heavy = {i for i in imports(name) if i.split(".")[0] in HEAVY}
+    assert not heavy
+    assert not {i for i in own(name) if i.split(".")[0] in TOP}, "the library does not know its users"
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_layers_import_torch_and_transformers_only(name):
+    allowed = {PACKAGE, "torch", "transformers", "safetensors"} | sys.stdlib_module_names
+    assert {i.split(".")[0] for i in imports(name)} <= allowed
+
+
+def test_no_cycles():
+    graph = {name: {i for i in own(name) if i in MODULES and i != name} for name in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for imported in graph[name]:
+                visit(imported, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_the_reader_of_imports_sees_what_is_there():
+    """Or all of the above would pass on anything."""
+    assert "torch" in imports("pruning")
+    assert {"pruned.context", "statistics", "plan"} <= own("pruning")
+    assert any("lightning" in imports(name) or "lightning.pytorch" in imports(name) for name in MODULES)
+
+
+def test_import_leaves_lightning_and_cuda_alone():
+    code = (
+        "import sys, pp_lightning, pp_lightning.methods, torch\n"
+        f"print(sorted(set({sorted(HEAVY)!r}) & set(sys.modules)), torch.cuda.is_initialized())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[] False"
+
+
+def test_public_names():
+    import pp_lightning
+
+    assert set(pp_lightning.__all__) >= {
+        "KeptUnits",
+        "Statistics",
+        "UserError",
+        "calibrate",
+        "frozen_history",
+        "kept_units",
+        "prune_",
+        "unprune_",
+    }
+    assert all(hasattr(pp_lightning, name) for name in pp_lightning.__all__)
