@@ -14,18 +14,25 @@ from pathlib import Path
 from typing import Literal
 
 Part = Literal["train", "calibration", "test"]
+Kind = Literal["all", "topic", "module"]
 
+_PARTS: tuple[Part, ...] = ("train", "calibration", "test")
 _EXCLUDED = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"})
 _MIN_CHARACTERS = 200  # shorter documents are one-line docstrings: no context to predict from
 
 
-def embedded_documents(part: Part) -> tuple[str, ...]:
+def embedded_documents(part: Part, kind: Kind = "all") -> tuple[str, ...]:
     """Documents of one part of the interpreter's documentation, in a fixed order.
+
+    Some modules repeat another's text; such a copy is left out of a later part, so that parts share no document.
 
     Args:
         part: ``"train"`` (8 of 10 documents), ``"calibration"`` or ``"test"`` (1 of 10 each).
+        kind: ``"topic"`` (the language reference, prose), ``"module"`` (docstrings) or ``"all"``.
     """
-    return tuple(text for name, text in _all_documents() if part_of(name) == part)
+    earlier = {text for name, text in _all_documents() if _PARTS.index(part_of(name)) < _PARTS.index(part)}
+    own = (text for name, text in _all_documents() if part_of(name) == part and kind in ("all", name.partition(":")[0]))
+    return tuple(text for text in own if text not in earlier)
 
 
 def embedded_digest(part: Part) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pp_lightning.data.embedded import Part, embedded_documents
+from pp_lightning.data.embedded import Kind, Part, embedded_documents
 from pp_lightning.errors import UserError
 
 
@@ -96,14 +96,16 @@ class Embedded(TextSource):
 
     Args:
         part: ``train``, ``calibration`` or ``test``; a fixed hash of the document's name decides.
+        kind: ``topic`` for the language reference, ``module`` for docstrings of the standard library, or ``all``.
     """
 
-    def __init__(self, part: Part = "test") -> None:
+    def __init__(self, part: Part = "test", kind: Kind = "all") -> None:
         self.part: Part = part
+        self.kind: Kind = kind
 
     def documents(self) -> Sequence[str]:
         """One document a help topic or standard-library module."""
-        return embedded_documents(self.part)
+        return embedded_documents(self.part, self.kind)
 
 
 def _read_text(path: str) -> str:

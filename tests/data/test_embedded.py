@@ -1,0 +1,51 @@
+"""The embedded corpus: parts that stay apart, and nothing imported to read them."""
+
+import subprocess
+import sys
+
+from pp_lightning.data.embedded import embedded_digest, embedded_documents, part_of
+
+PARTS = ("train", "calibration", "test")
+
+
+def test_parts_share_no_document():
+    parts = [set(embedded_documents(part)) for part in PARTS]
+    assert all(parts)
+    assert not parts[0] & parts[1]
+    assert not parts[0] & parts[2]
+    assert not parts[1] & parts[2]
+
+
+def test_sizes_and_order():
+    sizes = {part: sum(map(len, embedded_documents(part))) for part in PARTS}
+    assert sizes["train"] > 5 * sizes["test"] > 500_000
+    assert embedded_documents("test") == embedded_documents("test")
+
+
+def test_the_hash_is_fixed():
+    # If these move, every recorded figure on the embedded text is about another text.
+    names = ("topic:if", "module:abc.py", "module:json/__init__.py", "module:calendar.py")
+    assert [part_of(name) for name in names] == ["train", "train", "test", "train"]
+    names = [f"module:m{number}.py" for number in range(2000)]
+    shares = [sum(part_of(name) == part for name in names) / len(names) for part in PARTS]
+    assert 0.77 < shares[0] < 0.83 and 0.08 < shares[1] < 0.12 and 0.08 < shares[2] < 0.12
+
+
+def test_kinds_make_up_the_whole():
+    topics, modules = embedded_documents("test", "topic"), embedded_documents("test", "module")
+    assert topics and modules
+    assert sorted(topics + modules) == sorted(embedded_documents("test"))
+
+
+def test_digest_follows_the_text():
+    assert len({embedded_digest(part) for part in PARTS}) == 3
+    assert embedded_digest("test") == embedded_digest("test")
+
+
+def test_reading_imports_nothing_of_the_library():
+    code = (
+        "import sys; from pp_lightning.data.embedded import embedded_documents; before = set(sys.modules);"
+        "embedded_documents('test'); print(sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
