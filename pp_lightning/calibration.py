@@ -24,7 +24,7 @@ from pp_lightning.statistics import BlockKey, BlockSums, Statistics, fingerprint
 @torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Mapping[str, Any]],
     *,
     means: bool = True,
     layers: Sequence[int] | None = None,

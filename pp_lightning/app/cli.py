@@ -3,14 +3,15 @@
 import logging
 import sys
 import warnings
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import RichProgressBar
+from jsonargparse import ArgumentError, DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from pp_lightning.app.module import PrunedLM
+from pp_lightning.app.progress import EvaluationProgress
 from pp_lightning.app.report import comma_separated, markdown, plot, show
 from pp_lightning.app.results import Comparison, environment, write_json, write_text
 from pp_lightning.app.trainer import PruningTrainer
@@ -24,8 +25,33 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_checkpointing": False,
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # the data module shares out whole batches itself, none twice
-    "callbacks": [RichProgressBar(leave=False)],
+    "callbacks": [EvaluationProgress()],
 }
+
+
+COMMANDS = {
+    "test": "Evaluate one model: dense, or pruned with --model.method.",
+    "compare": "Evaluate the dense model and several methods and ratios in one run: one table, one plot.",
+    "fit": "Train a causal language model on --data.train and write it as a transformers checkpoint.",
+}
+
+EXAMPLES = """
+examples:
+  every method on the model that comes with the package, no network needed
+    pp-lightning compare --config configs/tiny/compare.yaml --out results/demo
+  your model, your text, calibrated on your json lines of {"text": ...}
+    pp-lightning compare --model.path DIR --data.text WikiText2 --data.text.path wiki.test.raw \\
+        --data.calibration C4 --data.calibration.path c4.jsonl.gz --methods [pp,flap] --ratios [0.2,0.4] --out DIR2
+  one method with its own settings
+    pp-lightning test --model.path DIR --model.method ProbePruning --model.method.token_ratio 0.25 \\
+        --model.pruning_ratio 0.4 --out DIR2
+  all settings as a file to edit
+    pp-lightning test --print_config > my.yaml
+"""
+
+
+class ExamplesFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the examples as they are written."""
 
 
 class PruningCLI(LightningCLI):
@@ -35,6 +61,13 @@ class PruningCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Trainer methods that are commands, with the arguments that are filled in here."""
         return {"test": _FILLED_IN | {"ckpt_path"}, "compare": _FILLED_IN, "fit": _FILLED_IN}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Model and data first in the help: Lightning's trainer has forty options that few runs need."""
+        parser.add_lightning_class_args(PrunedLM, "model")
+        parser.add_lightning_class_args(LanguageModelling, "data")
+        parser.add_lightning_class_args(PruningTrainer, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items() if key != "callbacks"})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options that every command has."""
@@ -106,11 +139,30 @@ def main() -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in PruningCLI.subcommands()}},
+            parser_kwargs=_parser_settings(),
         )
     except (UserError, ArgumentError) as error:
         print(f"pp-lightning: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _parser_settings() -> dict[str, Any]:
+    """Usage, description and examples of the program and of every command."""
+    settings: dict[str, Any] = {
+        "prog": "pp-lightning",
+        "usage": "pp-lightning COMMAND [options]        pp-lightning COMMAND --help",
+        "description": "Prune large language models per batch or for good, and see what it costs and saves.",
+        "epilog": EXAMPLES,
+        "formatter_class": ExamplesFormatter,
+        "exit_on_error": False,
+    }
+    for command, description in COMMANDS.items():
+        settings[command] = {
+            "usage": f"pp-lightning {command} [--config FILE] [options]",
+            "description": description,
+            "exit_on_error": False,
+        }
+    return settings
 
 
 def _quiet() -> None:
@@ -118,4 +170,4 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="jsonargparse.*")
+    warnings.filterwarnings("ignore", message=".*treespec.*is deprecated.*")

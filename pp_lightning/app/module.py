@@ -8,7 +8,6 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torchmetrics import Metric
 from transformers import get_cosine_schedule_with_warmup
 
 from pp_lightning.app.metrics import BatchMeanPerplexity, Perplexity
@@ -92,7 +91,7 @@ class PrunedLM(L.LightningModule):
         self.label = "dense" if method is None else method.label
         self.tokenizer = load_tokenizer(path, pad_token)
         self.model = new_model(path) if from_scratch else load_model(path, dtype, allow_pickle=allow_pickle)
-        self.perplexity: Metric = Perplexity()
+        self.perplexity: Perplexity | BatchMeanPerplexity = Perplexity()
         self.evaluation: Evaluation | None = None
         self._statistics: Statistics | None = None
         self._milliseconds: list[float] = []
@@ -110,7 +109,9 @@ class PrunedLM(L.LightningModule):
         self.data.use_tokenizer(self.tokenizer)
         limit = self.model.config.max_position_embeddings
         if self.data.window > limit:
-            raise UserError(f"windows of {self.data.window} tokens exceed the model's {limit} positions: lower --data.window")
+            raise UserError(
+                f"windows of {self.data.window} tokens exceed the model's {limit} positions: lower --data.window"
+            )
         self.check_plan(self.method, self.pruning_ratio)
 
     def check_plan(self, method: PruningMethod | None, pruning_ratio: float) -> None:
@@ -143,7 +144,9 @@ class PrunedLM(L.LightningModule):
         """Score one batch and time it."""
         self._synchronise()
         start = time.perf_counter()
-        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        logits = self.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
         self._synchronise()
         self._milliseconds.append(1000 * (time.perf_counter() - start))
         self.perplexity.update(logits, batch["labels"])
@@ -240,4 +243,3 @@ class PrunedLM(L.LightningModule):
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-

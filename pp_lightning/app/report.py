@@ -96,7 +96,9 @@ def plot(rows: Sequence[Comparison], caption: str, path: Path) -> None:
         x, y = zip(*sorted(points, reverse=True), strict=True)
         axes.plot(x, y, marker="o", label=NAMES.get(label, label))
     axes.plot([dense.flops_ratio], [dense.perplexity], marker="*", markersize=14, color="black", linestyle="none")
-    axes.annotate("dense", (dense.flops_ratio, dense.perplexity), xytext=(-8, 10), textcoords="offset points", ha="right")
+    axes.annotate(
+        "dense", (dense.flops_ratio, dense.perplexity), xytext=(-8, 10), textcoords="offset points", ha="right"
+    )
     axes.invert_xaxis()
     axes.set(xlabel="FLOPs relative to dense (probe included)", ylabel="perplexity", yscale="log")
     axes.grid(alpha=0.3, which="both")

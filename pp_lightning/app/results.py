@@ -76,7 +76,7 @@ class Comparison:
         degradation: perplexity above the dense model's.
         time_ratio: time over dense time.
         efficiency: FLOPs ratio over time ratio; 1 means every saved operation became saved time.
-        prr: perplexity lost per millisecond saved, ``(ppl - ppl_dense) / (time_dense - time)``; None where none is saved.
+        prr: perplexity lost per millisecond saved, ``(ppl - ppl_dense) / (time_dense - time)``, where any is saved.
     """
 
     evaluation: Evaluation
