@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from pp_lightning import UserError, kept_units, prune_
+from pp_lightning import UserError, calibrate, kept_units, prune_
 from pp_lightning.methods import FullBatchProbing, ProbePruning
 from tests.models import (
     CALIBRATED,
     MODELS,
+    PRUNED,
     SETTINGS,
+    calibration_batches,
     choices,
     histories,
     ids,
@@ -18,6 +20,7 @@ from tests.models import (
     statistics,
     tiny,
 )
+from tests.recording import RecordingProbePruning
 
 METHODS = {
     "pp": lambda: ProbePruning(row_ratio=0.3),
@@ -224,3 +227,23 @@ def test_embeddings_instead_of_ids():
     with torch.no_grad():
         found = model(inputs_embeds=model.get_input_embeddings()(ids()), use_cache=False).logits
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("left", "right"), [(6, 0), (0, 6), (3, 3)])
+def test_scores_do_not_see_the_padding(attention, left, right):
+    """A padded batch has room for more tokens in its probe; what fills it must not be attended to."""
+    text = ids(5, 22)
+    text[:, -1] = 9  # the last column is part of the probe: what fills the room is that column once more
+    found = []
+    for batch in (padded(text), padded(text, left, right)):
+        model, method = tiny("llama", attn_implementation=attention), RecordingProbePruning()
+        with torch.no_grad():
+            model.get_input_embeddings().weight[9] *= 20
+        prune_(model, method, calibrate(model, calibration_batches(), progress=False), **SETTINGS)
+        run(model, batch)
+        found.append(method.taken(PRUNED))
+    for key, record in found[0].items():
+        assert record.probe.tokens[-1] == 21
+        torch.testing.assert_close(found[1][key].scores, record.scores, rtol=1e-4, atol=0)
+        assert len(found[1][key].probe.tokens) > len(record.probe.tokens)
