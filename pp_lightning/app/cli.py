@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, DefaultHelpFormatter
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from pp_lightning.app.module import PrunedLM
@@ -25,7 +27,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_checkpointing": False,
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # the data module shares out whole batches itself, none twice
-    "callbacks": [EvaluationProgress()],
 }
 
 
@@ -67,11 +68,19 @@ class PruningCLI(LightningCLI):
         parser.add_lightning_class_args(PrunedLM, "model")
         parser.add_lightning_class_args(LanguageModelling, "data")
         parser.add_lightning_class_args(PruningTrainer, "trainer")
-        parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items() if key != "callbacks"})
+        parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options that every command has."""
         parser.add_argument("--out", type=str, default="results", help="Folder that everything is written into.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add our progress bar, unless the user wants none or brings one."""
+        wanted = self._get(self.config_init, "trainer")
+        own = [callback for callback in wanted["callbacks"] or [] if isinstance(callback, ProgressBar)]
+        if wanted["enable_progress_bar"] is not False and not own:
+            self.trainer_defaults = {**self.trainer_defaults, "callbacks": [EvaluationProgress()]}
+        return super().instantiate_trainer(**kwargs)
 
     @property
     def out(self) -> Path:

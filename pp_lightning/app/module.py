@@ -177,6 +177,10 @@ class PrunedLM(L.LightningModule):
         if self.reuse and is_pruned(self.model):
             unprune_(self.model)
 
+    def on_fit_start(self) -> None:
+        """Train in training mode: checkpoints are loaded for evaluation."""
+        self.model.train()
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Mean next-token cross-entropy of one batch."""
         loss: Tensor = self.model(**batch, use_cache=False).loss

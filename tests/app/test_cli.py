@@ -1,0 +1,278 @@
+"""The command line as a user types it: results, reproducibility, and one line for every mistake."""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from pp_lightning.app.cli import main
+from pp_lightning.data.train_tokenizer import train_tokenizer
+from tests.models import tiny
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = sorted((REPOSITORY / "configs").glob("*/*.yaml"))
+VOCABULARY = 320
+FILES = {"results.json", "results.csv", "results.md"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A checkpoint with its tokenizer, a text to test on and documents to calibrate on."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny("llama", vocab_size=VOCABULARY).save_pretrained(folder / "model")
+    train_tokenizer(VOCABULARY).save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("\n".join(f"line {n} of a text that is long enough to test on" for n in range(60)))
+    words = " ".join(f"word{n}" for n in range(200))
+    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": f"{n} {words}"}) + "\n" for n in range(4)))
+    return folder
+
+
+@pytest.fixture
+def arguments(place):
+    """Everything but the command, as a dictionary to change and ``type_in``."""
+    return {
+        "--model.path": place / "model",
+        "--model.skip_layers": "[0,1]",
+        "--model.round_to": 16,
+        "--data.window": 32,
+        "--data.batch_size": 4,
+        "--data.calibration_samples": 8,
+        "--data.text": "TextFile",
+        "--data.text.path": place / "text.txt",
+        "--data.calibration": "C4",
+        "--data.calibration.path": place / "documents.jsonl",
+        "--trainer.accelerator": "cpu",
+        "--trainer.enable_progress_bar": "false",
+    }
+
+
+@pytest.fixture
+def type_in(monkeypatch):
+    """Run the program with these words in this process; returns its exit code."""
+
+    def run(command, arguments, **more):
+        words = [str(word) for pair in arguments.items() for word in pair]
+        monkeypatch.setattr(sys, "argv", ["pp-lightning", command, *words, *map(str, more.get("extra", []))])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return run
+
+
+def refused(capsys):
+    """The one line that a mistake leaves on the error stream."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pp-lightning:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_compare_writes_the_table_for_eyes_and_machines(type_in, arguments, tmp_path):
+    extra = ["--methods", "[full_batch,pp,ppsp,flap,wanda_sp]", "--ratios", "[0.2,0.4]", "--out", tmp_path]
+    assert type_in("compare", arguments, extra=extra) == 0
+    assert {path.name for path in tmp_path.iterdir()} == FILES | {"results.png"}
+    record = json.loads((tmp_path / "results.json").read_text())
+    rows = record["rows"]
+    assert [row["method"] for row in rows] == ["dense"] + ["full_batch", "pp", "ppsp", "flap", "wanda_sp"] * 2
+    assert [row["pruning_ratio"] for row in rows] == [0.0] + [0.2] * 5 + [0.4] * 5
+    dense = rows[0]
+    assert (dense["flops_ratio"], dense["degradation"], dense["kept"]) == (1.0, 0.0, {})
+    for row in rows[1:]:
+        assert row["perplexity"] != dense["perplexity"]
+        assert row["tokens"] == dense["tokens"]
+        assert row["degradation"] == row["perplexity"] - dense["perplexity"]
+        assert (row["flops_ratio"] > 1) == (row["method"] == "full_batch")
+        assert (row["probe_share"] > 0) == (row["method"] in ("full_batch", "pp"))
+    assert rows[7]["kept"] == {"attention": [3, 3], "mlp": [64, 64]}
+    assert record["data"]["batch_size"] == 4
+    assert record["data"]["order"]
+    assert len(record["data"]["text"]["sha256"]) == 64
+    assert record["environment"]["versions"]["torch"] == torch.__version__
+    assert record["environment"]["device"] == "cpu"
+    assert record["settings"]["model"]["round_to"] == 16
+    assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 11
+    table = (tmp_path / "results.md").read_text()
+    assert table.count("Probe Pruning") == 2
+    assert "batch 4 x 32" in table and "float32" in table
+
+
+def test_test_gives_the_figures_of_compare_and_of_plain_transformers(type_in, arguments, tmp_path, place):
+    extra = ["--methods", "[pp]", "--ratios", "[0.4]", "--out", tmp_path / "compare"]
+    assert type_in("compare", arguments, extra=extra) == 0
+    extra = ["--model.method", "ProbePruning", "--model.pruning_ratio", 0.4, "--out", tmp_path / "test"]
+    assert type_in("test", arguments, extra=extra) == 0
+    assert type_in("test", arguments, extra=["--out", tmp_path / "dense"]) == 0
+    rows = json.loads((tmp_path / "compare" / "results.json").read_text())["rows"]
+    alone = json.loads((tmp_path / "test" / "results.json").read_text())["rows"]
+    assert alone[0]["perplexity"] == rows[1]["perplexity"]
+    assert alone[0]["kept"] == rows[1]["kept"]
+    assert (
+        json.loads((tmp_path / "dense" / "results.json").read_text())["rows"][0]["perplexity"] == rows[0]["perplexity"]
+    )
+    assert rows[0]["perplexity"] == pytest.approx(_perplexity(place), rel=1e-5)
+
+
+@torch.no_grad()
+def _perplexity(place):
+    """Perplexity by stock transformers, one window at a time."""
+    model = AutoModelForCausalLM.from_pretrained(place / "model").eval()
+    tokens = train_tokenizer(VOCABULARY)((place / "text.txt").read_text(), return_tensors="pt")["input_ids"][0]
+    total, count = 0.0, 0
+    for window in tokens.split(32):
+        loss = model(input_ids=window[None], labels=window[None]).loss
+        total, count = total + float(loss) * (len(window) - 1), count + len(window) - 1
+    return float(torch.tensor(total / count).exp())
+
+
+def test_variants_are_rows_with_settings_of_their_own(type_in, arguments, tmp_path):
+    config = tmp_path / "variants.yaml"
+    method = {"class_path": "pp_lightning.methods.ProbePruning", "init_args": {"blocks": ["mlp"], "row_ratio": 0.5}}
+    config.write_text(yaml.safe_dump({"methods": [], "ratios": [0.4], "variants": {"channels only": method}}))
+    assert type_in("compare", {"--config": config, **arguments}, extra=["--out", tmp_path / "out"]) == 0
+    row = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][1]
+    assert row["method"] == "channels only"
+    assert row["settings"]["row_ratio"] == 0.5
+    assert row["kept"] == {"attention": [8, 8], "mlp": [64, 64]}
+
+
+def test_paper_protocol(type_in, arguments, tmp_path):
+    extra = ["--data.protocol", "paper", "--out", tmp_path]
+    assert type_in("test", arguments, extra=extra) == 0
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["data"]["order"] == "random starts"
+    assert record["rows"][0]["tokens"] % (4 * 31) == 0
+
+
+def test_statistics_file_is_written_and_read(type_in, arguments, tmp_path):
+    file = tmp_path / "statistics.safetensors"
+    extra = ["--model.method", "WandaSP", "--model.statistics", file]
+    assert type_in("test", arguments, extra=[*extra, "--out", tmp_path / "first"]) == 0
+    written = file.read_bytes()
+    extra = ["--model.method", "FLAP", "--model.statistics", file]
+    assert type_in("test", arguments, extra=[*extra, "--out", tmp_path / "second"]) == 0
+    assert file.read_bytes() == written
+
+
+def test_fit_writes_a_checkpoint_that_test_reads(type_in, arguments, place, tmp_path):
+    sources = [{"class_path": "pp_lightning.data.TextFile", "init_args": {"path": str(place / "text.txt")}}]
+    config = tmp_path / "fit.yaml"
+    trainer = {"max_steps": 4, "max_epochs": -1, "enable_progress_bar": False, "accelerator": "cpu"}
+    config.write_text(yaml.safe_dump({"data": {"train": sources}, "trainer": trainer}))
+    extra = ["--model.learning_rate", 0.01, "--model.warmup_steps", 1, "--out", tmp_path / "trained"]
+    assert type_in("fit", {"--config": config, **arguments}, extra=extra) == 0
+    before = type_in("test", arguments, extra=["--out", tmp_path / "before"])
+    after = type_in("test", {**arguments, "--model.path": tmp_path / "trained"}, extra=["--out", tmp_path / "after"])
+    assert (before, after) == (0, 0)
+    figures = [json.loads((tmp_path / n / "results.json").read_text())["rows"][0] for n in ("before", "after")]
+    assert figures[1]["perplexity"] < 0.9 * figures[0]["perplexity"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_config_parses(path, monkeypatch, capsys):
+    command = path.stem if path.stem in ("compare", "fit") else "test"
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["pp-lightning", command, "--config", str(path), "--print_config"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(path.read_text())
+    assert resolved["data"]["window"] == given["data"]["window"]
+    assert f"configs/{path.parent.name}/{path.name}" in path.read_text()  # its own command stands in its first lines
+
+
+def test_all_published_models_have_all_methods():
+    for model in ("llama-2-7b", "llama-2-13b", "llama-3-8b", "opt-13b", "tiny"):
+        names = {path.stem for path in CONFIGS if path.parent.name == model}
+        assert names >= {"dense", "full_batch_probing", "probe_pruning", "static_ppsp", "flap", "wanda_sp", "compare"}
+
+
+MISTAKES = {
+    "missing checkpoint": ({"--model.path": "/nowhere/at/all"}, "no checkpoint folder"),
+    "folder without config": ({"--model.path": str(REPOSITORY / "tests")}, r"has no config.json"),
+    "missing text": ({"--data.text.path": "/nowhere.txt"}, "no text file at /nowhere.txt"),
+    "ratio of one": ({"--model.pruning_ratio": 1.0}, r"must be in \[0, 1\)"),
+    "negative ratio": ({"--model.pruning_ratio": -0.1}, r"must be in \[0, 1\)"),
+    "no head left": ({"--model.pruning_ratio": 0.9}, "leaves no head"),
+    "no layer left": ({"--model.skip_layers": "[0,1,2,3,4]"}, "leaves none of the 5 layers"),
+    "layer that is not there": ({"--model.skip_layers": "[7]"}, "names layer 7"),
+    "window too long": ({"--data.window": 4096}, "exceed the model's 128 positions"),
+    "unknown key": ({"--model.colour": "red"}, "model.colour"),
+    "unknown method class": ({"--model.method": "Magic"}, "Magic"),
+    "unknown setting of a method": ({"--model.method.colour": "red"}, "colour"),
+    "unknown protocol": ({"--data.protocol": "mine"}, "protocol"),
+    "text for a number": ({"--data.window": "long"}, "window"),
+    "no document long enough": (
+        {"--data.calibration_samples": 4, "--data.window": 128, "--data.calibration": "short"},
+        "none of the",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(mistake, type_in, arguments, tmp_path, capsys):
+    changes, message = MISTAKES[mistake]
+    given = {**arguments, "--model.method": "ProbePruning", "--out": tmp_path / "out", **changes}
+    if given["--data.calibration"] == "short":
+        (tmp_path / "short.jsonl").write_text('{"text": "too short"}\n')
+        given |= {"--data.calibration": "C4", "--data.calibration.path": tmp_path / "short.jsonl"}
+    assert type_in("test", given) == 2
+    assert re.search(message, refused(capsys))
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_text(type_in, arguments, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    given = {**arguments, "--data.text.path": tmp_path / "empty.txt", "--out": tmp_path / "out"}
+    assert type_in("test", given) == 2
+    assert "use a longer text" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_method_in_compare(type_in, arguments, tmp_path, capsys):
+    assert type_in("compare", arguments, extra=["--methods", "[pp,magic]", "--out", tmp_path / "out"]) == 2
+    assert "unknown method 'magic': choose from full_batch, pp, ppsp, flap, wanda_sp" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_of_another_model(type_in, arguments, tmp_path, capsys):
+    file = tmp_path / "statistics.safetensors"
+    given = {**arguments, "--model.method": "WandaSP", "--model.statistics": file}
+    assert type_in("test", given, extra=["--out", tmp_path / "mine"]) == 0
+    torch.manual_seed(3)
+    other = tiny("llama", vocab_size=VOCABULARY)
+    other.model.layers[2].mlp.up_proj.weight.data.add_(0.01)
+    other.save_pretrained(tmp_path / "other")
+    train_tokenizer(VOCABULARY).save_pretrained(tmp_path / "other")
+    given |= {"--model.path": tmp_path / "other", "--out": tmp_path / "out"}
+    assert type_in("test", given) == 2
+    assert "another model" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite(type_in, arguments, tmp_path, capsys):
+    broken = tiny("llama", vocab_size=VOCABULARY)
+    broken.lm_head.weight.data[5, 5] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    train_tokenizer(VOCABULARY).save_pretrained(tmp_path / "broken")
+    assert type_in("test", {**arguments, "--model.path": tmp_path / "broken", "--out": tmp_path / "out"}) == 2
+    assert "logits are not finite" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_teaches(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pp-lightning", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    text = capsys.readouterr().out
+    assert "examples:" in text and "pp-lightning compare --config configs/tiny/compare.yaml" in text
+    for command in ("test", "compare", "fit"):
+        assert command in text
