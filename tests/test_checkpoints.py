@@ -60,7 +60,7 @@ def test_truncated_weights(folder):
 def test_weights_missing_from_the_file(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
-    with pytest.raises(UserError, match="lacks .* weights"):
+    with pytest.raises(UserError, match=r"lacks .* weights"):
         load_model(str(folder))
 
 

@@ -134,7 +134,7 @@ class PrunedBlock(nn.Module, ABC):
         self.register_buffer("kept", torch.arange(keep, device=device), persistent=False)
         self._held: Weights | None = None
         block_size = sum(linear.weight.numel() for linear in (*modules.inputs.values(), modules.output))
-        self._slice_size = block_size * keep // units.number
+        self.slice_size = block_size * keep // units.number
 
     @property
     def parts(self) -> BlockModules:
@@ -166,7 +166,7 @@ class PrunedBlock(nn.Module, ABC):
             self._held = None  # before slicing again, so that two slices never exist at once
             with torch.no_grad():
                 self.kept.copy_(self._choose(normed, residual, probed, around))
-            memory = self.context.workspace.begin(self.parts.output_weight, self._slice_size)
+            memory = self.context.workspace.begin(self.parts.output_weight, self.slice_size)
             weights = Weights(self.slices(self.kept, memory), self.kept)
         states = self.states(normed, weights, around)
         if self.history is not None and not (self.context.decoding or self.context.frozen):

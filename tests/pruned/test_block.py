@@ -56,7 +56,7 @@ def test_one_slice_at_a_time_in_one_buffer(name, unit):
     logits(model, ids())
     workspace = pruning_of(model).context.workspace
     address, size = workspace._buffer.data_ptr(), workspace._buffer.numel()
-    assert size == max(block._slice_size for block in blocks_of(model))
+    assert size == max(block.slice_size for block in blocks_of(model))
     logits(model, ids(seed=2))
     assert (workspace._buffer.data_ptr(), workspace._buffer.numel()) == (address, size)
     # nothing is held between batches but that

@@ -1,0 +1,63 @@
+"""Peak memory of dense and probe-pruned evaluation, each in a process of its own. Prints a table; asserts nothing.
+
+    python benchmarks/peak_memory.py [--rows 20] [--tokens 256] [--ratio 0.4]
+
+The bound for Probe Pruning is the dense peak + the histories + one block's slice, + 5%. Calibration is included.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+
+import torch
+from eager_efficiency import VOCABULARY, build, run
+
+from pp_lightning import calibrate, prune_
+from pp_lightning.methods import ProbePruning
+from pp_lightning.pruning import pruners_of
+
+MEGA = 1e6
+
+
+def measure(variant: str, rows: int, tokens: int, ratio: float) -> dict[str, float]:
+    torch.manual_seed(0)
+    model = build(torch.float32)
+    sizes = {"history": 0.0, "slice": 0.0}
+    if variant == "pp":
+        batches = [{"input_ids": torch.randint(0, VOCABULARY, (rows, tokens))}]
+        stats = calibrate(model, batches, means=False, progress=False)
+        prune_(model, ProbePruning(), stats, pruning_ratio=ratio, skip_layers=(), release_stats=True)
+        blocks = [block for pruner in pruners_of(model).values() for block in (pruner.attention, pruner.mlp)]
+        sizes["history"] = sum(block.history.nbytes for block in blocks if block.history is not None) / MEGA
+        sizes["slice"] = 4 * max(block.slice_size for block in blocks) / MEGA
+    for _ in range(3):
+        run(model, torch.randint(0, VOCABULARY, (rows, tokens)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGA
+    return {"peak": peak, **sizes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--ratio", type=float, default=0.4)
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.variant:
+        print(json.dumps(measure(options.variant, options.rows, options.tokens, options.ratio)))
+        return
+    found = {}
+    for variant in ("dense", "pp"):
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--variant", variant], capture_output=True, check=True)
+        found[variant] = json.loads(done.stdout)
+    dense, pruned = found["dense"]["peak"], found["pp"]["peak"]
+    bound = 1.05 * (dense + found["pp"]["history"] + found["pp"]["slice"])
+    print("| dense peak | PP peak | histories | one block's slice | bound |\n|---:|---:|---:|---:|---:|")
+    print(f"| {dense:.0f} | {pruned:.0f} | {found['pp']['history']:.0f} | {found['pp']['slice']:.0f} | {bound:.0f} |")
+    print(f"\nMB, resident; B={options.rows}, S={options.tokens}, ratio {options.ratio}, float32, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()
