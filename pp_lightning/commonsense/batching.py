@@ -14,8 +14,8 @@ from pp_lightning.commonsense.encoding import EncodedQuestion, EncodedRow
 from pp_lightning.errors import UserError
 
 
-class ChoiceBatch(TypedDict):
-    """Whole questions, ready to be scored.
+class RowBatch(TypedDict):
+    """Rows ready to be scored.
 
     A row's continuation is predicted from its input without the continuation's last token. Rows whose inputs are the
     same, as BoolQ's " no" and " yes", therefore share one: it is run once, with the same result.
@@ -27,10 +27,6 @@ class ChoiceBatch(TypedDict):
         targets: continuation tokens, row after row, (K,) int64.
         target_row: row of each, (K,) int64.
         target_position: column of the input that predicts it, (K,) int64.
-        row_question: question of each row, counted from 0, (R,) int64; rows of a question are neighbours.
-        row_characters: characters of the choice, (R,) int64.
-        gold: index of the right choice among the question's rows, (Q,) int64.
-        cut_rows: rows whose context lost tokens on the left, () int64.
     """
 
     input_ids: Tensor
@@ -39,6 +35,18 @@ class ChoiceBatch(TypedDict):
     targets: Tensor
     target_row: Tensor
     target_position: Tensor
+
+
+class ChoiceBatch(RowBatch):
+    """Rows that are the choices of whole questions.
+
+    Attributes:
+        row_question: question of each row, counted from 0, (R,) int64; rows of a question are neighbours.
+        row_characters: characters of the choice, (R,) int64.
+        gold: index of the right choice among the question's rows, (Q,) int64.
+        cut_rows: rows whose context lost tokens on the left, () int64.
+    """
+
     row_question: Tensor
     row_characters: Tensor
     gold: Tensor
@@ -84,22 +92,29 @@ def collate_questions(group: Sequence[EncodedQuestion], pad_id: int) -> ChoiceBa
         pad_id: token to pad with; it is masked.
     """
     rows = [row for question in group for row in question.rows]
-    inputs: dict[tuple[int, ...], int] = {}
-    row_input = [inputs.setdefault(row.inputs, len(inputs)) for row in rows]
-    ids, mask = _padded(list(inputs), pad_id)
     owners = [index for index, question in enumerate(group) for _ in question.rows]
     characters = [count for question in group for count in question.question.characters]
     return ChoiceBatch(
+        **collate_rows(rows, pad_id),
+        row_question=torch.tensor(owners),
+        row_characters=torch.tensor(characters),
+        gold=torch.tensor([question.question.gold for question in group]),
+        cut_rows=torch.tensor(sum(row.cut > 0 for row in rows)),
+    )
+
+
+def collate_rows(rows: Sequence[EncodedRow], pad_id: int) -> RowBatch:
+    """One batch of these rows, padded with ``pad_id``."""
+    inputs: dict[tuple[int, ...], int] = {}
+    row_input = [inputs.setdefault(row.inputs, len(inputs)) for row in rows]
+    ids, mask = _padded(list(inputs), pad_id)
+    return RowBatch(
         input_ids=ids,
         attention_mask=mask,
         row_input=torch.tensor(row_input),
         targets=torch.tensor([token for row in rows for token in row.continuation]),
         target_row=torch.tensor([index for index, row in enumerate(rows) for _ in row.continuation]),
         target_position=torch.tensor([position for row in rows for position in _positions(row)]),
-        row_question=torch.tensor(owners),
-        row_characters=torch.tensor(characters),
-        gold=torch.tensor([question.question.gold for question in group]),
-        cut_rows=torch.tensor(sum(row.cut > 0 for row in rows)),
     )
 
 

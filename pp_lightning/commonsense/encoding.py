@@ -7,6 +7,7 @@ a context moves to the continuation, and special tokens are the tokenizer's own 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
@@ -58,12 +59,12 @@ def encode_questions(
     pairs = [_spaces_moved(*pair) for q in questions for pair in zip(q.contexts, q.continuations, strict=True)]
     contexts = _Encoder(tokenizer)(sorted({context for context, _ in pairs}))
     wholes = _Encoder(tokenizer)(sorted({context + continuation for context, continuation in pairs}))
-    encoded, position = [], 0
+    encoded, remaining = [], iter(pairs)
     for question in questions:
         rows = []
-        for context, continuation in pairs[position : position + len(question.continuations)]:
-            rows.append(_encoded_row(contexts[context], wholes[context + continuation], window, question.origin))
-        position += len(rows)
+        for context, continuation in islice(remaining, len(question.continuations)):
+            alone, whole = contexts[context], wholes[context + continuation]
+            rows.append(encoded_row(alone, whole[len(alone) :], window, question.origin))
         encoded.append(EncodedQuestion(question, tuple(rows)))
     return encoded
 
@@ -74,16 +75,27 @@ def _spaces_moved(context: str, continuation: str) -> tuple[str, str]:
     return bare, context[len(bare) :] + continuation
 
 
-def _encoded_row(context: list[int], whole: list[int], window: int, origin: str) -> EncodedRow:
-    continuation = whole[len(context) :]
+def encoded_row(context: Sequence[int], continuation: Sequence[int], window: int, origin: str) -> EncodedRow:
+    """One row, cut on the left to the window.
+
+    The harness joins the two parts, which matters where a continuation changes how the end of its context is split.
+
+    Args:
+        context: tokens of the context alone.
+        continuation: what follows as many tokens of the two texts together.
+        window: tokens that the model may be run on.
+        origin: for messages.
+
+    Raises:
+        UserError: a part has no tokens, or the continuation alone exceeds the window.
+    """
     if not context or not continuation:
         raise UserError(f"{origin}: the tokenizer leaves no token for {'a choice' if context else 'the context'}")
     if len(continuation) > window:
         raise UserError(
             f"{origin}: a choice alone has {len(continuation)} tokens, which exceeds the window of {window}"
         )
-    # The harness joins the two parts again, which matters where a continuation changes how the context is split.
-    joined = context + continuation
+    joined = [*context, *continuation]
     return EncodedRow(tuple(joined[-(window + 1) : -1]), tuple(continuation), max(0, len(joined) - (window + 1)))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pp_lightning.architectures import architecture_of
-from pp_lightning.commonsense.batching import ChoiceBatch
+from pp_lightning.commonsense.batching import RowBatch
 from pp_lightning.errors import UserError
 
 # Positions projected at a time: the float32 logits of a 128k vocabulary then take 0.25 GB, whatever the batch.
@@ -29,14 +29,14 @@ class RowScores(NamedTuple):
     tokens: Tensor
 
 
-def score_batch(model: PreTrainedModel, batch: ChoiceBatch) -> RowScores:
+def score_batch(model: PreTrainedModel, batch: RowBatch) -> RowScores:
     """Score every row of a batch.
 
     Log-probabilities are float32, from float32 logits, and summed in float64.
 
     Args:
         model: LLaMA, Mistral, Qwen2, Qwen3 or OPT, in evaluation mode.
-        batch: from :func:`~pp_lightning.commonsense.batching.collate_questions`, on any device.
+        batch: from :func:`~pp_lightning.commonsense.batching.collate_rows` or ``collate_questions``, on any device.
 
     Raises:
         UserError: the model is not supported, or its logits are not finite.
@@ -46,7 +46,7 @@ def score_batch(model: PreTrainedModel, batch: ChoiceBatch) -> RowScores:
 
 
 @torch.no_grad()
-def score_tokens(model: PreTrainedModel, batch: ChoiceBatch, *, greedy: bool = False) -> tuple[Tensor, Tensor | None]:
+def score_tokens(model: PreTrainedModel, batch: RowBatch, *, greedy: bool = False) -> tuple[Tensor, Tensor | None]:
     """Score every continuation token of a batch.
 
     Args:
@@ -73,7 +73,7 @@ def score_tokens(model: PreTrainedModel, batch: ChoiceBatch, *, greedy: bool = F
     return torch.cat(scores).cpu(), torch.cat(hits).cpu() if greedy else None
 
 
-def sum_rows(batch: ChoiceBatch, log_probabilities: Tensor) -> RowScores:
+def sum_rows(batch: RowBatch, log_probabilities: Tensor) -> RowScores:
     """Add up the log-probabilities (K,) of each row's tokens.
 
     Raises:
@@ -99,7 +99,7 @@ def check_window(model: PreTrainedModel, window: int) -> None:
         raise UserError(f"a window of {window} tokens exceeds the {longest} positions of the model: use a smaller one")
 
 
-def _hidden_states(model: PreTrainedModel, batch: ChoiceBatch) -> Tensor:
+def _hidden_states(model: PreTrainedModel, batch: RowBatch) -> Tensor:
     """What the vocabulary projection is applied to, (I, S, D).
 
     The decoder is called as a module, by the path that pruning hooks into, so a pruned model sees the batch begin.
