@@ -16,10 +16,6 @@ from tests.commonsense.samples import ROWS, data_of, tiny_model, write_samples
 from tests.commonsense.tokenizers import TEXT, tokenizer_of
 
 
-class Interrupted(Exception):
-    pass
-
-
 def pruned(method: Any = None, seed: int = 0) -> Any:
     model = tiny_model("metaspace")
     ids = torch.tensor(tokenizer_of("metaspace")("\n".join(TEXT[seed:]))["input_ids"][: 8 * 64]).view(8, 64)
@@ -63,9 +59,9 @@ def test_an_interrupted_evaluation_goes_on_at_its_task(after: str, tmp_path: Pat
 
     def interrupt(task: str, done: int, _: int) -> None:
         if task == after and done == 1:
-            raise Interrupted
+            raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         evaluate_tasks(pruned(), data, progress=interrupt, resume_file=file)
     before = list(TASK_NAMES[: TASK_NAMES.index(after)])
     assert list(json.loads(file.read_text())["results"]) == before
@@ -86,9 +82,9 @@ def test_an_interrupted_model_is_left_as_it_was(tmp_path: Path) -> None:
     def interrupt(task: str, done: int, _: int) -> None:
         if done == 1:
             assert Histories(model).digest() != start  # negative control: batches do move the histories
-            raise Interrupted
+            raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         evaluate_tasks(model, data, progress=interrupt)
     assert Histories(model).digest() == start and model.training
 
@@ -160,6 +156,7 @@ class Scorer(L.LightningModule):
         self.metrics[dataloader_idx].update(score_batch(self.model, batch), batch)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_under_a_trainer(tmp_path: Path) -> None:
     data = data_of(write_samples(tmp_path), "metaspace")
     module = Scorer()
