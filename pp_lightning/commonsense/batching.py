@@ -1,0 +1,131 @@
+"""Questions into batches. A batch is what dynamic pruning chooses on, so what goes into one is part of the result.
+
+Shapes: R rows of a batch (one a choice), I <= R inputs that the model is run on, S tokens of the longest of them,
+Q questions, K continuation tokens of all rows together.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from pp_lightning.commonsense.encoding import EncodedQuestion, EncodedRow
+from pp_lightning.errors import UserError
+
+
+class RowBatch(TypedDict):
+    """Rows ready to be scored.
+
+    A row's continuation is predicted from its input without the continuation's last token. Rows whose inputs are the
+    same, as BoolQ's " no" and " yes", therefore share one: it is run once, with the same result.
+
+    Attributes:
+        input_ids: (I, S) int64, padded on the right.
+        attention_mask: (I, S) int64, 1 at real tokens.
+        row_input: input of each row, (R,) int64.
+        targets: continuation tokens, row after row, (K,) int64.
+        target_row: row of each, (K,) int64.
+        target_position: column of the input that predicts it, (K,) int64.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    row_input: Tensor
+    targets: Tensor
+    target_row: Tensor
+    target_position: Tensor
+
+
+class ChoiceBatch(RowBatch):
+    """Rows that are the choices of whole questions.
+
+    Attributes:
+        row_question: question of each row, counted from 0, (R,) int64; rows of a question are neighbours.
+        row_characters: characters of the choice, (R,) int64.
+        gold: index of the right choice among the question's rows, (Q,) int64.
+        cut_rows: rows whose context lost tokens on the left, () int64.
+    """
+
+    row_question: Tensor
+    row_characters: Tensor
+    gold: Tensor
+    cut_rows: Tensor
+
+
+def group_questions(
+    questions: Sequence[EncodedQuestion], max_rows: int, *, longest_first: bool
+) -> list[list[EncodedQuestion]]:
+    """Split questions into batches of at most ``max_rows`` rows: each as full as the next whole question allows.
+
+    Args:
+        questions: in the order of the data set.
+        max_rows: N, rows of a batch at most.
+        longest_first: order questions by the tokens of their longest row, descending, before they are split; equals
+            stay in the order of the data set. Otherwise keep the order of the data set.
+
+    Raises:
+        UserError: a question has more than ``max_rows`` rows.
+    """
+    groups: list[list[EncodedQuestion]] = []
+    free = 0
+    for question in sorted(questions, key=lambda q: -q.longest) if longest_first else questions:
+        rows = len(question.rows)
+        if rows > max_rows:
+            raise UserError(
+                f"{question.question.origin}: {rows} choices do not fit into a batch of {max_rows} rows: "
+                "use a larger batch size"
+            )
+        if rows > free:
+            groups.append([])
+            free = max_rows
+        groups[-1].append(question)
+        free -= rows
+    return groups
+
+
+def collate_questions(group: Sequence[EncodedQuestion], pad_id: int) -> ChoiceBatch:
+    """One batch of these questions.
+
+    Args:
+        group: from :func:`group_questions`.
+        pad_id: token to pad with; it is masked.
+    """
+    rows = [row for question in group for row in question.rows]
+    owners = [index for index, question in enumerate(group) for _ in question.rows]
+    characters = [count for question in group for count in question.question.characters]
+    return ChoiceBatch(
+        **collate_rows(rows, pad_id),
+        row_question=torch.tensor(owners),
+        row_characters=torch.tensor(characters),
+        gold=torch.tensor([question.question.gold for question in group]),
+        cut_rows=torch.tensor(sum(row.cut > 0 for row in rows)),
+    )
+
+
+def collate_rows(rows: Sequence[EncodedRow], pad_id: int) -> RowBatch:
+    """One batch of these rows, padded with ``pad_id``."""
+    inputs: dict[tuple[int, ...], int] = {}
+    row_input = [inputs.setdefault(row.inputs, len(inputs)) for row in rows]
+    ids, mask = _padded(list(inputs), pad_id)
+    return RowBatch(
+        input_ids=ids,
+        attention_mask=mask,
+        row_input=torch.tensor(row_input),
+        targets=torch.tensor([token for row in rows for token in row.continuation]),
+        target_row=torch.tensor([index for index, row in enumerate(rows) for _ in row.continuation]),
+        target_position=torch.tensor([position for row in rows for position in _positions(row)]),
+    )
+
+
+def _positions(row: EncodedRow) -> range:
+    """Columns of the input whose outputs predict the continuation: its last ones."""
+    return range(len(row.inputs) - len(row.continuation), len(row.inputs))
+
+
+def _padded(inputs: Sequence[tuple[int, ...]], pad_id: int) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([len(tokens) for tokens in inputs])
+    ids = torch.full((len(inputs), int(lengths.max())), pad_id)
+    for row, tokens in zip(ids, inputs, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()

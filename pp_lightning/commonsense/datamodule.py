@@ -1,0 +1,156 @@
+"""The LightningDataModule of the commonsense tasks: questions to test on, text to calibrate on."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from pp_lightning.commonsense.batching import ChoiceBatch, collate_questions, group_questions
+from pp_lightning.commonsense.encoding import EncodedQuestion, encode_questions
+from pp_lightning.commonsense.reading import digest, read_questions
+from pp_lightning.commonsense.rows import Question
+from pp_lightning.commonsense.tasks import TASK_NAMES, task_named
+from pp_lightning.data.sources import C4, TextSource
+from pp_lightning.data.windows import Batch, batched, document_windows
+from pp_lightning.errors import UserError
+
+
+class CommonsenseData(L.LightningDataModule):
+    """Seven zero-shot multiple-choice tasks, scored by likelihood as lm-evaluation-harness does.
+
+    Args:
+        path: a folder with the tasks' original files, ``path/<task>/<file>``; none loads them from the hub.
+        tasks: which tasks, in this order; none takes all seven.
+        calibration: the text that the pruning statistics are collected on.
+        window: tokens that the model is run on at most; longer contexts lose tokens on the left, and are counted. Also
+            the length of the calibration windows, since a history covers the positions it was calibrated on. The paper
+            uses 512 for tasks; lm-evaluation-harness takes the model's whole length unless given ``max_length``.
+        batch_size: N, rows (choices) of a batch at most; a batch holds whole questions. Dynamic pruning chooses per
+            batch, so this is part of the result.
+        longest_first: batch questions of similar length together, longest first, which wastes little on padding. False
+            keeps the order of the data set, as the published code does; dense and static models score the same.
+        limit: only the first rows of each task; none takes all.
+        calibration_samples: calibration windows. The paper uses 2000.
+        seed: of the calibration windows. Nothing else here is random.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        tasks: list[str] | None = None,
+        calibration: TextSource | None = None,
+        window: int = 512,
+        batch_size: int = 20,
+        longest_first: bool = True,
+        limit: int | None = None,
+        calibration_samples: int = 2000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if window < 2 or batch_size < 1 or calibration_samples < 1 or (limit is not None and limit < 1):
+            raise UserError("window must be at least 2, batch_size, limit and calibration_samples at least 1")
+        self.path = path
+        self.tasks = list(TASK_NAMES if tasks is None else tasks)
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise UserError("tasks must name at least one task, and none twice")
+        for name in self.tasks:
+            task_named(name)
+        self.calibration = calibration or C4()
+        self.window = window
+        self.batch_size = batch_size
+        self.longest_first = longest_first
+        self.limit = limit
+        self.calibration_samples = calibration_samples
+        self.seed = seed
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._pad_id = 0
+        self._questions: dict[str, list[Question]] = {}
+        self._groups: dict[str, list[list[EncodedQuestion]]] = {}
+
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tokenise with ``tokenizer`` from now on; the model that is evaluated brings it."""
+        if tokenizer is not self._tokenizer:
+            self._groups.clear()
+        self._tokenizer = tokenizer
+        # Padding is masked everywhere, so any valid id will do where a tokenizer has none.
+        self._pad_id = int(tokenizer.pad_token_id or 0)
+
+    def questions(self, task: str) -> list[Question]:
+        """A task's questions in the order of its rows; read once.
+
+        Raises:
+            UserError: a file or row cannot be used, or two of the tasks have the same rows.
+        """
+        if task not in self._questions:
+            questions = read_questions(task_named(task), self.path, self.limit)
+            for other, theirs in self._questions.items():
+                if digest(theirs) == digest(questions):
+                    raise UserError(f"{questions[0].origin}: these are the rows of {other}, not of {task}")
+            self._questions[task] = questions
+        return self._questions[task]
+
+    def num_batches(self, task: str, rank: int = 0, world: int = 1) -> int:
+        """How many batches :meth:`test_batches` has."""
+        return len(self._share(task, rank, world))
+
+    def test_batches(self, task: str, rank: int = 0, world: int = 1) -> Iterator[ChoiceBatch]:
+        """A task's batches in order, or one process's share: every batch once over all processes, none twice.
+
+        Args:
+            task: name of the task.
+            rank: this process.
+            world: how many processes there are.
+
+        Raises:
+            UserError: a row cannot be used, or a question does not fit into a batch.
+        """
+        for group in self._share(task, rank, world):
+            yield collate_questions(group, self._pad_id)
+
+    def test_dataloader(self) -> list[DataLoader[ChoiceBatch]]:
+        """One loader a task, in the order of ``tasks``, each with this process's share of the batches."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        collate = partial(collate_questions, pad_id=self._pad_id)
+        shares = [self._share(task, rank, world) for task in self.tasks]
+        return [DataLoader(share, batch_size=None, collate_fn=collate) for share in shares]  # type: ignore[arg-type]
+
+    def calibration_batches(self) -> list[Batch]:
+        """All calibration batches: random windows of documents longer than the window."""
+        windows = document_windows(
+            self.calibration.documents(), self._encode, self.window, self.calibration_samples, self.seed
+        )
+        return batched(windows, self.batch_size, self._pad_id)
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """Everything that the scores depend on beside the model: window, batches, and a digest of each task's rows."""
+        return {
+            "window": self.window,
+            "batch_size": self.batch_size,
+            "order": "longest question first" if self.longest_first else "as in the data set",
+            "limit": self.limit,
+            "tasks": {task: self._describe_task(task) for task in self.tasks},
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Settings and digests of rows and calibration text, for ``results.json``."""
+        calibration = {"samples": self.calibration_samples, "seed": self.seed, **self.calibration.describe()}
+        return {**self.evaluation_settings(), "calibration": calibration}
+
+    def _describe_task(self, name: str) -> dict[str, Any]:
+        task, questions = task_named(name), self.questions(name)
+        source = str(task.hub) if self.path is None else f"{self.path}/{task.name}/{task.file}"
+        return {"source": source, "questions": len(questions), "sha256": digest(questions)}
+
+    def _share(self, task: str, rank: int, world: int) -> list[list[EncodedQuestion]]:
+        if task not in self._groups:
+            assert self._tokenizer is not None, "use_tokenizer comes first"
+            encoded = encode_questions(self._tokenizer, self.questions(task), self.window)
+            self._groups[task] = group_questions(encoded, self.batch_size, longest_first=self.longest_first)
+        return self._groups[task][rank::world]
+
+    def _encode(self, text: str) -> list[int]:
+        assert self._tokenizer is not None, "use_tokenizer comes first"
+        return list(self._tokenizer(text, verbose=False)["input_ids"])

@@ -1,0 +1,122 @@
+"""From text to tokens, exactly as lm-evaluation-harness 0.4.13 does it for causal models.
+
+Context and continuation are tokenised together and split where the context's own tokens end, white space at the end of
+a context moves to the continuation, and special tokens are the tokenizer's own default (``lm_eval.api.model``,
+``TemplateLM._encode_pair``; ``lm_eval.models.huggingface``, ``HFLM.tok_encode``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from transformers import PreTrainedTokenizerBase
+
+from pp_lightning.commonsense.rows import Question
+from pp_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One context and continuation.
+
+    Attributes:
+        inputs: what the model is run on: all tokens but the last, cut on the left to the window.
+        continuation: the tokens that are scored. The last of them is not among ``inputs``.
+        cut: tokens that the context lost on its left.
+    """
+
+    inputs: tuple[int, ...]
+    continuation: tuple[int, ...]
+    cut: int
+
+
+@dataclass(frozen=True)
+class EncodedQuestion:
+    """A question and one row for each of its choices."""
+
+    question: Question
+    rows: tuple[EncodedRow, ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest input."""
+        return max(len(row.inputs) for row in self.rows)
+
+
+def encode_questions(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], window: int
+) -> list[EncodedQuestion]:
+    """Tokenise questions, in order.
+
+    Args:
+        tokenizer: the model's.
+        questions: what to tokenise.
+        window: tokens that the model may be run on, the harness's ``max_length``; a longer row loses some on the left.
+
+    Raises:
+        UserError: a continuation alone exceeds the window, or has no tokens of its own.
+    """
+    pairs = [_spaces_moved(*pair) for q in questions for pair in zip(q.contexts, q.continuations, strict=True)]
+    contexts = _Encoder(tokenizer)(sorted({context for context, _ in pairs}))
+    wholes = _Encoder(tokenizer)(sorted({context + continuation for context, continuation in pairs}))
+    encoded, remaining = [], iter(pairs)
+    for question in questions:
+        rows = []
+        for context, continuation in islice(remaining, len(question.continuations)):
+            alone, whole = contexts[context], wholes[context + continuation]
+            rows.append(encoded_row(alone, whole[len(alone) :], window, question.origin))
+        encoded.append(EncodedQuestion(question, tuple(rows)))
+    return encoded
+
+
+def _spaces_moved(context: str, continuation: str) -> tuple[str, str]:
+    """White space at the end of a context belongs to the first word of the continuation."""
+    bare = context.rstrip()
+    return bare, context[len(bare) :] + continuation
+
+
+def encoded_row(context: Sequence[int], continuation: Sequence[int], window: int, origin: str) -> EncodedRow:
+    """One row, cut on the left to the window.
+
+    The harness joins the two parts, which matters where a continuation changes how the end of its context is split.
+
+    Args:
+        context: tokens of the context alone.
+        continuation: what follows as many tokens of the two texts together.
+        window: tokens that the model may be run on.
+        origin: for messages.
+
+    Raises:
+        UserError: a part has no tokens, or the continuation alone exceeds the window.
+    """
+    if not context or not continuation:
+        raise UserError(f"{origin}: the tokenizer leaves no token for {'a choice' if context else 'the context'}")
+    if len(continuation) > window:
+        raise UserError(
+            f"{origin}: a choice alone has {len(continuation)} tokens, which exceeds the window of {window}"
+        )
+    joined = [*context, *continuation]
+    return EncodedRow(tuple(joined[-(window + 1) : -1]), tuple(continuation), max(0, len(joined) - (window + 1)))
+
+
+class _Encoder:
+    """Tokenises many texts at once, each as the harness would alone."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self._prefix: str | None = None if prefix is None else tokenizer.decode(prefix)
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, list[int]]:
+        """Token ids by text."""
+        # A text that starts with the first special token gets no second one.
+        marked = [text for text in texts if self._prefix is not None and text.startswith(self._prefix)]
+        plain = [text for text in texts if self._prefix is None or not text.startswith(self._prefix)]
+        return {**self._encoded(marked, add_special_tokens=False), **self._encoded(plain, add_special_tokens=True)}
+
+    def _encoded(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, list[int]]:
+        if not texts:
+            return {}
+        # verbose=False: rows beyond the model's length are cut later; the warning about them would mislead
+        ids = self._tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return dict(zip(texts, ids, strict=True))
