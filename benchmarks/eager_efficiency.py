@@ -3,8 +3,8 @@
     python benchmarks/eager_efficiency.py [--rows 20] [--tokens 128] [--dtype float32] [--ratio 0.4] [--repeats 9]
 
 A LLaMA of random weights (4 layers, hidden 2048, MLP 5632, 32 heads). The decoder is timed, without the vocabulary
-projection, so times stand against ``flops_layers``. Variants take turns within each repeat, each on the next of 8 different
-batches, so that a drifting machine touches them alike. Efficiency is FLOPs ratio over time ratio.
+projection, so times stand against ``flops_layers``. Variants take turns within each repeat, each on the next of 8
+different batches, so that a drifting machine touches them alike. Efficiency is FLOPs ratio over time ratio.
 """
 
 import argparse
@@ -90,8 +90,8 @@ def report(options: argparse.Namespace, seconds: dict[str, list[float]], flops: 
         print(f"| {name} | {spread} | {ratio:.3f} | {flops[name]:.3f} | {flops[name] / ratio:.2f} |")
     clock = "CPU" if options.cpu_seconds else "wall"
     print(
-        f"\nB={options.rows}, S={options.tokens}, ratio {options.ratio}, {options.dtype}, {options.repeats} repeats, {clock} "
-        f"time, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"\nB={options.rows}, S={options.tokens}, ratio {options.ratio}, {options.dtype}, {options.repeats} repeats, "
+        f"{clock} time, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
 
 

@@ -50,13 +50,15 @@ def main() -> None:
         return
     found = {}
     for variant in ("dense", "pp"):
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--variant", variant], capture_output=True, check=True)
+        command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+        done = subprocess.run(command, capture_output=True, check=True)
         found[variant] = json.loads(done.stdout)
     dense, pruned = found["dense"]["peak"], found["pp"]["peak"]
     bound = 1.05 * (dense + found["pp"]["history"] + found["pp"]["slice"])
     print("| dense peak | PP peak | histories | one block's slice | bound |\n|---:|---:|---:|---:|---:|")
     print(f"| {dense:.0f} | {pruned:.0f} | {found['pp']['history']:.0f} | {found['pp']['slice']:.0f} | {bound:.0f} |")
-    print(f"\nMB, resident; B={options.rows}, S={options.tokens}, ratio {options.ratio}, float32, torch {torch.__version__}")
+    settings = f"B={options.rows}, S={options.tokens}, ratio {options.ratio}, float32, torch {torch.__version__}"
+    print(f"\nMB, resident; {settings}")
 
 
 if __name__ == "__main__":

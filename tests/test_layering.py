@@ -21,9 +21,13 @@ LAYERS = [
     {"pruned"},
     {"pruning"},
     {"calibration"},
+    {"flops", "checkpoints"},
+    {"data"},
+    {"commonsense"},
+    {"app"},
 ]
-# Not part of the library's layers: they may import it, it may not import them.
-TOP = {"app", "data"}
+# Above the library proper: these may import it, it may not import them, and may import heavy packages.
+TOP = {"data", "commonsense", "app"}
 HEAVY = {
     "datasets",
     "jsonargparse",

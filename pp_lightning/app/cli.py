@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from pp_lightning.app.progress import EvaluationProgress
 from pp_lightning.app.report import comma_separated, markdown, plot, show
 from pp_lightning.app.results import Comparison, environment, write_json, write_text
 from pp_lightning.app.trainer import PruningTrainer
+from pp_lightning.commonsense import CommonsenseData
 from pp_lightning.data import LanguageModelling
+from pp_lightning.data.base import EvaluationData
 from pp_lightning.errors import UserError
 
 _FILLED_IN = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "verbose", "weights_only"}
@@ -36,6 +39,11 @@ COMMANDS = {
     "fit": "Train a causal language model on --data.train and write it as a transformers checkpoint.",
 }
 
+DATA = {
+    "text": f"{LanguageModelling.__module__}.{LanguageModelling.__name__}",
+    "commonsense": f"{CommonsenseData.__module__}.{CommonsenseData.__name__}",
+}
+
 EXAMPLES = """
 examples:
   every method on the model that comes with the package, no network needed
@@ -46,6 +54,10 @@ examples:
   one method with its own settings
     pp-lightning test --model.path DIR --model.method ProbePruning --model.method.token_ratio 0.25 \\
         --model.pruning_ratio 0.4 --out DIR2
+  the seven commonsense tasks, from local files in their original formats
+    pp-lightning compare --model.path DIR --data commonsense --data.path DIR3 --methods [pp] --out DIR2
+  any task of lm-evaluation-harness, its own options
+    pp-lightning lm-eval --tasks hellaswag --batch_size 20 --model_args path=DIR,method=pp,pruning_ratio=0.4
   all settings as a file to edit
     pp-lightning test --print_config > my.yaml
 """
@@ -66,13 +78,15 @@ class PruningCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Model and data first in the help: Lightning's trainer has forty options that few runs need."""
         parser.add_lightning_class_args(PrunedLM, "model")
-        parser.add_lightning_class_args(LanguageModelling, "data")
+        parser.add_lightning_class_args(EvaluationData, "data", subclass_mode=True)
+        parser.set_defaults({"data": {"class_path": "pp_lightning.data.LanguageModelling"}})
         parser.add_lightning_class_args(PruningTrainer, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options that every command has."""
         parser.add_argument("--out", type=str, default="results", help="Folder that everything is written into.")
+        parser.link_arguments("out", "trainer.default_root_dir")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add our progress bar, unless the user wants none or brings one."""
@@ -87,7 +101,7 @@ class PruningCLI(LightningCLI):
         """The output folder."""
         return Path(self._get(self.config, "out"))
 
-    def test(self, model: PrunedLM, datamodule: LanguageModelling) -> None:
+    def test(self, model: PrunedLM, datamodule: EvaluationData) -> None:
         """Evaluate one model state."""
         self.trainer.test(model, datamodule=datamodule, verbose=False)
         assert model.evaluation is not None
@@ -122,6 +136,8 @@ class PruningCLI(LightningCLI):
         write_text(self.out / "results.csv", comma_separated(rows))
         write_text(self.out / "results.md", markdown(rows, caption))
         write_json(self.out / "results.json", record)
+        for finished in self.out.glob("unfinished-*.json"):
+            finished.unlink()
         show(rows, f"{caption}\nwritten to {self.out}/results.json, .csv, .md")
 
     def _caption(self, rows: list[Comparison]) -> str:
@@ -129,19 +145,29 @@ class PruningCLI(LightningCLI):
         machine, data = environment(self.model.device, self.trainer.world_size), self.datamodule
         dtype = str(next(self.model.model.parameters()).dtype).removeprefix("torch.")
         versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
+        tokens = rows[0].evaluation.tokens
+        if isinstance(data, LanguageModelling):
+            what = f"{tokens} tokens, batch {data.batch_size} x {data.window}, {data.protocol}"
+        else:
+            what = f"all rows, batches of whole questions, {data.batch_size} rows at most, window {data.window}"
         return (
-            f"{rows[0].evaluation.tokens} tokens, batch {data.batch_size} x {data.window}, {data.protocol}, {dtype}; "
+            f"{what}, {dtype}; "
             f"{machine['device_name']}, {machine['threads']} threads, {machine['processes']} process(es); {versions}"
         )
 
 
 def main() -> None:
     """Entry point of ``pp-lightning``: a mistake of the user's is one line and exit code 2."""
+    if sys.argv[1:2] == ["lm-eval"]:
+        _run_harness(sys.argv[2:])
+        return
     _quiet()
+    sys.argv = with_full_names(sys.argv)
     try:
         PruningCLI(
             PrunedLM,
-            LanguageModelling,
+            EvaluationData,
+            subclass_mode_data=True,
             trainer_class=PruningTrainer,
             trainer_defaults=TRAINER_DEFAULTS,
             save_config_callback=None,
@@ -153,6 +179,27 @@ def main() -> None:
     except (UserError, ArgumentError) as error:
         print(f"pp-lightning: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _run_harness(words: Sequence[str]) -> None:
+    """``pp-lightning lm-eval``: lm-evaluation-harness's own command line, with pruned models as its model ``pp``."""
+    try:
+        from pp_lightning.commonsense import harness  # an extra, and slow to import
+    except ImportError:
+        print("pp-lightning: lm-eval needs lm-evaluation-harness: pip install 'pp-lightning[eval]'", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = ["pp-lightning lm-eval", *words]
+    harness.main()
+
+
+def with_full_names(words: Sequence[str]) -> list[str]:
+    """The command line with the short names of ``--data`` spelled out as class paths."""
+    named = {f"--data={name}": f"--data={path}" for name, path in DATA.items()}
+    after_data = ["", *words]
+    return [
+        DATA.get(word, word) if before == "--data" else named.get(word, word)
+        for before, word in zip(after_data, words, strict=False)
+    ]
 
 
 def _parser_settings() -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The LightningModule: a causal language model, trained dense or evaluated pruned."""
 
-import time
 from collections.abc import Sequence
-from typing import TypedDict
+from pathlib import Path
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import lightning as L
 import torch
@@ -10,19 +10,26 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from pp_lightning.app.metrics import BatchMeanPerplexity, Perplexity
-from pp_lightning.app.results import Evaluation, Timing
+from pp_lightning.app.results import Evaluation
+from pp_lightning.app.scoring import Scoring, scoring_for
 from pp_lightning.architectures import shape_of
 from pp_lightning.calibration import calibrate
 from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer, new_model
-from pp_lightning.data.datamodule import LanguageModelling
+from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.windows import Batch
 from pp_lightning.errors import UserError
-from pp_lightning.flops import Flops, dense_flops, pruned_flops
 from pp_lightning.methods import PruningMethod
 from pp_lightning.plan import make_plan
 from pp_lightning.pruning import is_pruned, prune_, pruning_of, unprune_
 from pp_lightning.statistics import Statistics
+
+
+@runtime_checkable
+class ShowsProgress(Protocol):
+    """A progress bar that has room for the steps of a long batch."""
+
+    def show(self, name: str, done: int, total: int) -> None:
+        """Show ``done`` of ``total`` steps of something called ``name``."""
 
 
 class _Amounts(TypedDict):
@@ -91,27 +98,24 @@ class PrunedLM(L.LightningModule):
         self.label = "dense" if method is None else method.label
         self.tokenizer = load_tokenizer(path, pad_token)
         self.model = new_model(path) if from_scratch else load_model(path, dtype, allow_pickle=allow_pickle)
-        self.perplexity: Perplexity | BatchMeanPerplexity = Perplexity()
         self.evaluation: Evaluation | None = None
         self._statistics: Statistics | None = None
-        self._milliseconds: list[float] = []
-        self._flops: list[tuple[Flops, Flops]] = []
+        self._scoring: Scoring | None = None
 
     @property
-    def data(self) -> LanguageModelling:
+    def data(self) -> EvaluationData:
         """The trainer's data module."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, LanguageModelling)
+        assert isinstance(data, EvaluationData)
         return data
 
     def setup(self, stage: str) -> None:
-        """Hand the tokenizer to the data module, and check before any work that the windows fit the model."""
+        """Hand the tokenizer to the data module, and check before any work what can be checked."""
         self.data.use_tokenizer(self.tokenizer)
         limit = self.model.config.max_position_embeddings
         if self.data.window > limit:
-            raise UserError(
-                f"windows of {self.data.window} tokens exceed the model's {limit} positions: lower --data.window"
-            )
+            asked = f"windows of {self.data.window} tokens"
+            raise UserError(f"{asked} exceed the model's {limit} positions: lower --data.window")
         self.check_plan(self.method, self.pruning_ratio)
 
     def check_plan(self, method: PruningMethod | None, pruning_ratio: float) -> None:
@@ -125,52 +129,39 @@ class PrunedLM(L.LightningModule):
 
     def on_test_start(self) -> None:
         """Calibrate, if the method needs it, and prune."""
-        self.perplexity = BatchMeanPerplexity() if self.data.protocol == "paper" else Perplexity()
-        self.perplexity.to(self.device)
-        self._milliseconds, self._flops, self.evaluation = [], [], None
-        if self.method is None:
-            return
-        statistics = self._calibrated() if self.method.needs_statistics else None
-        prune_(
-            self.model,
-            self.method,
-            statistics,
-            **self._amounts(self.pruning_ratio),
-            keep_dense=self.reuse,
-            release_stats=not self.reuse,
-        )
+        self.evaluation = None
+        if self.method is not None:
+            prune_(
+                self.model,
+                self.method,
+                self._calibrated() if self.method.needs_statistics else None,
+                **self._amounts(self.pruning_ratio),
+                keep_dense=self.reuse,
+                release_stats=not self.reuse,
+            )
+        bar = self.trainer.progress_bar_callback
+        progress = bar.show if isinstance(bar, ShowsProgress) else None
+        resume_file = Path(self.trainer.default_root_dir) / f"unfinished-{self.label}-{self.pruning_ratio}.json"
+        self._scoring = scoring_for(self.data)
+        self._scoring.start(self.device, resume_file, progress)
 
-    def test_step(self, batch: Batch, batch_index: int) -> None:
-        """Score one batch and time it."""
-        self._synchronise()
-        start = time.perf_counter()
-        logits = self.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
-        self._synchronise()
-        self._milliseconds.append(1000 * (time.perf_counter() - start))
-        self.perplexity.update(logits, batch["labels"])
-        self._flops.append(self._count_flops(*batch["input_ids"].shape))
+    def test_step(self, batch: Any, batch_index: int) -> None:
+        """Score one batch."""
+        assert self._scoring is not None
+        self._scoring.step(self.model, batch)
 
     def on_test_epoch_end(self) -> None:
-        """Sum up; log perplexity, FLOPs ratio, probe share and milliseconds a batch."""
-        dense, actual = ([flops[side] for flops in self._flops] for side in (0, 1))
-        layers = sum(flops.layers for flops in dense)
+        """Sum up, and log the figures that are single numbers."""
+        assert self._scoring is not None
         self.evaluation = Evaluation(
             method=self.label,
             pruning_ratio=self.pruning_ratio if self.method else 0.0,
-            perplexity=float(self.perplexity.compute()),
-            tokens=int(self.perplexity.tokens),
-            flops_ratio=sum(flops.model for flops in actual) / sum(flops.model for flops in dense),
-            flops_ratio_layers=sum(flops.layers for flops in actual) / layers,
-            probe_share=sum(flops.probe for flops in actual) / layers,
-            time=Timing.of(self._milliseconds),
+            flops=self._scoring.flops_ratios(),
             kept=self._kept_counts(),
             settings={} if self.method is None else self.method.settings(),
+            **self._scoring.figures(),
         )
-        figures = ("perplexity", "flops_ratio", "probe_share")
-        self.log_dict({name: float(getattr(self.evaluation, name)) for name in figures}, rank_zero_only=True)
-        self.log("ms_per_batch", self.evaluation.time.median, rank_zero_only=True)
+        self.log_dict(self.evaluation.single_numbers(), rank_zero_only=True)
 
     def on_test_end(self) -> None:
         """Leave the dense model behind where more rows follow."""
@@ -231,19 +222,9 @@ class PrunedLM(L.LightningModule):
             self._statistics = statistics
         return statistics
 
-    def _count_flops(self, rows: int, tokens: int) -> tuple[Flops, Flops]:
-        shape = shape_of(self.model.config)
-        dense = dense_flops(shape, rows, tokens)
-        pruned = is_pruned(self.model)
-        return dense, pruned_flops(shape, pruning_of(self.model), rows, tokens) if pruned else dense
-
     def _kept_counts(self) -> dict[str, tuple[int, int]]:
         if not is_pruned(self.model):
             return {}
         keep = pruning_of(self.model).keep
         counts = {str(block): [count for (_, b), count in keep.items() if b is block] for _, block in keep}
         return {block: (min(numbers), max(numbers)) for block, numbers in counts.items()}
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)

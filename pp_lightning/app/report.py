@@ -2,13 +2,16 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from rich.box import HEAVY_HEAD, MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from pp_lightning.app.results import Comparison
+from pp_lightning.app.results import Comparison, Evaluation
 
 NAMES = {
     "dense": "Dense",
@@ -32,17 +35,116 @@ HEADINGS = (
     "heads kept",
     "channels kept",
 )
+ACCURACIES = {"acc": "accuracy", "acc_norm": "accuracy, per character", "acc_token": "accuracy, per token"}
 
 
-def cells(row: Comparison) -> tuple[str, ...]:
-    """One row of the table, in the order of ``HEADINGS``."""
+@dataclass(frozen=True)
+class Grid:
+    """A table as text.
+
+    Attributes:
+        title: what the numbers are, empty where the headings say it.
+        headings: of the columns.
+        rows: cells.
+    """
+
+    title: str
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def grids(rows: Sequence[Comparison]) -> list[Grid]:
+    """The tables of a run: one for a text; for tasks one an accuracy, with a row a task and a column a model."""
+    if rows[0].evaluation.tasks is None:
+        return [Grid("", HEADINGS, [_text_cells(row) for row in rows])]
+    evaluations = [row.evaluation for row in rows]
+    return [_task_grid(evaluations, key, title) for key, title in ACCURACIES.items()]
+
+
+def show(rows: Sequence[Comparison], caption: str) -> None:
+    """Print the tables to the terminal."""
+    console = Console()
+    for grid in grids(rows):
+        table = Table(
+            title=grid.title or None, title_justify="left", box=MARKDOWN if console.width < 120 else HEAVY_HEAD
+        )
+        for index, heading in enumerate(grid.headings):
+            table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index > 0)
+        for cells in grid.rows:
+            table.add_row(*cells)
+        console.print(table, crop=False, overflow="ignore", width=max(console.width, 150))
+    console.print(caption, highlight=False)
+
+
+def markdown(rows: Sequence[Comparison], caption: str) -> str:
+    """The tables in Markdown, with their caption below."""
+    lines: list[str] = []
+    for grid in grids(rows):
+        lines += [f"**{grid.title}**", ""] if grid.title else []
+        lines += ["| " + " | ".join(grid.headings) + " |", "|---" + "|---:" * (len(grid.headings) - 1) + "|"]
+        lines += ["| " + " | ".join(cells) + " |" for cells in grid.rows] + [""]
+    return "\n".join([*lines, caption, ""])
+
+
+def comma_separated(rows: Sequence[Comparison]) -> str:
+    """All figures unrounded, one row a line."""
+    flat = [line for row in rows for line in _flat(row)]
+    text = io.StringIO()
+    fields = dict.fromkeys(field for line in flat for field in line)  # the dense row has no kept counts
+    writer = csv.DictWriter(text, fieldnames=list(fields))
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def plot(rows: Sequence[Comparison], caption: str, path: Path) -> None:
+    """Quality over FLOPs, one line a method, as PNG: perplexity of a text, or mean accuracy of tasks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    dense = rows[0].evaluation
+    for label in dict.fromkeys(row.evaluation.method for row in rows[1:]):
+        points = [_point(dense)] + [_point(row.evaluation) for row in rows if row.evaluation.method == label]
+        x, y = zip(*sorted(points, reverse=True), strict=True)
+        axes.plot(x, y, marker="o", label=NAMES.get(label, label))
+    axes.plot(*_point(dense), marker="*", markersize=14, color="black", linestyle="none")
+    axes.annotate("dense", _point(dense), xytext=(-8, 10), textcoords="offset points", ha="right")
+    axes.invert_xaxis()
+    axes.set_xlabel("FLOPs relative to dense (probe included)")
+    if dense.tasks is None:
+        axes.set(ylabel="perplexity", yscale="log")
+    else:
+        axes.set(ylabel="mean accuracy of the tasks, %")
+    axes.grid(alpha=0.3, which="both")
+    if len(rows) > 1:
+        axes.legend()
+    figure.supxlabel(caption, fontsize=6)
+    FigureCanvasAgg(figure)
+    figure.savefig(path)
+
+
+def _point(evaluation: Evaluation) -> tuple[float, float]:
+    if evaluation.tasks is not None:
+        return evaluation.flops.model, 100 * evaluation.tasks["mean"]["acc"]
+    assert evaluation.perplexity is not None
+    return evaluation.flops.model, evaluation.perplexity
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _text_cells(row: Comparison) -> tuple[str, ...]:
     e = row.evaluation
+    assert e.perplexity is not None and e.time is not None
     return (
         NAMES.get(e.method, e.method),
         f"{e.pruning_ratio:.0%}",
         f"{e.perplexity:.2f}",
         _number(row.degradation, "+.2f"),
-        f"{e.flops_ratio:.3f}",
+        f"{e.flops.model:.3f}",
         _number(row.time_ratio, ".3f"),
         _number(row.efficiency, ".2f"),
         _number(row.prr, ".3g"),
@@ -52,64 +154,23 @@ def cells(row: Comparison) -> tuple[str, ...]:
     )
 
 
-def show(rows: Sequence[Comparison], caption: str) -> None:
-    """Print the table to the terminal."""
-    table = Table(caption=caption, caption_justify="left")
-    for index, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*cells(row))
-    Console(width=None).print(table)
+def _task_grid(evaluations: Sequence[Evaluation], key: str, title: str) -> Grid:
+    results = [evaluation.tasks for evaluation in evaluations if evaluation.tasks is not None]
+    labels = [f"{NAMES.get(e.method, e.method)} {e.pruning_ratio:.0%}" for e in evaluations]
+    rows = []
+    for task, first in results[0]["tasks"].items():
+        accuracies = [_accuracy(result["tasks"][task], key) for result in results]
+        rows.append((task, str(first["questions"]), str(first["cut_rows"]), *accuracies))
+    total = sum(task["questions"] for task in results[0]["tasks"].values())
+    means = [_accuracy(result["mean"], key) for result in results]
+    rows.append(("mean", str(total), str(results[0]["cut_rows"]), *means))
+    rows.append(("FLOPs ratio", "", "", *(f"{e.flops.model:.3f}" for e in evaluations)))
+    return Grid(title, ("task", "questions", "contexts cut", *labels), rows)
 
 
-def markdown(rows: Sequence[Comparison], caption: str) -> str:
-    """The table in Markdown, with its caption below."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    return "\n".join([*lines, "", caption, ""])
-
-
-def comma_separated(rows: Sequence[Comparison]) -> str:
-    """All figures unrounded, one row a line."""
-    flat = [_flat(row) for row in rows]
-    text = io.StringIO()
-    fields = dict.fromkeys(field for row in flat for field in row)  # the dense row has no kept counts
-    writer = csv.DictWriter(text, fieldnames=list(fields))
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
-
-
-def plot(rows: Sequence[Comparison], caption: str, path: Path) -> None:
-    """Perplexity over FLOPs, one line a method, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    dense = rows[0].evaluation
-    for label in dict.fromkeys(row.evaluation.method for row in rows[1:]):
-        points = [(dense.flops_ratio, dense.perplexity)]
-        points += [
-            (row.evaluation.flops_ratio, row.evaluation.perplexity) for row in rows if row.evaluation.method == label
-        ]
-        x, y = zip(*sorted(points, reverse=True), strict=True)
-        axes.plot(x, y, marker="o", label=NAMES.get(label, label))
-    axes.plot([dense.flops_ratio], [dense.perplexity], marker="*", markersize=14, color="black", linestyle="none")
-    axes.annotate(
-        "dense", (dense.flops_ratio, dense.perplexity), xytext=(-8, 10), textcoords="offset points", ha="right"
-    )
-    axes.invert_xaxis()
-    axes.set(xlabel="FLOPs relative to dense (probe included)", ylabel="perplexity", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.supxlabel(caption, fontsize=6)
-    FigureCanvasAgg(figure)
-    figure.savefig(path)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _accuracy(result: Mapping[str, Any], key: str) -> str:
+    error = result[f"{key}_stderr"]
+    return f"{100 * result[key]:.1f}" + ("" if error is None else f" ±{100 * error:.1f}")
 
 
 def _range(counts: tuple[int, int] | None) -> str:
@@ -119,7 +180,8 @@ def _range(counts: tuple[int, int] | None) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
-def _flat(row: Comparison) -> dict[str, object]:
+def _flat(row: Comparison) -> list[dict[str, object]]:
+    """Lines of the CSV: one for a text, one a task and one for the mean."""
     flat: dict[str, object] = {}
     for key, value in row.as_dict().items():
         if key == "time":
@@ -127,6 +189,9 @@ def _flat(row: Comparison) -> dict[str, object]:
         elif key == "kept":
             for block, (low, high) in value.items():
                 flat |= {f"{block}_kept_min": low, f"{block}_kept_max": high}
-        elif key != "settings":
+        elif key not in ("settings", "tasks"):
             flat[key] = value
-    return flat
+    tasks = row.evaluation.tasks
+    if tasks is None:
+        return [flat]
+    return [{**flat, "task": name, **result} for name, result in [*tasks["tasks"].items(), ("mean", tasks["mean"])]]

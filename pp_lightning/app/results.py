@@ -39,32 +39,66 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class FlopsRatios:
+    """FLOPs relative to the dense model's, over all batches of an evaluation.
+
+    Attributes:
+        model: probe and vocabulary projection included (``flops_model``).
+        layers: probe included, vocabulary projection left out (``flops_layers``).
+        probe: FLOPs of the probes over dense ``flops_layers``.
+    """
+
+    model: float
+    layers: float
+    probe: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """One model state evaluated on one text.
+    """One model state evaluated on one data module.
 
     Attributes:
         method: label of the method, ``dense`` for none.
         pruning_ratio: asked fraction removed.
-        perplexity: on the text.
-        tokens: predicted tokens.
-        flops_ratio: FLOPs over dense FLOPs, probe and vocabulary projection included (``flops_model``).
-        flops_ratio_layers: the same without the vocabulary projection (``flops_layers``).
-        probe_share: FLOPs of the probes over dense ``flops_layers``.
-        time: milliseconds a batch.
+        flops: FLOPs ratios.
         kept: smallest and largest count of kept units over the pruned layers, by block.
         settings: of the method.
+        perplexity: on a text.
+        tokens: predicted tokens of the text.
+        time: milliseconds a batch of the text.
+        tasks: results of multiple-choice tasks, as ``TaskResults.as_dict`` has them.
     """
 
     method: str
     pruning_ratio: float
-    perplexity: float
-    tokens: int
-    flops_ratio: float
-    flops_ratio_layers: float
-    probe_share: float
-    time: Timing
+    flops: FlopsRatios
     kept: dict[str, tuple[int, int]] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
+    perplexity: float | None = None
+    tokens: int | None = None
+    time: Timing | None = None
+    tasks: dict[str, Any] | None = None
+
+    def single_numbers(self) -> dict[str, float]:
+        """The figures that a logger can hold."""
+        numbers = {"flops_ratio": self.flops.model, "probe_share": self.flops.probe}
+        if self.perplexity is not None:
+            numbers["perplexity"] = self.perplexity
+        if self.time is not None:
+            numbers["ms_per_batch"] = self.time.median
+        if self.tasks is not None:
+            numbers |= {f"mean_{name}": self.tasks["mean"][name] for name in ("acc", "acc_norm", "acc_token")}
+        return numbers
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types, for ``results.json``; what does not apply is left out."""
+        ratios = {
+            "flops_ratio": self.flops.model,
+            "flops_ratio_layers": self.flops.layers,
+            "probe_share": self.flops.probe,
+        }
+        own = {key: value for key, value in asdict(self).items() if key != "flops" and value is not None}
+        return {**own, **ratios}
 
 
 @dataclass(frozen=True)
@@ -88,16 +122,18 @@ class Comparison:
     @staticmethod
     def of(evaluation: Evaluation, dense: Evaluation) -> "Comparison":
         """Compare a row with the dense row."""
+        if evaluation.perplexity is None or dense.perplexity is None or not evaluation.time or not dense.time:
+            return Comparison(evaluation)
         degradation = evaluation.perplexity - dense.perplexity
         time_ratio = evaluation.time.median / dense.time.median
         saved = dense.time.median - evaluation.time.median
         prr = degradation / saved if saved > 0 else None
-        return Comparison(evaluation, degradation, time_ratio, evaluation.flops_ratio / time_ratio, prr)
+        return Comparison(evaluation, degradation, time_ratio, evaluation.flops.model / time_ratio, prr)
 
     def as_dict(self) -> dict[str, Any]:
         """One flat dictionary, the evaluation's fields included."""
         own = {key: value for key, value in vars(self).items() if key != "evaluation"}
-        return {**asdict(self.evaluation), **own}
+        return {**self.evaluation.as_dict(), **own}
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:

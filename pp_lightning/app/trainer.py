@@ -6,8 +6,7 @@ import lightning as L
 
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.results import Comparison, Evaluation
-from pp_lightning.errors import UserError
-from pp_lightning.methods import METHODS, PruningMethod
+from pp_lightning.methods import METHODS, PruningMethod, method_named
 
 ALL_METHODS = list(METHODS)
 
@@ -43,7 +42,7 @@ class PruningTrainer(L.Trainer):
         Raises:
             UserError: an unknown method, or a ratio that leaves nothing.
         """
-        named = {name: _method(name) for name in methods} | (variants or {})
+        named = {name: method_named(name) for name in methods} | (variants or {})
         rows = [Row(None, 0.0)] + [Row(method, ratio) for ratio in ratios for method in named.values()]
         for row in rows:
             model.check_plan(row.method, row.pruning_ratio)
@@ -60,9 +59,3 @@ class PruningTrainer(L.Trainer):
         self.test(model, datamodule=datamodule, verbose=False)
         assert model.evaluation is not None
         return model.evaluation
-
-
-def _method(name: str) -> PruningMethod:
-    if name not in METHODS:
-        raise UserError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-    return METHODS[name]()

@@ -1,10 +1,8 @@
 """The LightningDataModule of the commonsense tasks: questions to test on, text to calibrate on."""
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import lightning as L
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -13,12 +11,13 @@ from pp_lightning.commonsense.encoding import EncodedQuestion, encode_questions
 from pp_lightning.commonsense.reading import digest, read_questions
 from pp_lightning.commonsense.rows import Question
 from pp_lightning.commonsense.tasks import TASK_NAMES, task_named
+from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.sources import C4, TextSource
-from pp_lightning.data.windows import Batch, batched, document_windows
+from pp_lightning.data.windows import batched, document_windows
 from pp_lightning.errors import UserError
 
 
-class CommonsenseData(L.LightningDataModule):
+class CommonsenseData(EvaluationData):
     """Seven zero-shot multiple-choice tasks, scored by likelihood as lm-evaluation-harness does.
 
     Args:
@@ -26,8 +25,8 @@ class CommonsenseData(L.LightningDataModule):
         tasks: which tasks, in this order; none takes all seven.
         calibration: the text that the pruning statistics are collected on.
         window: tokens that the model is run on at most; longer contexts lose tokens on the left, and are counted. Also
-            the length of the calibration windows, since a history covers the positions it was calibrated on. The paper
-            uses 512 for tasks; lm-evaluation-harness takes the model's whole length unless given ``max_length``.
+            the length of the calibration windows, since a history covers the positions it was calibrated on. None takes
+            512, as the paper does; lm-evaluation-harness takes the model's whole length unless given ``max_length``.
         batch_size: N, rows (choices) of a batch at most; a batch holds whole questions. Dynamic pruning chooses per
             batch, so this is part of the result.
         longest_first: batch questions of similar length together, longest first, which wastes little on padding. False
@@ -42,7 +41,7 @@ class CommonsenseData(L.LightningDataModule):
         path: str | None = None,
         tasks: list[str] | None = None,
         calibration: TextSource | None = None,
-        window: int = 512,
+        window: int | None = None,
         batch_size: int = 20,
         longest_first: bool = True,
         limit: int | None = None,
@@ -50,7 +49,8 @@ class CommonsenseData(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if window < 2 or batch_size < 1 or calibration_samples < 1 or (limit is not None and limit < 1):
+        self.window = 512 if window is None else window
+        if self.window < 2 or batch_size < 1 or calibration_samples < 1 or (limit is not None and limit < 1):
             raise UserError("window must be at least 2, batch_size, limit and calibration_samples at least 1")
         self.path = path
         self.tasks = list(TASK_NAMES if tasks is None else tasks)
@@ -59,7 +59,6 @@ class CommonsenseData(L.LightningDataModule):
         for name in self.tasks:
             task_named(name)
         self.calibration = calibration or C4()
-        self.window = window
         self.batch_size = batch_size
         self.longest_first = longest_first
         self.limit = limit
@@ -110,14 +109,11 @@ class CommonsenseData(L.LightningDataModule):
         for group in self._share(task, rank, world):
             yield collate_questions(group, self._pad_id)
 
-    def test_dataloader(self) -> list[DataLoader[ChoiceBatch]]:
-        """One loader a task, in the order of ``tasks``, each with this process's share of the batches."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        collate = partial(collate_questions, pad_id=self._pad_id)
-        shares = [self._share(task, rank, world) for task in self.tasks]
-        return [DataLoader(share, batch_size=None, collate_fn=collate) for share in shares]  # type: ignore[arg-type]
+    def test_dataloader(self) -> DataLoader[list[str]]:
+        """One item, the names of the tasks: ``evaluate_tasks`` does the rest in one step, so that it can resume."""
+        return DataLoader([self.tasks], batch_size=None)  # type: ignore[arg-type]
 
-    def calibration_batches(self) -> list[Batch]:
+    def calibration_batches(self) -> Sequence[Mapping[str, Any]]:
         """All calibration batches: random windows of documents longer than the window."""
         windows = document_windows(
             self.calibration.documents(), self._encode, self.window, self.calibration_samples, self.seed

@@ -1,9 +1,10 @@
 r"""Any task of lm-evaluation-harness on a pruned model (extra ``eval``).
 
 In Python, :func:`run_harness`. On the command line, lm_eval 0.4.13 has no plug-ins for models (``--include_path`` finds
-tasks only), so its command is started through this module, which adds the model ``pp`` to it::
+tasks only), so its command is started through this module, which adds the model ``pp`` to it. ``pp-lightning lm-eval``
+puts ``run --model pp`` in front of options; ``python -m pp_lightning.commonsense.harness`` is the same::
 
-    python -m pp_lightning.commonsense.harness run --model pp --batch_size 20 --tasks hellaswag \
+    pp-lightning lm-eval --batch_size 20 --tasks hellaswag \
         --model_args path=DIR,method=pp,pruning_ratio=0.4,statistics=FILE.safetensors
 
 **What the harness's order does to batch-wise choices.** It collects the requests of all tasks of a run, sorts them by
@@ -36,7 +37,7 @@ from pp_lightning.commonsense.scoring import score_tokens, sum_rows
 from pp_lightning.data.sources import C4
 from pp_lightning.data.windows import batched, document_windows
 from pp_lightning.errors import UserError
-from pp_lightning.methods import METHODS, PruningMethod
+from pp_lightning.methods import method_named
 from pp_lightning.pruning import prune_
 from pp_lightning.statistics import Statistics
 
@@ -97,7 +98,7 @@ class PrunedHFLM(HFLM):
         if pretrained is None:
             if path is None:
                 raise UserError("name the model: --model_args path=DIR")
-            policy = None if method is None else _method(method)
+            policy = None if method is None else method_named(method)
             tokenizer = load_tokenizer(path, pad_token)
             pretrained = load_model(path, dtype).to(_device(device))
             if policy is not None:
@@ -208,11 +209,13 @@ def run_harness(
 
 
 def main() -> None:
-    """``lm_eval``'s own command, with the model ``pp``."""
+    """``lm_eval``'s own command, with the model ``pp``: on its own, and behind ``pp-lightning lm-eval``."""
+    if len(sys.argv) > 1 and sys.argv[1].startswith("--"):
+        sys.argv[1:1] = ["run", "--model", "pp"]
     try:
         cli_evaluate()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"pp-lightning: {error}\n")
         sys.exit(2)
 
 
@@ -224,12 +227,6 @@ def _batches_by_length(rows: Sequence[EncodedRow], batch_size: int) -> list[list
     inputs = sorted(sharing, key=lambda tokens: (-len(tokens), tokens))
     parts = [inputs[start : start + batch_size] for start in range(0, len(inputs), batch_size)]
     return [[index for tokens in part for index in sharing[tokens]] for part in parts]
-
-
-def _method(label: str) -> PruningMethod:
-    if label not in METHODS:
-        raise UserError(f"there is no method {label!r}: choose from {', '.join(METHODS)}")
-    return METHODS[label]()
 
 
 def _statistics(

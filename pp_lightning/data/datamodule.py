@@ -1,15 +1,16 @@
 """The LightningDataModule for language modelling: evaluation windows, calibration windows, training windows."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.sources import C4, TextSource, WikiText2
 from pp_lightning.data.windows import Batch, batched, collate, contiguous_windows, document_windows, random_windows
 from pp_lightning.errors import UserError
@@ -27,14 +28,14 @@ class _BatchSpec:
     seed: int
 
 
-class LanguageModelling(L.LightningDataModule):
+class LanguageModelling(EvaluationData):
     """Text cut into windows: one source to test on, one to calibrate on, and any number to train on.
 
     Args:
         text: the text to evaluate on.
         calibration: the text that the pruning statistics are collected on.
         train: texts to train on; naming one twice doubles its weight. Only ``fit`` reads them.
-        window: tokens per window. The paper uses 1024 for text.
+        window: tokens per window; none takes 1024, as the paper does for text.
         batch_size: rows per batch. Dynamic pruning chooses per batch, so this is part of the result.
         calibration_samples: calibration windows. The paper uses 2000.
         protocol: ``contiguous`` (every token once, nothing dropped) or ``paper`` (random windows with replacement,
@@ -48,7 +49,7 @@ class LanguageModelling(L.LightningDataModule):
         text: TextSource | None = None,
         calibration: TextSource | None = None,
         train: list[TextSource] | None = None,
-        window: int = 1024,
+        window: int | None = None,
         batch_size: int = 20,
         calibration_samples: int = 2000,
         protocol: Protocol = "contiguous",
@@ -56,12 +57,12 @@ class LanguageModelling(L.LightningDataModule):
         limit_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        if window < 2 or batch_size < 1 or calibration_samples < 1:
+        self.window = 1024 if window is None else window
+        if self.window < 2 or batch_size < 1 or calibration_samples < 1:
             raise UserError("window must be at least 2, batch_size and calibration_samples at least 1")
         self.text = text or WikiText2()
         self.calibration = calibration or C4()
         self.train = train or []
-        self.window = window
         self.batch_size = batch_size
         self.calibration_samples = calibration_samples
         self.protocol: Protocol = protocol
@@ -90,7 +91,7 @@ class LanguageModelling(L.LightningDataModule):
         self._require(len(tokens) >= 2, len(tokens), 1)
         return batched(contiguous_windows(tokens, self.window), self.batch_size, self._pad_id)
 
-    def calibration_batches(self) -> list[Batch]:
+    def calibration_batches(self) -> Sequence[Mapping[str, Any]]:
         """All calibration batches: random windows of documents longer than the window."""
         windows = document_windows(
             self.calibration.documents(), self._encode, self.window, self.calibration_samples, self.seed

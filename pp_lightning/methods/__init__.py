@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from pp_lightning.errors import UserError
 from pp_lightning.methods.base import PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.methods.flap import FLAP
@@ -14,6 +15,18 @@ METHODS: Mapping[str, type[PruningMethod]] = {
     method.label: method for method in (FullBatchProbing, ProbePruning, StaticPPsp, FLAP, WandaSP)
 }
 
+
+def method_named(label: str) -> PruningMethod:
+    """A method with its default settings.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    if label not in METHODS:
+        raise UserError(f"unknown method {label!r}: choose from {', '.join(METHODS)}")
+    return METHODS[label]()
+
+
 __all__ = [
     "FLAP",
     "METHODS",
@@ -24,4 +37,5 @@ __all__ = [
     "StaticMethod",
     "StaticPPsp",
     "WandaSP",
+    "method_named",
 ]

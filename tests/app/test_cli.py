@@ -12,7 +12,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from pp_lightning.app.cli import main
+from pp_lightning.commonsense import TASK_NAMES, evaluate
 from pp_lightning.data.train_tokenizer import train_tokenizer
+from tests.commonsense.samples import write_samples
 from tests.models import tiny
 
 REPOSITORY = Path(__file__).parents[2]
@@ -185,7 +187,7 @@ def test_every_config_parses(path, monkeypatch, capsys):
     assert stop.value.code == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
     given = yaml.safe_load(path.read_text())
-    assert resolved["data"]["window"] == given["data"]["window"]
+    assert resolved["data"]["init_args"]["window"] == given["data"]["window"]
     assert f"configs/{path.parent.name}/{path.name}" in path.read_text()  # its own command stands in its first lines
 
 
@@ -193,6 +195,96 @@ def test_all_published_models_have_all_methods():
     for model in ("llama-2-7b", "llama-2-13b", "llama-3-8b", "opt-13b", "tiny"):
         names = {path.stem for path in CONFIGS if path.parent.name == model}
         assert names >= {"dense", "full_batch_probing", "probe_pruning", "static_ppsp", "flap", "wanda_sp", "compare"}
+
+
+def commonsense_arguments(place, folder):
+    """Arguments of a commonsense run on rows made up for the tests."""
+    return {
+        "--model.path": place / "model",
+        "--model.skip_layers": "[0,1]",
+        "--model.round_to": 16,
+        "--data": "commonsense",
+        "--data.path": write_samples(folder),
+        "--data.window": 64,
+        "--data.batch_size": 8,
+        "--data.calibration_samples": 4,
+        "--data.calibration": "C4",
+        "--data.calibration.path": place / "documents.jsonl",
+        "--trainer.accelerator": "cpu",
+    }
+
+
+def test_commonsense_tables(type_in, place, tmp_path):
+    given = commonsense_arguments(place, tmp_path / "rows")
+    extra = ["--methods", "[pp,wanda_sp]", "--ratios", "[0.4]", "--out", tmp_path / "out"]
+    assert type_in("compare", given, extra=extra) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES | {"results.png"}
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["method"] for row in record["rows"]] == ["dense", "pp", "wanda_sp"]
+    for row in record["rows"]:
+        assert list(row["tasks"]["tasks"]) == list(TASK_NAMES)
+        accuracies = [task["acc"] for task in row["tasks"]["tasks"].values()]
+        assert row["tasks"]["mean"]["acc"] == pytest.approx(sum(accuracies) / 7)
+        assert (row["flops_ratio"] < 1) == (row["method"] != "dense")
+    assert record["data"]["batch_size"] == 8 and record["data"]["order"]
+    lines = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert [line["task"] for line in lines] == [*TASK_NAMES, "mean"] * 3
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert all(f"| {task} |" in table for task in (*TASK_NAMES, "mean"))
+    assert "accuracy, per character" in table
+
+
+def test_interrupted_commonsense_run_resumes_at_its_task(type_in, place, tmp_path, monkeypatch):
+    given = commonsense_arguments(place, tmp_path / "rows") | {
+        "--model.method": "ProbePruning",
+        "--out": tmp_path / "out",
+    }
+    scored = []
+
+    def interrupted(model, batch, *, real=evaluate.score_batch):
+        scored.append(batch)
+        if len(scored) == 4:
+            raise KeyboardInterrupt
+        return real(model, batch)
+
+    monkeypatch.setattr(evaluate, "score_batch", interrupted)
+    try:
+        code = type_in("test", given)
+    except KeyboardInterrupt:
+        code = 1
+    assert code != 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["unfinished-pp-0.2.json"]
+    first = len(scored)
+    assert type_in("test", given) == 0
+    resumed = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][0]
+    again = len(scored) - first
+    given["--out"] = tmp_path / "whole"
+    assert type_in("test", given) == 0
+    assert len(scored) - first - again > again  # the resumed run scored less than a whole one
+    whole = json.loads((tmp_path / "whole" / "results.json").read_text())["rows"][0]
+    for row in (resumed, whole):
+        for task in row["tasks"]["tasks"].values():
+            task.pop("seconds")
+    assert resumed == whole
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+
+
+def test_bad_commonsense_row_is_named(type_in, place, tmp_path, capsys):
+    given = commonsense_arguments(place, tmp_path / "rows") | {"--out": tmp_path / "out"}
+    file = tmp_path / "rows" / "arc_easy" / "test.jsonl"
+    file.write_text(file.read_text().replace('"answerKey"', '"key"', 1))
+    assert type_in("test", given) == 2
+    assert re.search(r"arc_easy/test\.jsonl.*line 1", refused(capsys))
+    assert not (tmp_path / "out").exists()
+
+
+def test_lm_eval_command(place, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(sys, "argv", ["pp-lightning", "lm-eval", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    assert "--model_args" in capsys.readouterr().out
 
 
 MISTAKES = {

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pp_lightning.app.report import HEADINGS, comma_separated, markdown, plot
-from pp_lightning.app.results import Comparison, Evaluation, Timing, write_json, write_text
+from pp_lightning.app.results import Comparison, Evaluation, FlopsRatios, Timing, write_json, write_text
 
 
 def evaluation(method, ratio, perplexity, flops, milliseconds, kept=None):
@@ -16,9 +16,7 @@ def evaluation(method, ratio, perplexity, flops, milliseconds, kept=None):
         pruning_ratio=ratio,
         perplexity=perplexity,
         tokens=1000,
-        flops_ratio=flops,
-        flops_ratio_layers=flops - 0.01,
-        probe_share=0.0,
+        flops=FlopsRatios(flops, flops - 0.01, 0.0),
         time=Timing.of(milliseconds),
         kept=kept or {},
     )

@@ -1,0 +1,151 @@
+"""How a batch of each kind of data is scored, and what comes out: the seam between the module and its data."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import singledispatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pp_lightning.app.metrics import BatchMeanPerplexity, Perplexity
+from pp_lightning.app.results import FlopsRatios, Timing
+from pp_lightning.architectures import shape_of
+from pp_lightning.commonsense import CommonsenseData, TaskResults, evaluate_tasks
+from pp_lightning.data.base import EvaluationData
+from pp_lightning.data.datamodule import LanguageModelling
+from pp_lightning.flops import Flops, dense_flops, pruned_flops
+from pp_lightning.pruning import is_pruned, pruning_of
+
+Progress = Callable[[str, int, int], None]
+
+
+class Scoring(ABC):
+    """Scores a model on one data module, batch by batch.
+
+    Attributes:
+        data: the data module.
+        flops: dense and actual FLOPs of every batch.
+    """
+
+    def __init__(self, data: EvaluationData) -> None:
+        self.data = data
+        self.flops: list[tuple[Flops, Flops]] = []
+
+    @abstractmethod
+    def start(self, device: torch.device, resume_file: Path | None, progress: Progress | None) -> None:
+        """Get ready, with the model pruned and in place.
+
+        Args:
+            device: where the model is.
+            resume_file: where unfinished work may be kept.
+            progress: told a name, the steps done and the steps there are, where a batch is long work.
+        """
+
+    @abstractmethod
+    def step(self, model: PreTrainedModel, batch: Any) -> None:
+        """Score one item of the data module's test dataloader."""
+
+    @abstractmethod
+    def figures(self) -> dict[str, Any]:
+        """What came out: fields of ``Evaluation``."""
+
+    def count_flops(self, model: PreTrainedModel, rows: int, tokens: int) -> None:
+        """Note the FLOPs of a (B, S) batch."""
+        shape = shape_of(model.config)
+        dense = dense_flops(shape, rows, tokens)
+        pruned = pruned_flops(shape, pruning_of(model), rows, tokens) if is_pruned(model) else dense
+        self.flops.append((dense, pruned))
+
+    def flops_ratios(self) -> FlopsRatios:
+        """Totals over all batches, relative to the dense model's."""
+        dense, actual = ([flops[side] for flops in self.flops] for side in (0, 1))
+        layers = sum(flops.layers for flops in dense)
+        return FlopsRatios(
+            model=sum(flops.model for flops in actual) / sum(flops.model for flops in dense),
+            layers=sum(flops.layers for flops in actual) / layers,
+            probe=sum(flops.probe for flops in actual) / layers,
+        )
+
+
+class TextScoring(Scoring):
+    """Perplexity, and milliseconds a batch."""
+
+    def __init__(self, data: LanguageModelling) -> None:
+        super().__init__(data)
+        self.perplexity = BatchMeanPerplexity() if data.protocol == "paper" else Perplexity()
+        self.milliseconds: list[float] = []
+
+    def start(self, device: torch.device, resume_file: Path | None, progress: Progress | None) -> None:
+        """Move the metric to the model's device."""
+        self.perplexity.to(device)
+
+    def step(self, model: PreTrainedModel, batch: Any) -> None:
+        """Run one batch, timed, and add its losses."""
+        _synchronise(model.device)
+        start = time.perf_counter()
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        _synchronise(model.device)
+        self.milliseconds.append(1000 * (time.perf_counter() - start))
+        self.perplexity.update(logits, batch["labels"])
+        self.count_flops(model, *batch["input_ids"].shape)
+
+    def figures(self) -> dict[str, Any]:
+        """Perplexity over all processes, tokens and timing."""
+        perplexity = float(self.perplexity.compute())
+        return {
+            "perplexity": perplexity,
+            "tokens": int(self.perplexity.tokens),
+            "time": Timing.of(self.milliseconds) if self.milliseconds else None,
+        }
+
+
+class TaskScoring(Scoring):
+    """Accuracies of multiple-choice tasks."""
+
+    data: CommonsenseData
+
+    def __init__(self, data: CommonsenseData) -> None:
+        super().__init__(data)
+        self.results: TaskResults | None = None
+        self.resume_file: Path | None = None
+        self.progress: Progress | None = None
+
+    def start(self, device: torch.device, resume_file: Path | None, progress: Progress | None) -> None:
+        """Remember where to resume from and whom to tell."""
+        self.resume_file, self.progress = resume_file, progress
+
+    def step(self, model: PreTrainedModel, batch: Any) -> None:
+        """Evaluate every task."""
+        self.results = evaluate_tasks(model, self.data, progress=self.progress, resume_file=self.resume_file)
+        for task in self.data.tasks:
+            for choices in self.data.test_batches(task):
+                self.count_flops(model, *choices["input_ids"].shape)
+
+    def figures(self) -> dict[str, Any]:
+        """Accuracies of each task and their mean."""
+        assert self.results is not None
+        return {"tasks": self.results.as_dict()}
+
+
+@singledispatch
+def scoring_for(data: EvaluationData) -> Scoring:
+    """The way to score this kind of data."""
+    raise NotImplementedError(f"no scoring for {type(data).__name__}")
+
+
+@scoring_for.register
+def _(data: LanguageModelling) -> Scoring:
+    return TextScoring(data)
+
+
+@scoring_for.register
+def _(data: CommonsenseData) -> Scoring:
+    return TaskScoring(data)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
