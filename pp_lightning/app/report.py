@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import HEAVY_HEAD, MARKDOWN
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from pp_lightning.app.results import Comparison, Evaluation
@@ -62,18 +62,17 @@ def grids(rows: Sequence[Comparison]) -> list[Grid]:
 
 
 def show(rows: Sequence[Comparison], caption: str) -> None:
-    """Print the tables to the terminal."""
-    console = Console()
+    """Print the tables to the terminal, whole even where it is narrow: cut numbers are worse than wrapped lines."""
     for grid in grids(rows):
-        table = Table(
-            title=grid.title or None, title_justify="left", box=MARKDOWN if console.width < 120 else HEAVY_HEAD
-        )
+        table = Table(title=grid.title or None, title_justify="left")
         for index, heading in enumerate(grid.headings):
-            table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index > 0)
+            table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
         for cells in grid.rows:
             table.add_row(*cells)
-        console.print(table, crop=False, overflow="ignore", width=max(console.width, 150))
-    console.print(caption, highlight=False)
+        widest = Console(width=1000)
+        needed = Measurement.get(widest, widest.options, table).maximum
+        Console(width=max(Console().width, needed)).print(table)
+    Console().print(caption, highlight=False)
 
 
 def markdown(rows: Sequence[Comparison], caption: str) -> str:

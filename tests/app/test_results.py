@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pp_lightning.app.report import HEADINGS, comma_separated, markdown, plot
+from pp_lightning.app.report import HEADINGS, comma_separated, markdown, plot, show
 from pp_lightning.app.results import Comparison, Evaluation, FlopsRatios, Timing, write_json, write_text
 
 
@@ -55,6 +55,13 @@ def test_markdown_has_every_row_and_the_caption():
         "| Probe Pruning | 40% | 16.00 | +6.00 | 0.600 | 0.800 | 0.75 | 0.3 | 80.0 (75.0-85.0) | 4 | 192-256 |" in text
     )
     assert lines[-1] == "machine, dtype"
+
+
+def test_terminal_table_is_whole_on_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    show(ROWS, "caption")
+    printed = capsys.readouterr().out
+    assert all(cell in printed for cell in ("Probe Pruning", "+6.00", "80.0 (75.0-85.0)", "192-256", "caption"))
 
 
 def test_csv_holds_unrounded_figures():
