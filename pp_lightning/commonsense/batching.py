@@ -18,7 +18,7 @@ class RowBatch(TypedDict):
     """Rows ready to be scored.
 
     A row's continuation is predicted from its input without the continuation's last token. Rows whose inputs are the
-    same, as BoolQ's " no" and " yes", therefore share one: it is run once, with the same result.
+    same (BoolQ's " no" and " yes", where each is one token) therefore share one: it is run once, with the same result.
 
     Attributes:
         input_ids: (I, S) int64, padded on the right.
@@ -27,6 +27,8 @@ class RowBatch(TypedDict):
         targets: continuation tokens, row after row, (K,) int64.
         target_row: row of each, (K,) int64.
         target_position: column of the input that predicts it, (K,) int64.
+        prefix_of_input: for each input, which of G beginnings it has, (I,) int64.
+        prefix_tokens: tokens of each beginning, in front of everything that is scored, (G,) int64; 0 shares nothing.
     """
 
     input_ids: Tensor
@@ -35,6 +37,8 @@ class RowBatch(TypedDict):
     targets: Tensor
     target_row: Tensor
     target_position: Tensor
+    prefix_of_input: Tensor
+    prefix_tokens: Tensor
 
 
 class ChoiceBatch(RowBatch):
@@ -95,7 +99,7 @@ def collate_questions(group: Sequence[EncodedQuestion], pad_id: int) -> ChoiceBa
     owners = [index for index, question in enumerate(group) for _ in question.rows]
     characters = [count for question in group for count in question.question.characters]
     return ChoiceBatch(
-        **collate_rows(rows, pad_id),
+        **collate_rows(rows, pad_id, owners),
         row_question=torch.tensor(owners),
         row_characters=torch.tensor(characters),
         gold=torch.tensor([question.question.gold for question in group]),
@@ -103,11 +107,18 @@ def collate_questions(group: Sequence[EncodedQuestion], pad_id: int) -> ChoiceBa
     )
 
 
-def collate_rows(rows: Sequence[EncodedRow], pad_id: int) -> RowBatch:
-    """One batch of these rows, padded with ``pad_id``."""
+def collate_rows(rows: Sequence[EncodedRow], pad_id: int, owners: Sequence[int] | None = None) -> RowBatch:
+    """One batch of these rows.
+
+    Args:
+        rows: in order.
+        pad_id: token to pad with; it is masked.
+        owners: question of each row; rows of a question may begin alike. None says nothing about beginnings.
+    """
     inputs: dict[tuple[int, ...], int] = {}
     row_input = [inputs.setdefault(row.inputs, len(inputs)) for row in rows]
     ids, mask = _padded(list(inputs), pad_id)
+    prefix_of_input, prefix_tokens = _beginnings(rows, row_input, owners or range(len(rows)))
     return RowBatch(
         input_ids=ids,
         attention_mask=mask,
@@ -115,7 +126,30 @@ def collate_rows(rows: Sequence[EncodedRow], pad_id: int) -> RowBatch:
         targets=torch.tensor([token for row in rows for token in row.continuation]),
         target_row=torch.tensor([index for index, row in enumerate(rows) for _ in row.continuation]),
         target_position=torch.tensor([position for row in rows for position in _positions(row)]),
+        prefix_of_input=torch.tensor(prefix_of_input),
+        prefix_tokens=torch.tensor(prefix_tokens),
     )
+
+
+def _beginnings(
+    rows: Sequence[EncodedRow], row_input: Sequence[int], owners: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Which inputs begin alike, and for how many tokens at most: up to the first position that predicts something."""
+    first_owner: dict[int, int] = {}
+    for index, owner in zip(row_input, owners, strict=True):
+        first_owner.setdefault(index, owner)  # inputs that two questions have are run for the first one
+    groups = {owner: number for number, owner in enumerate(dict.fromkeys(first_owner.values()))}
+    prefix_of_input = [groups[owner] for owner in first_owner.values()]
+    members: list[list[EncodedRow]] = [[] for _ in groups]
+    for row, index in zip(rows, row_input, strict=True):
+        members[prefix_of_input[index]].append(row)
+    return prefix_of_input, [_common_tokens(group) for group in members]
+
+
+def _common_tokens(rows: Sequence[EncodedRow]) -> int:
+    limit = min(_positions(row).start for row in rows)
+    columns = zip(*(row.inputs[:limit] for row in rows), strict=True)
+    return next((index for index, column in enumerate(columns) if len(set(column)) > 1), limit)
 
 
 def _positions(row: EncodedRow) -> range:

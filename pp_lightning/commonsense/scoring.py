@@ -1,6 +1,7 @@
 """Log-likelihoods of continuations under a causal language model, dense or pruned.
 
-The decoder is run on the batch's inputs, and the vocabulary projection on the continuation's positions only.
+The decoder is run on the batch's inputs, and the vocabulary projection on the continuation's positions only. What a
+question's rows have in common is run once, except under dynamic pruning, which chooses on whole rows.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel
 
 from pp_lightning.architectures import architecture_of
 from pp_lightning.commonsense.batching import RowBatch
+from pp_lightning.commonsense.prefixes import continuation_states, worth_sharing
 from pp_lightning.errors import UserError
+from pp_lightning.pruning import is_pruned, pruning_of
 
 # Positions projected at a time: the float32 logits of a 128k vocabulary then take 0.25 GB, whatever the batch.
 _POSITIONS_AT_A_TIME = 512
@@ -57,15 +60,12 @@ def score_tokens(model: PreTrainedModel, batch: RowBatch, *, greedy: bool = Fals
     Returns:
         Log-probabilities, (K,) float32, and whether each token is the likeliest, (K,) bool or None; on the CPU.
     """
-    device = model.device
-    hidden = _hidden_states(model, batch)
-    where = batch["row_input"][batch["target_row"]].to(device), batch["target_position"].to(device)
-    targets = batch["targets"].to(device)
+    targets = batch["targets"].to(model.device)
+    predicting = _continuation_states(model, batch)
     head = model.get_output_embeddings()
     scores, hits = [], []
-    for states, tokens in zip(
-        hidden[where].split(_POSITIONS_AT_A_TIME), targets.split(_POSITIONS_AT_A_TIME), strict=True
-    ):
+    parts = (tensor.split(_POSITIONS_AT_A_TIME) for tensor in (predicting, targets))
+    for states, tokens in zip(*parts, strict=True):
         logits = head(states).float()
         scores.append(-torch.nn.functional.cross_entropy(logits, tokens, reduction="none"))
         if greedy:
@@ -99,14 +99,18 @@ def check_window(model: PreTrainedModel, window: int) -> None:
         raise UserError(f"a window of {window} tokens exceeds the {longest} positions of the model: use a smaller one")
 
 
-def _hidden_states(model: PreTrainedModel, batch: RowBatch) -> Tensor:
-    """What the vocabulary projection is applied to, (I, S, D).
+def _continuation_states(model: PreTrainedModel, batch: RowBatch) -> Tensor:
+    """What the vocabulary projection is applied to, (K, D).
 
     The decoder is called as a module, by the path that pruning hooks into, so a pruned model sees the batch begin.
     """
-    decoder = architecture_of(model.config).decoder_of(model)
-    mask = batch["attention_mask"]
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": mask}
-    output = decoder(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=False)
-    hidden: Tensor = output.last_hidden_state
-    return hidden
+    decoder, device = architecture_of(model.config).decoder_of(model), model.device
+    if not _chooses_per_batch(model) and worth_sharing(batch, model.config):
+        return continuation_states(decoder, batch, device)
+    inputs = {"input_ids": batch["input_ids"].to(device), "attention_mask": batch["attention_mask"].to(device)}
+    hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
+    return hidden[batch["row_input"][batch["target_row"]].to(device), batch["target_position"].to(device)]
+
+
+def _chooses_per_batch(model: PreTrainedModel) -> bool:
+    return is_pruned(model) and pruning_of(model).context is not None
