@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 
 from pp_lightning import UserError, calibrate, prune_
-from pp_lightning.commonsense import TASK_NAMES, CommonsenseData, Histories, MultipleChoice, evaluate_tasks, score_batch
+from pp_lightning.commonsense import TASK_NAMES, CommonsenseData, Histories, evaluate_tasks
 from pp_lightning.data import Embedded
 from pp_lightning.methods import FLAP, ProbePruning
 from tests.commonsense.samples import ROWS, data_of, tiny_model, write_samples
@@ -142,30 +141,6 @@ def test_all_rows_are_checked_before_the_model_runs(tmp_path: Path) -> None:
         evaluate_tasks(tiny_model("metaspace"), data, progress=lambda *_: pytest.fail("the model was run"))
     with pytest.raises(UserError, match="window of 2000 tokens exceeds"):
         evaluate_tasks(tiny_model("metaspace"), data_of(tmp_path, "metaspace", window=2000))
-
-
-class Scorer(L.LightningModule):
-    """The shape that a LightningModule over this data has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = tiny_model("metaspace")
-        self.metrics = torch.nn.ModuleList(MultipleChoice() for _ in TASK_NAMES)
-
-    def test_step(self, batch: Any, batch_index: int, dataloader_idx: int = 0) -> None:
-        self.metrics[dataloader_idx].update(score_batch(self.model, batch), batch)
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_under_a_trainer(tmp_path: Path) -> None:
-    data = data_of(write_samples(tmp_path), "metaspace")
-    module = Scorer()
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
-    trainer.test(module, data, verbose=False)
-    expected = evaluate_tasks(tiny_model("metaspace"), data)
-    for metric, (_, result) in zip(module.metrics, expected.tasks.items(), strict=True):
-        found = metric.compute()
-        assert (found["acc"], found["acc_norm"], found["questions"]) == (result.acc, result.acc_norm, result.questions)
 
 
 def test_every_batch_goes_to_one_process(tmp_path: Path) -> None:

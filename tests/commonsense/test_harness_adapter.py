@@ -136,7 +136,7 @@ def test_it_loads_calibrates_and_prunes_what_model_args_name(tmp_path: Path) -> 
     )
     assert ours.model._pp_lightning.method.label == "pp"
     assert len(ours.loglikelihood(requests("likelihood"))) == len(PAIRS)
-    with pytest.raises(UserError, match="no method 'magic'"):
+    with pytest.raises(UserError, match="unknown method 'magic'"):
         PrunedHFLM(**{**arguments, "method": "magic"})
 
 
