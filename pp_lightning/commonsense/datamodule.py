@@ -1,6 +1,6 @@
 """The LightningDataModule of the commonsense tasks: questions to test on, text to calibrate on."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -13,7 +13,6 @@ from pp_lightning.commonsense.rows import Question
 from pp_lightning.commonsense.tasks import TASK_NAMES, task_named
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.sources import C4, TextSource
-from pp_lightning.data.windows import batched, document_windows
 from pp_lightning.errors import UserError
 
 
@@ -48,24 +47,17 @@ class CommonsenseData(EvaluationData):
         calibration_samples: int = 2000,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.window = 512 if window is None else window
-        if self.window < 2 or batch_size < 1 or calibration_samples < 1 or (limit is not None and limit < 1):
-            raise UserError("window must be at least 2, batch_size, limit and calibration_samples at least 1")
+        super().__init__(calibration or C4(), calibration_samples, 512 if window is None else window, batch_size, seed)
+        if limit is not None and limit < 1:
+            raise UserError("limit must be at least 1")
         self.path = path
         self.tasks = list(TASK_NAMES if tasks is None else tasks)
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise UserError("tasks must name at least one task, and none twice")
         for name in self.tasks:
             task_named(name)
-        self.calibration = calibration or C4()
-        self.batch_size = batch_size
         self.longest_first = longest_first
         self.limit = limit
-        self.calibration_samples = calibration_samples
-        self.seed = seed
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._pad_id = 0
         self._questions: dict[str, list[Question]] = {}
         self._groups: dict[str, list[list[EncodedQuestion]]] = {}
 
@@ -73,9 +65,7 @@ class CommonsenseData(EvaluationData):
         """Tokenise with ``tokenizer`` from now on; the model that is evaluated brings it."""
         if tokenizer is not self._tokenizer:
             self._groups.clear()
-        self._tokenizer = tokenizer
-        # Padding is masked everywhere, so any valid id will do where a tokenizer has none.
-        self._pad_id = int(tokenizer.pad_token_id or 0)
+        super().use_tokenizer(tokenizer)
 
     def questions(self, task: str) -> list[Question]:
         """A task's questions in the order of its rows; read once.
@@ -113,13 +103,6 @@ class CommonsenseData(EvaluationData):
         """One item, the names of the tasks: ``evaluate_tasks`` does the rest in one step, so that it can resume."""
         return DataLoader([self.tasks], batch_size=None)  # type: ignore[arg-type]
 
-    def calibration_batches(self) -> Sequence[Mapping[str, Any]]:
-        """All calibration batches: random windows of documents longer than the window."""
-        windows = document_windows(
-            self.calibration.documents(), self._encode, self.window, self.calibration_samples, self.seed
-        )
-        return batched(windows, self.batch_size, self._pad_id)
-
     def evaluation_settings(self) -> dict[str, Any]:
         """Everything that the scores depend on beside the model: window, batches, and a digest of each task's rows."""
         return {
@@ -142,11 +125,6 @@ class CommonsenseData(EvaluationData):
 
     def _share(self, task: str, rank: int, world: int) -> list[list[EncodedQuestion]]:
         if task not in self._groups:
-            assert self._tokenizer is not None, "use_tokenizer comes first"
-            encoded = encode_questions(self._tokenizer, self.questions(task), self.window)
+            encoded = encode_questions(self.tokenizer, self.questions(task), self.window)
             self._groups[task] = group_questions(encoded, self.batch_size, longest_first=self.longest_first)
         return self._groups[task][rank::world]
-
-    def _encode(self, text: str) -> list[int]:
-        assert self._tokenizer is not None, "use_tokenizer comes first"
-        return list(self._tokenizer(text, verbose=False)["input_ids"])

@@ -1,6 +1,5 @@
 """The LightningDataModule for language modelling: evaluation windows, calibration windows, training windows."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -8,11 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.sources import C4, TextSource, WikiText2
-from pp_lightning.data.windows import Batch, batched, collate, contiguous_windows, document_windows, random_windows
+from pp_lightning.data.windows import Batch, batched, collate, contiguous_windows, random_windows
 from pp_lightning.errors import UserError
 
 Protocol = Literal["contiguous", "paper"]
@@ -56,26 +54,11 @@ class LanguageModelling(EvaluationData):
         seed: int = 0,
         limit_tokens: int | None = None,
     ) -> None:
-        super().__init__()
-        self.window = 1024 if window is None else window
-        if self.window < 2 or batch_size < 1 or calibration_samples < 1:
-            raise UserError("window must be at least 2, batch_size and calibration_samples at least 1")
+        super().__init__(calibration or C4(), calibration_samples, 1024 if window is None else window, batch_size, seed)
         self.text = text or WikiText2()
-        self.calibration = calibration or C4()
         self.train = train or []
-        self.batch_size = batch_size
-        self.calibration_samples = calibration_samples
         self.protocol: Protocol = protocol
-        self.seed = seed
         self.limit_tokens = limit_tokens
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._pad_id = 0
-
-    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Tokenise with ``tokenizer`` from now on; the model that is evaluated brings it."""
-        self._tokenizer = tokenizer
-        # Padding is masked everywhere, so any valid id will do where a tokenizer has none.
-        self._pad_id = int(tokenizer.pad_token_id or 0)
 
     def test_batches(self) -> list[Batch]:
         """All evaluation batches in order.
@@ -91,18 +74,11 @@ class LanguageModelling(EvaluationData):
         self._require(len(tokens) >= 2, len(tokens), 1)
         return batched(contiguous_windows(tokens, self.window), self.batch_size, self._pad_id)
 
-    def calibration_batches(self) -> Sequence[Mapping[str, Any]]:
-        """All calibration batches: random windows of documents longer than the window."""
-        windows = document_windows(
-            self.calibration.documents(), self._encode, self.window, self.calibration_samples, self.seed
-        )
-        return batched(windows, self.batch_size, self._pad_id)
-
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled windows over all training texts, each document closed by the end-of-text token."""
         if not self.train:
             raise UserError("no training text: name at least one source in --data.train")
-        end = self._require_tokenizer().eos_token_id
+        end = self.tokenizer.eos_token_id
         ids: list[int] = []
         for source in self.train:
             for document in source.documents():
@@ -134,14 +110,6 @@ class LanguageModelling(EvaluationData):
 
     def _tokens_of(self, source: TextSource) -> Tensor:
         return torch.tensor(self._encode(source.text()))
-
-    def _encode(self, text: str) -> list[int]:
-        # verbose=False: the whole text is longer than any context by design; the warning about it would mislead
-        return list(self._require_tokenizer()(text, verbose=False)["input_ids"])
-
-    def _require_tokenizer(self) -> PreTrainedTokenizerBase:
-        assert self._tokenizer is not None, "use_tokenizer comes first"
-        return self._tokenizer
 
     def _require(self, enough: bool, have: int, need: int) -> None:
         if not enough:
