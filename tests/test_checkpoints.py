@@ -1,12 +1,16 @@
 """Loading: safetensors only by default, and every broken checkpoint in one clear line."""
 
 import json
+import math
+from collections import Counter
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from pp_lightning.checkpoints import load_model, load_tokenizer, new_model
+from pp_lightning.app.metrics import Perplexity
+from pp_lightning.checkpoints import EMBEDDED_MODEL, load_model, load_tokenizer, new_model
+from pp_lightning.data import Embedded, LanguageModelling
 from pp_lightning.data.train_tokenizer import train_tokenizer
 from pp_lightning.errors import UserError
 from tests.models import tiny
@@ -85,3 +89,21 @@ def test_tokenizer_without_padding_token(folder):
 def test_folder_without_tokenizer(folder):
     with pytest.raises(UserError, match="cannot load a tokenizer"):
         load_tokenizer(str(folder))
+
+
+def test_the_embedded_model_is_small_real_and_trained():
+    weights = EMBEDDED_MODEL / "model.safetensors"
+    assert weights.stat().st_size < 10_000_000
+    model, tokenizer = load_model(), load_tokenizer()
+    assert model.config.num_hidden_layers >= 8
+    data = LanguageModelling(text=Embedded("test"), window=256, limit_tokens=10_240)
+    data.use_tokenizer(tokenizer)
+    metric, tokens = Perplexity(), []
+    with torch.no_grad():
+        for batch in data.test_batches():
+            ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+            metric.update(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, labels)
+            tokens += labels[:, 1:][labels[:, 1:] >= 0].tolist()
+    shares = [number / len(tokens) for number in Counter(tokens).values()]
+    unigram_entropy = -sum(share * math.log(share) for share in shares)
+    assert math.log(float(metric.compute())) < unigram_entropy - 2
