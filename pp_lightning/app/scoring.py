@@ -95,9 +95,11 @@ class TextScoring(Scoring):
     def figures(self) -> dict[str, Any]:
         """Perplexity over all processes, tokens and timing."""
         perplexity = float(self.perplexity.compute())
+        with self.perplexity.sync_context():  # compute() leaves this process's own count behind
+            tokens = int(self.perplexity.tokens)
         return {
             "perplexity": perplexity,
-            "tokens": int(self.perplexity.tokens),
+            "tokens": tokens,
             "time": Timing.of(self.milliseconds) if self.milliseconds else None,
         }
 

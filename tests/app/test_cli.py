@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -358,6 +359,20 @@ def test_weights_that_are_not_finite(type_in, arguments, tmp_path, capsys):
     assert type_in("test", {**arguments, "--model.path": tmp_path / "broken", "--out": tmp_path / "out"}) == 2
     assert "logits are not finite" in refused(capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_every_batch_once(arguments, type_in, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert type_in("test", arguments, extra=["--out", one]) == 0
+    words = [str(word) for pair in arguments.items() for word in pair]
+    command = [sys.executable, "-m", "cli", "test", *words, "--out", str(two)]
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=240)
+    alone, together = (json.loads((folder / "results.json").read_text()) for folder in (one, two))
+    assert together["environment"]["processes"] == 2
+    assert together["rows"][0]["tokens"] == alone["rows"][0]["tokens"]
+    assert together["rows"][0]["perplexity"] == pytest.approx(alone["rows"][0]["perplexity"], rel=1e-9)
 
 
 def test_help_teaches(monkeypatch, capsys):
