@@ -7,7 +7,7 @@ and top-k are 0. Counts are of one batch of B rows and S tokens, as Python integ
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pp_lightning.architectures import ModelShape, shape_of
+from pp_lightning.architectures import ModelShape
 from pp_lightning.blocks import AttentionUnit, Block
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.pruning import Pruning
@@ -109,6 +109,3 @@ def kept_head_counts(shape: ModelShape, unit: AttentionUnit, keep: int) -> tuple
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:
     return 2 * rows * inputs * outputs
-
-
-__all__ = ["Flops", "dense_flops", "kept_head_counts", "probe_flops", "pruned_flops", "shape_of"]

@@ -1,6 +1,5 @@
 """The LightningDataModule for language modelling: evaluation windows, calibration windows, training windows."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -14,16 +13,6 @@ from pp_lightning.data.windows import Batch, batched, collate, contiguous_window
 from pp_lightning.errors import UserError
 
 Protocol = Literal["contiguous", "paper"]
-
-
-@dataclass(frozen=True)
-class _BatchSpec:
-    """What of a data module's settings goes into a result file."""
-
-    window: int
-    batch_size: int
-    protocol: str
-    seed: int
 
 
 class LanguageModelling(EvaluationData):
@@ -99,9 +88,11 @@ class LanguageModelling(EvaluationData):
 
     def describe(self) -> dict[str, Any]:
         """Settings and text digests, for ``results.json``."""
-        spec = _BatchSpec(self.window, self.batch_size, self.protocol, self.seed)
         return {
-            **vars(spec),
+            "window": self.window,
+            "batch_size": self.batch_size,
+            "protocol": self.protocol,
+            "seed": self.seed,
             "order": "as in the text" if self.protocol == "contiguous" else "random starts",
             "limit_tokens": self.limit_tokens,
             "text": self.text.describe(),
