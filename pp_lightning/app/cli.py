@@ -149,7 +149,8 @@ class PruningCLI(LightningCLI):
         if isinstance(data, LanguageModelling):
             what = f"{tokens} tokens, batch {data.batch_size} x {data.window}, {data.protocol}"
         else:
-            what = f"all rows, batches of whole questions, {data.batch_size} rows at most, window {data.window}"
+            scored = "all rows" if data.limit is None else f"the first {data.limit} rows of each task"
+            what = f"{scored}, batches of whole questions, {data.batch_size} rows at most, window {data.window}"
         return (
             f"{what}, {dtype}; "
             f"{machine['device_name']}, {machine['threads']} threads, {machine['processes']} process(es); {versions}"
