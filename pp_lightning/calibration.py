@@ -17,6 +17,7 @@ from pp_lightning.architectures import architecture_of
 from pp_lightning.blocks import Block, BlockModules, block_modules
 from pp_lightning.errors import UserError
 from pp_lightning.functional.moments import Places, placed_count, placed_sum, sum_of_squares
+from pp_lightning.functional.probe import token_norms
 from pp_lightning.pruning import is_pruned
 from pp_lightning.statistics import BlockKey, BlockSums, Statistics, fingerprint
 
@@ -148,7 +149,7 @@ class _Collector:
 
     def _add_residual(self, key: BlockKey, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         states = inputs[0].view(*self.shape, -1)  # flat in OPT's MLP, see _add
-        energy = torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32).square()
+        energy = token_norms(states).square()
         total = energy.sum(0) if self.places is None else placed_sum(energy[..., None], self.places).squeeze(1)
         old = self.statistics.residuals.get(key)
         self.statistics.residuals[key] = total if old is None else _add_rows(old.to(total.device), total)

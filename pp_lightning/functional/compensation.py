@@ -33,7 +33,8 @@ def restored_mean(weight: Tensor, mean: Tensor, kept_channels: Tensor) -> Tensor
         kept_channels: (K,) int64, the channels that are not pruned.
     """
     removed = mean.index_fill(0, kept_channels, 0.0)
-    return torch.mv(weight.detach(), removed.to(weight.dtype)).float()  # no float32 copy of the weight
+    vector = removed.to(weight.dtype)  # and no float32 copy of the weight
+    return torch.nn.functional.linear(vector[None], weight.detach())[0].float()
 
 
 def update_mean_(mean: Tensor, batch_mean: Tensor, kept: Tensor, momentum: float) -> None:

@@ -46,14 +46,19 @@ def draw_lots(shape: tuple[int, ...], seed: int, batch: int) -> Tensor:
     return torch.rand(shape, generator=generator)
 
 
-def lots_needed(num_rows: int, num_tokens: int, row_ratio: float, token_ratio: float) -> int:
-    """How many lots one probe of a (B, S) batch takes, of whichever kind."""
-    places = probe_rows(num_rows, row_ratio) * probe_tokens(num_tokens, token_ratio)
-    return max(num_rows + num_tokens, places)
+def lots_needed(num_rows: int, num_tokens: int, row_count: int, token_count: int) -> int:
+    """How many lots a probe of this many rows and tokens of a (B, S) batch takes, of whichever kind."""
+    return max(num_rows + num_tokens, row_count * token_count)
 
 
 def drawn_probe(
-    lots: Tensor, shape: torch.Size, real: Tensor | None, row_ratio: float, token_ratio: float, draw: Draw
+    lots: Tensor,
+    shape: torch.Size,
+    real: Tensor | None,
+    row_ratio: float,
+    token_ratio: float,
+    draw: Draw,
+    sizes: tuple[int, int] | None = None,
 ) -> Probe:
     """Rows and tokens, drawn independently of each other.
 
@@ -64,9 +69,10 @@ def drawn_probe(
         row_ratio: fraction of rows in the probe.
         token_ratio: fraction of tokens in the probe.
         draw: :func:`at_random` or :func:`one_a_stratum`.
+        sizes: rows and tokens that these ratios give for (B, S), where the caller has them.
     """
     num_rows, num_tokens = shape
-    row_count, token_count = probe_rows(num_rows, row_ratio), probe_tokens(num_tokens, token_ratio)
+    row_count, token_count = sizes or (probe_rows(num_rows, row_ratio), probe_tokens(num_tokens, token_ratio))
     row_lots, token_lots = lots[:num_rows], lots[num_rows : num_rows + num_tokens]
     if real is None:
         rows, _ = draw(row_lots, row_count, None, None)

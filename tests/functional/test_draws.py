@@ -14,8 +14,8 @@ DRAWS = {"at_random": at_random, "one_a_stratum": one_a_stratum}
 SHAPE = torch.Size((20, 64))
 
 
-def lots(seed, shape=SHAPE, rows=0.1, tokens=0.25):
-    return draw_lots((lots_needed(*shape, rows, tokens),), seed, 0)
+def lots(seed, count=32):
+    return draw_lots((lots_needed(*SHAPE, 1, count),), seed, 0)
 
 
 def test_lots_depend_on_seed_and_batch_and_on_nothing_else():
@@ -97,7 +97,7 @@ def test_scattered_places_are_real_distinct_and_spread():
         assert part.real.all()
         places = set(zip(part.rows.tolist(), part.tokens.tolist(), strict=True))
         assert len(places) == 32 and all(real[place] for place in places)
-        few = scattered_probe(lots(seed, tokens=1.0), SHAPE, real, 110)  # there are 103
+        few = scattered_probe(lots(seed, 110), SHAPE, real, 110)  # there are 103
         assert few.real.sum() == 103
 
 
