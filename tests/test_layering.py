@@ -18,6 +18,7 @@ LAYERS = [
     {"statistics"},
     {"methods"},
     {"plan"},
+    {"allocation"},
     {"pruned"},
     {"pruning"},
     {"calibration"},

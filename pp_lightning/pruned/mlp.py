@@ -19,6 +19,8 @@ _CAN_WORK_IN_PLACE: Mapping[type[nn.Module], Callable[..., Tensor]] = {
 class PrunedMLP(PrunedBlock):
     """``down(act(gate(h)) * up(h))``, or ``down(act(up(h)))`` where there is no gate."""
 
+    mixes_tokens = False
+
     def states(self, normed: Tensor, weights: Weights, around: Surroundings) -> Tensor:
         """(B, S, D) to the input of the down projection, (B, S, K)."""
         up = weights.apply("up", normed)
