@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pp_lightning.architectures import architecture_of, shape_of
+from pp_lightning.compilation import with_own_code
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import make_plan
 from pp_lightning.pruned.block import PrunedBlock, Surroundings
@@ -93,5 +94,5 @@ def _run_held(block: PrunedBlock, residual: Tensor, around: Surroundings) -> Ten
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False)
+    compiled: Callable[..., Any] = torch.compile(with_own_code(function), fullgraph=True, dynamic=False)
     return compiled
