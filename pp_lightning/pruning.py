@@ -111,8 +111,8 @@ def prune_(
     if isinstance(method, DynamicMethod):
         pruning = _prune_dynamic(model, architecture, shape, method, plan, stats, release_stats)
     else:
-        assert isinstance(method, StaticMethod) and stats is not None
-        pruning = _prune_static(model, architecture, shape, method, plan, stats, keep_dense)
+        assert isinstance(method, StaticMethod)
+        pruning = _prune_static(model, architecture, shape, method, plan, stats or Statistics(model=""), keep_dense)
     setattr(model, _ATTRIBUTE, pruning)
 
 

@@ -20,6 +20,7 @@ LAYERS = [
     {"plan"},
     {"pruned"},
     {"pruning"},
+    {"freezing"},
     {"calibration"},
     {"flops", "checkpoints"},
     {"data"},

@@ -36,6 +36,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 COMMANDS = {
     "test": "Evaluate one model: dense, or pruned with --model.method.",
     "compare": "Evaluate the dense model and several methods and ratios in one run: one table, one plot.",
+    "export": "Write a pruned model as a checkpoint or a graph that unmodified tools load, and check that they do.",
     "fit": "Train a causal language model on --data.train and write it as a transformers checkpoint.",
 }
 
@@ -58,6 +59,8 @@ examples:
     pp-lightning compare --model.path DIR --data commonsense --data.path DIR3 --methods [pp] --out DIR2
   any task of lm-evaluation-harness, its own options
     pp-lightning lm-eval --tasks hellaswag --batch_size 20 --model_args path=DIR,method=pp,pruning_ratio=0.4
+  a static choice as a transformers folder, checked after writing
+    pp-lightning export --model.path DIR --model.method WandaSP --model.pruning_ratio 0.4 --out DIR2
   all settings as a file to edit
     pp-lightning test --print_config > my.yaml
 """
@@ -68,12 +71,12 @@ class ExamplesFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class PruningCLI(LightningCLI):
-    """``pp-lightning fit | test | compare``."""
+    """``pp-lightning fit | test | compare | export``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Trainer methods that are commands, with the arguments that are filled in here."""
-        return {"test": _FILLED_IN | {"ckpt_path"}, "compare": _FILLED_IN, "fit": _FILLED_IN}
+        return {"test": _FILLED_IN | {"ckpt_path"}, "compare": _FILLED_IN, "export": _FILLED_IN, "fit": _FILLED_IN}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Model and data first in the help: Lightning's trainer has forty options that few runs need."""

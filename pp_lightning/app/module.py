@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
 import lightning as L
 import torch
@@ -16,12 +16,17 @@ from pp_lightning.architectures import shape_of
 from pp_lightning.calibration import calibrate
 from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer, new_model
 from pp_lightning.data.base import EvaluationData
+from pp_lightning.data.datamodule import first_batch
 from pp_lightning.data.windows import Batch
 from pp_lightning.errors import UserError
-from pp_lightning.methods import PruningMethod
+from pp_lightning.freezing import choice_for
+from pp_lightning.methods import DynamicMethod, PruningMethod
+from pp_lightning.methods.frozen import FrozenOnHistory
 from pp_lightning.plan import make_plan
 from pp_lightning.pruning import is_pruned, prune_, pruning_of, unprune_
 from pp_lightning.statistics import Statistics
+
+FrozenOn = Literal["history", "text"]
 
 
 @runtime_checkable
@@ -53,6 +58,10 @@ class PrunedLM(L.LightningModule):
         mlp_ratio: the same for MLPs alone; none takes ``pruning_ratio``.
         skip_layers: layers left dense; the others lose more to make up for them.
         round_to: MLP channels are kept in multiples of this.
+        uniform: keep the same number of units in every layer: no layer is skipped and no method ranks over layers. What
+            ``export`` writes by default.
+        frozen_on: make the choice of a dynamic method once and keep it: from the calibration ``history``, or for the
+            first batch of ``--data.text``; none chooses per batch.
         statistics: a safetensors file of calibration statistics: read if it exists, else written (and resumed after an
             interruption).
         dtype: dtype of the weights; ``auto`` keeps the checkpoint's own.
@@ -73,6 +82,8 @@ class PrunedLM(L.LightningModule):
         mlp_ratio: float | None = None,
         skip_layers: list[int] = [0, 1, 2],  # noqa: B006 (the command line's help shows it; never changed)
         round_to: int = 64,
+        uniform: bool = False,
+        frozen_on: FrozenOn | None = None,
         statistics: str | None = None,
         dtype: Dtype = "float32",
         pad_token: str | None = None,
@@ -90,6 +101,8 @@ class PrunedLM(L.LightningModule):
         self.mlp_ratio = mlp_ratio
         self.skip_layers = tuple(skip_layers)
         self.round_to = round_to
+        self.uniform = uniform
+        self.frozen_on: FrozenOn | None = frozen_on
         self.statistics_file = statistics
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
@@ -110,11 +123,15 @@ class PrunedLM(L.LightningModule):
         return data
 
     def setup(self, stage: str) -> None:
+        """Get ready for the trainer's data."""
+        self.prepare(self.data)
+
+    def prepare(self, data: EvaluationData) -> None:
         """Hand the tokenizer to the data module, and check before any work what can be checked."""
-        self.data.use_tokenizer(self.tokenizer)
+        data.use_tokenizer(self.tokenizer)
         limit = self.model.config.max_position_embeddings
-        if self.data.window > limit:
-            asked = f"windows of {self.data.window} tokens"
+        if data.window > limit:
+            asked = f"windows of {data.window} tokens"
             raise UserError(f"{asked} exceed the model's {limit} positions: lower --data.window")
         self.check_plan(self.method, self.pruning_ratio)
 
@@ -125,20 +142,25 @@ class PrunedLM(L.LightningModule):
             UserError: the model is not supported, or the ratios leave nothing.
         """
         if method is not None:
-            make_plan(shape_of(self.model.config), method, **self._amounts(pruning_ratio))
+            make_plan(shape_of(self.model.config), self._settled(method), **self._amounts(pruning_ratio))
+
+    def prune(self, data: EvaluationData) -> Statistics | None:
+        """Calibrate on ``data``, if the method needs it, and prune; returns the statistics used."""
+        assert self.method is not None
+        method, amounts = self._settled(self.method), self._amounts(self.pruning_ratio)
+        statistics = self._calibrated(data) if method.needs_statistics else None
+        if self.frozen_on == "text" and isinstance(method, DynamicMethod):
+            prune_(self.model, method, statistics, **amounts)
+            method = choice_for(self.model, first_batch(data))
+            unprune_(self.model)
+        prune_(self.model, method, statistics, **amounts, keep_dense=self.reuse, release_stats=not self.reuse)
+        return statistics
 
     def on_test_start(self) -> None:
         """Calibrate, if the method needs it, and prune."""
         self.evaluation = None
         if self.method is not None:
-            prune_(
-                self.model,
-                self.method,
-                self._calibrated() if self.method.needs_statistics else None,
-                **self._amounts(self.pruning_ratio),
-                keep_dense=self.reuse,
-                release_stats=not self.reuse,
-            )
+            self.prune(self.data)
         bar = self.trainer.progress_bar_callback
         progress = bar.show if isinstance(bar, ShowsProgress) else None
         resume_file = Path(self.trainer.default_root_dir) / f"unfinished-{self.label}-{self.pruning_ratio}.json"
@@ -199,20 +221,29 @@ class PrunedLM(L.LightningModule):
             "pruning_ratio": pruning_ratio,
             "attention_ratio": self.attention_ratio,
             "mlp_ratio": self.mlp_ratio,
-            "skip_layers": self.skip_layers,
+            "skip_layers": () if self.uniform else self.skip_layers,
             "round_to": self.round_to,
         }
 
-    def _calibrated(self) -> Statistics:
+    def _settled(self, method: PruningMethod) -> PruningMethod:
+        """The method as ``uniform`` and ``frozen_on`` want it."""
+        if self.uniform:
+            method = method.with_uniform_counts()
+        if self.frozen_on == "history" and isinstance(method, DynamicMethod):
+            method = FrozenOnHistory(method)
+        return method
+
+    def _calibrated(self, data: EvaluationData) -> Statistics:
         """Statistics for the method: from this run, from the file, or from a new pass over the calibration text."""
         if self._statistics is not None:
             return self._statistics
         assert self.method is not None
         shared = self.reuse or self.statistics_file is not None  # then other methods will want to use them too
-        plan = make_plan(shape_of(self.model.config), self.method, **self._amounts(self.pruning_ratio))
+        method = self._settled(self.method)
+        plan = make_plan(shape_of(self.model.config), method, **self._amounts(self.pruning_ratio))
         statistics = calibrate(
             self.model,
-            self.data.calibration_batches(),
+            data.calibration_batches(),
             means=shared or self.method.needs_means,
             layers=None if shared else plan.layers,
             save_to=self.statistics_file if self.trainer.is_global_zero else None,

@@ -1,11 +1,16 @@
-"""The Trainer with one more verb: compare."""
+"""The Trainer with two more verbs: compare and export."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import lightning as L
 
+from export import Layout
+from pp_lightning.app.exporting import export_pruned
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.results import Comparison, Evaluation
+from pp_lightning.checkpoints import Dtype
+from pp_lightning.data.base import EvaluationData
 from pp_lightning.methods import METHODS, PruningMethod, method_named
 
 ALL_METHODS = list(METHODS)
@@ -20,7 +25,7 @@ class Row:
 
 
 class PruningTrainer(L.Trainer):
-    """A Lightning Trainer that can also evaluate several methods and ratios in one run."""
+    """A Lightning Trainer that can also evaluate several methods and ratios in one run, and export a choice."""
 
     def compare(
         self,
@@ -53,6 +58,41 @@ class PruningTrainer(L.Trainer):
             evaluation = self._evaluate(model, datamodule, row, label)
             done.append(Comparison.of(evaluation, done[0].evaluation if done else evaluation))
         return done
+
+    def export(
+        self,
+        model: PrunedLM,
+        datamodule: EvaluationData,
+        layout: Layout = "uniform",
+        dtype: Dtype | None = None,
+        overwrite: bool = False,
+        max_shard_size: str = "5GB",
+    ) -> None:
+        """Write the pruned model as a folder that unmodified tools load, reload it and compare.
+
+        Args:
+            model: the module; its method makes the choice.
+            datamodule: the data to calibrate on; not read where ``--model.statistics`` names a finished file.
+            layout: ``uniform`` chooses the same counts in every layer and writes a stock class; ``per-layer`` keeps a
+                count of its own in every layer and brings a modelling file; ``padded`` fills up to the widest layer.
+            dtype: of the weights written; none takes that of ``--model.dtype``.
+            overwrite: replace an earlier export.
+            max_shard_size: of a weights file.
+
+        Raises:
+            UserError: whatever stands in the way; nothing is left behind.
+        """
+        model.trainer = self
+        export_pruned(
+            model,
+            datamodule,
+            self.strategy.root_device,
+            Path(self.default_root_dir),
+            layout=layout,
+            dtype=dtype,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+        )
 
     def _evaluate(self, model: PrunedLM, datamodule: L.LightningDataModule, row: Row, label: str) -> Evaluation:
         model.method, model.pruning_ratio, model.label = row.method, row.pruning_ratio, label

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class PruningMethod(ABC):
             raise UserError(f"attention_unit must be query_head or kv_group, not {attention_unit!r}")
         self.blocks = tuple(Block(name) for name in BOTH_BLOCKS if name in blocks)
         self.attention_unit = None if attention_unit is None else AttentionUnit(attention_unit)
+
+    def with_uniform_counts(self) -> Self:
+        """The method with the same counts in every pruned layer; most have them anyway."""
+        return self
 
     def settings(self) -> dict[str, object]:
         """The settings by name, in plain types, for result files."""

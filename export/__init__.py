@@ -1,0 +1,8 @@
+"""Pruned models as files that unmodified tools load. Needs no Lightning."""
+
+from export.checkpoint import export_checkpoint
+from export.costs import Costs, compare_layouts
+from export.layouts import Layout
+from export.verify import Agreement
+
+__all__ = ["Agreement", "Costs", "Layout", "compare_layouts", "export_checkpoint"]

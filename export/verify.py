@@ -1,0 +1,145 @@
+"""Proof that an exported folder computes what the pruned model computed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pp_lightning.errors import UserError
+
+_ROWS, _TOKENS, _STEPS = 2, 24, 8
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a model answers to a fixed prompt.
+
+    Attributes:
+        prompt: token ids (B, S).
+        mask: (B, S), 0 at padding on the left of the second row.
+        logits: of the prompt, (B, S, V) float32 on the CPU.
+        tokens: the most likely continuation, token by token with a key/value cache, (B, steps).
+        step_logits: that it was read from, (B, steps, V) float32.
+    """
+
+    prompt: Tensor
+    mask: Tensor
+    logits: Tensor
+    tokens: Tensor
+    step_logits: Tensor
+
+    @staticmethod
+    @torch.no_grad()
+    def of(model: PreTrainedModel) -> "Behaviour":
+        """Run a model on the prompt."""
+        prompt, mask = _prompt(model)
+        inputs = {"input_ids": prompt.to(model.device), "attention_mask": mask.to(model.device)}
+        logits = model(**inputs, use_cache=False).logits.float().cpu()
+        tokens, steps = _greedy(model, **inputs)
+        return Behaviour(prompt, mask, logits, tokens, steps)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How closely a reloaded model follows.
+
+    Attributes:
+        largest_difference: between any two logits.
+        tolerance: what was allowed.
+        same_tokens: greedy tokens compared, all of them equal (or tied within the tolerance).
+    """
+
+    largest_difference: float
+    tolerance: float
+    same_tokens: int
+
+
+@torch.no_grad()
+def verify(folder: Path, expected: Behaviour, device: torch.device, *, bundled_code: bool) -> Agreement:
+    """Load a folder as a user would and compare.
+
+    Args:
+        folder: a transformers checkpoint.
+        expected: behaviour of the pruned model that it was written from.
+        device: that the behaviour was recorded on.
+        bundled_code: the folder brings its own modelling file, which we wrote a moment ago: the only code that is ever
+            trusted here.
+
+    Raises:
+        UserError: weights are missing, superfluous or of another shape, or logits or tokens differ.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=bundled_code
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            raise UserError(f"the export failed its check: {problem.replace('_', ' ')} {sorted(report[problem])[:3]}")
+    return compare(expected, Behaviour.of(model.eval().to(device)), model.dtype, model.config.num_hidden_layers)
+
+
+def compare(expected: Behaviour, found: Behaviour, dtype: torch.dtype, num_layers: int) -> Agreement:
+    """Refuse a behaviour that differs by more than rounding.
+
+    Raises:
+        UserError: logits or tokens differ.
+    """
+    real = expected.mask.bool()
+    difference = float((expected.logits - found.logits)[real].abs().max())
+    allowed = tolerance(dtype, num_layers) * max(1.0, float(expected.logits[real].abs().max()))
+    if not difference <= allowed:  # NaN too
+        raise UserError(f"the export failed its check: logits differ by {difference:.2g}, more than {allowed:.2g}")
+    for row in range(len(expected.tokens)):
+        _check_tokens(expected, found, row, allowed)
+    return Agreement(difference, allowed, expected.tokens.numel())
+
+
+def tolerance(dtype: torch.dtype, num_layers: int) -> float:
+    """Difference allowed between logits, relative to the largest of them.
+
+    In half precision every block of a padded model may round another way, and such errors add up like a random walk.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return 1e-5
+    return float(torch.finfo(dtype).eps * (2 * num_layers) ** 0.5)
+
+
+def _check_tokens(expected: Behaviour, found: Behaviour, row: int, allowed: float) -> None:
+    differing = (expected.tokens[row] != found.tokens[row]).nonzero()
+    if not len(differing):
+        return
+    step = int(differing[0])
+    logits, pair = expected.step_logits[row, step], (expected.tokens[row, step], found.tokens[row, step])
+    if float(logits[pair[0]] - logits[pair[1]]) > 2 * allowed:  # else a tie, and what follows it may differ
+        raise UserError(f"the export failed its check: greedy token {step + 1} differs")
+
+
+def _prompt(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    tokens = min(_TOKENS, model.config.max_position_embeddings - _STEPS)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, model.config.vocab_size, (_ROWS, tokens), generator=generator)
+    mask = torch.ones_like(prompt)
+    mask[1, : tokens // 4] = 0
+    return prompt, mask
+
+
+def _greedy(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    cache, positions = None, (attention_mask.cumsum(1) - 1).clamp(min=0)
+    tokens: list[Tensor] = []
+    steps: list[Tensor] = []
+    for _ in range(_STEPS):
+        output = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        steps.append(output.logits[:, -1].float().cpu())
+        input_ids = output.logits[:, -1].argmax(-1, keepdim=True)
+        tokens.append(input_ids.cpu())
+        attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
+        positions = positions[:, -1:] + 1
+    return torch.cat(tokens, dim=1), torch.stack(steps, dim=1)
