@@ -58,7 +58,7 @@ def export_checkpoint(
     sizes = PrunedSizes.of(model)
     target = target_for(layout, sizes)
     if dtype is not None:
-        model.to(dtype)
+        _cast_weights(model, dtype)
     model.eval()
     costs, pruning, device = costs_of(model, target), pruning_record(model), model.device
     given = dict(provenance or {})
@@ -81,6 +81,13 @@ def export_checkpoint(
         write_record(folder, record)
         write_card(folder, base, pruning, costs, agreement)
     return costs, agreement
+
+
+def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Weights only: buffers such as rotary frequencies stay in float32, as they do in a model that is loaded."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _write_small_files(

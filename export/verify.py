@@ -70,9 +70,13 @@ def verify(folder: Path, expected: Behaviour, device: torch.device, *, bundled_c
     Raises:
         UserError: weights are missing, superfluous or of another shape, or logits or tokens differ.
     """
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=bundled_code
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=bundled_code
+        )
+    except Exception as error:  # whatever transformers raises about it, a user would meet it too
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"the export failed its check: transformers cannot load it: {reason}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise UserError(f"the export failed its check: {problem.replace('_', ' ')} {sorted(report[problem])[:3]}")

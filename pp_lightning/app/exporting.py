@@ -113,8 +113,8 @@ def _cells(costs: Costs, chosen: Layout) -> tuple[str, ...]:
 def _show_result(costs: Costs, check: Agreement, out: Path) -> None:
     _say(f"written to {out}: {costs.model_class}, {costs.parameters:,} parameters")
     _say(
-        f"reloaded and checked: logits differ by at most {check.largest_difference:.1e} ({check.tolerance:.1e} allowed),"
-        f" {check.same_tokens} greedy tokens equal"
+        f"reloaded and checked: logits differ by at most {check.largest_difference:.1e} ({check.tolerance:.1e} allowed)"
+        f"; {check.same_tokens} greedy tokens are equal"
     )
 
 
