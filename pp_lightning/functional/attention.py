@@ -32,12 +32,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         mask: (B or 1, 1, S, T), bool (True = may attend) or additive; None is causal (S = T) or, with one query, none.
         scale: factor on the products.
     """
+    causal = mask is None
+    if query.shape[2] == 1:  # an if, not an "and": traced with dynamic lengths, that would not be a bool
+        causal = False
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
-        is_causal=mask is None and query.shape[2] > 1,
+        is_causal=causal,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )

@@ -47,13 +47,16 @@ class DynamicMethod(PruningMethod):
         """Rows and tokens of the probe of a (B, S) batch: what FLOPs are counted from."""
 
     @abstractmethod
-    def select(self, residual: Tensor, normed: Tensor, real: Tensor | None) -> Probe | None:
+    def select(
+        self, residual: Tensor, normed: Tensor, real: Tensor | None, sizes: tuple[int, int] | None = None
+    ) -> Probe | None:
         """The part of the batch that runs ahead; None means all of it.
 
         Args:
             residual: (B, S, D), before the block's norm.
             normed: (B, S, D), after it.
             real: (B, S) bool, None where there is no padding.
+            sizes: what :meth:`probe_sizes` gives for this batch, where the caller has it.
         """
 
     @abstractmethod

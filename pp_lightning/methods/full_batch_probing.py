@@ -32,7 +32,9 @@ class FullBatchProbing(DynamicMethod):
         """All rows and tokens."""
         return num_rows, num_tokens
 
-    def select(self, residual: Tensor, normed: Tensor, real: Tensor | None) -> Probe | None:
+    def select(
+        self, residual: Tensor, normed: Tensor, real: Tensor | None, sizes: tuple[int, int] | None = None
+    ) -> Probe | None:
         """Everything."""
         return None
 

@@ -60,10 +60,12 @@ class ProbePruning(DynamicMethod):
         """Rows and tokens of the probe of a (B, S) batch."""
         return probe_rows(num_rows, self.row_ratio), probe_tokens(num_tokens, self.token_ratio)
 
-    def select(self, residual: Tensor, normed: Tensor, real: Tensor | None) -> Probe:
+    def select(
+        self, residual: Tensor, normed: Tensor, real: Tensor | None, sizes: tuple[int, int] | None = None
+    ) -> Probe:
         """The tokens, then the rows, with the largest norms (steps 1 and 2)."""
         ranked = residual if self.rank_by == "residual" else normed
-        return select_probe(token_norms(ranked), real, self.row_ratio, self.token_ratio)
+        return select_probe(token_norms(ranked), real, self.row_ratio, self.token_ratio, sizes)
 
     def energy(self, states: Tensor, probe: Probe | None, places: Places | None, history: Tensor | None) -> Tensor:
         """The probe's moment fused with the history at the selected positions, summed over them (step 4)."""

@@ -50,7 +50,7 @@ def layer_pruner(
             "units": block.units,
             "keep": block.keep,
             "method": method,
-            "context": context,
+            "workspace": context.workspace,
             "history": _history(statistics, index, block, release),
         }
 
