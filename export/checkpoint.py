@@ -16,7 +16,7 @@ from export.layouts import BUNDLED, Layout, Target, target_for
 from export.record import pruning_record, write_card, write_record
 from export.sizes import PrunedSizes
 from export.verify import Agreement, Behaviour, verify
-from export.weights import write_weights
+from export.weights import check_shard_size, write_weights
 
 
 def export_checkpoint(
@@ -55,6 +55,7 @@ def export_checkpoint(
             check failed. Nothing is left behind.
     """
     check_free(out, overwrite)
+    check_shard_size(max_shard_size)
     sizes = PrunedSizes.of(model)
     target = target_for(layout, sizes)
     if dtype is not None:

@@ -9,6 +9,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from export.entries import Entry, made
+from pp_lightning.errors import UserError
+
+
+def check_shard_size(max_shard_size: str) -> None:
+    """Refuse a size that cannot be read.
+
+    Raises:
+        UserError: it is not a number and a unit.
+    """
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise UserError(f"max_shard_size must be a size such as 5GB or 500MB, not {max_shard_size!r}") from error
 
 
 def write_weights(entries: Sequence[Entry], folder: Path, max_shard_size: str) -> None:

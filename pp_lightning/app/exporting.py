@@ -9,6 +9,7 @@ from rich.console import Console
 from export import Agreement, Costs, Layout, compare_layouts, export_checkpoint
 from export.folder import check_free
 from export.record import base_model_name, calibration_record
+from export.weights import check_shard_size
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.report import Grid, show_grid
 from pp_lightning.checkpoints import Dtype
@@ -36,6 +37,7 @@ def export_pruned(
         UserError: nothing to prune, a choice per batch, or whatever :func:`export.export_checkpoint` refuses.
     """
     check_free(out, overwrite)
+    check_shard_size(max_shard_size)
     if module.method is None:
         raise UserError("nothing to prune: name a method with --model.method")
     if isinstance(module.method, DynamicMethod) and module.frozen_on is None:
@@ -45,7 +47,12 @@ def export_pruned(
         )
     if layout == "uniform":
         _choose_uniformly(module)
-    module.prepare(data)
+    module.check_plan(module.method, module.pruning_ratio)
+    calibrated = module.read_statistics()
+    if calibrated:
+        _say(f"calibrated before: {module.statistics_file} is taken as it stands, no calibration text is read")
+    if not calibrated or module.frozen_on == "text":
+        module.prepare(data)
     module.model.to(device)
     statistics = module.prune(data)
     _show_costs(compare_layouts(module.model), layout)

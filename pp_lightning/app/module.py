@@ -156,6 +156,18 @@ class PrunedLM(L.LightningModule):
         prune_(self.model, method, statistics, **amounts, keep_dense=self.reuse, release_stats=not self.reuse)
         return statistics
 
+    def read_statistics(self) -> bool:
+        """Take the statistics file as it stands, if there is one: what needs no calibration text at hand.
+
+        Raises:
+            UserError: it is of another model.
+        """
+        if self.statistics_file is None or not Path(self.statistics_file).exists():
+            return False
+        self._statistics = Statistics.load(self.statistics_file)
+        self._statistics.check_model(self.model)
+        return True
+
     def on_test_start(self) -> None:
         """Calibrate, if the method needs it, and prune."""
         self.evaluation = None
