@@ -65,7 +65,7 @@ def export_checkpoint(
     given = dict(provenance or {})
     base = {"name": given.pop("base_model", "a model in memory"), "model_type": model.config.model_type}
     check_space(out, costs.bytes)
-    expected = Behaviour.of(model)
+    expected = Behaviour.of_model(model)
     with appearing(out, overwrite) as folder:
         _write_small_files(folder, model, tokenizer, target)
         write_weights(entries_of(model, sizes, target), folder, max_shard_size)

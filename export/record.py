@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from export.costs import Costs
 from export.folder import RECORD
+from export.graph import Graph
 from export.verify import Agreement
 from pp_lightning.pruning import is_pruned, pruning_of
 from pp_lightning.statistics import Statistics
@@ -49,6 +50,17 @@ def calibration_record(statistics: Statistics) -> dict[str, Any]:
         "batches": statistics.num_batches,
         "batches_digest": statistics.batches_digest,
         "positions": statistics.num_positions,
+    }
+
+
+def graph_record(graph: Graph, runs_in: str) -> dict[str, Any]:
+    """How a graph is called."""
+    return {
+        "inputs": list(graph.inputs),
+        "outputs": list(graph.outputs),
+        "key_value_heads": list(graph.caches),
+        "head_size": graph.head_size,
+        "runs_in": runs_in,
     }
 
 

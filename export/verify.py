@@ -1,7 +1,9 @@
 """Proof that an exported folder computes what the pruned model computed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +11,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pp_lightning.errors import UserError
 
-_ROWS, _TOKENS, _STEPS = 2, 24, 8
+ROWS, TOKENS, STEPS = 2, 24, 8
+
+
+# Runs token ids (B, S) behind a cache (None at the start) under a mask (B, past + S), 0 at padding. Gives logits
+# (B, S, V) float32 on the CPU and the cache to go on with; None where it has none, then the whole text comes again.
+Runner = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -32,13 +39,18 @@ class Behaviour:
 
     @staticmethod
     @torch.no_grad()
-    def of(model: PreTrainedModel) -> "Behaviour":
-        """Run a model on the prompt."""
-        prompt, mask = _prompt(model)
-        inputs = {"input_ids": prompt.to(model.device), "attention_mask": mask.to(model.device)}
-        logits = model(**inputs, use_cache=False).logits.float().cpu()
-        tokens, steps = _greedy(model, **inputs)
-        return Behaviour(prompt, mask, logits, tokens, steps)
+    def of(run: Runner, vocabulary: int, rows: int = ROWS, tokens: int = TOKENS) -> "Behaviour":
+        """Ask on a prompt of (rows, tokens)."""
+        prompt, mask = _prompt(vocabulary, rows, tokens)
+        logits, _ = run(prompt, mask, None)
+        found, steps = _greedy(run, prompt, mask)
+        return Behaviour(prompt, mask, logits, found, steps)
+
+    @staticmethod
+    def of_model(model: PreTrainedModel) -> "Behaviour":
+        """Ask a transformers model."""
+        tokens = min(TOKENS, model.config.max_position_embeddings - STEPS)
+        return Behaviour.of(model_runner(model), model.config.vocab_size, tokens=tokens)
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ def verify(folder: Path, expected: Behaviour, device: torch.device, *, bundled_c
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise UserError(f"the export failed its check: {problem.replace('_', ' ')} {sorted(report[problem])[:3]}")
-    return compare(expected, Behaviour.of(model.eval().to(device)), model.dtype, model.config.num_hidden_layers)
+    return compare(expected, Behaviour.of_model(model.eval().to(device)), model.dtype, model.config.num_hidden_layers)
 
 
 def compare(expected: Behaviour, found: Behaviour, dtype: torch.dtype, num_layers: int) -> Agreement:
@@ -119,31 +131,42 @@ def _check_tokens(expected: Behaviour, found: Behaviour, row: int, allowed: floa
         raise UserError(f"the export failed its check: greedy token {step + 1} differs")
 
 
-def _prompt(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    tokens = min(_TOKENS, model.config.max_position_embeddings - _STEPS)
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, model.config.vocab_size, (_ROWS, tokens), generator=generator)
-    mask = torch.ones_like(prompt)
-    mask[1, : tokens // 4] = 0
-    return prompt, mask
+def positions_of(mask: Tensor, tokens: int) -> Tensor:
+    """Position ids (B, tokens) of the last tokens under a mask (B, past + tokens)."""
+    return (mask.cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - tokens :]
 
 
-def _greedy(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    cache, positions = None, (attention_mask.cumsum(1) - 1).clamp(min=0)
-    tokens: list[Tensor] = []
-    steps: list[Tensor] = []
-    for _ in range(_STEPS):
+def model_runner(model: PreTrainedModel) -> Runner:
+    """Run a transformers model, with its own cache."""
+
+    def run(prompt: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
         output = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
+            input_ids=prompt.to(model.device),
+            attention_mask=mask.to(model.device),
+            position_ids=positions_of(mask, prompt.shape[1]).to(model.device),
             past_key_values=cache,
             use_cache=True,
         )
-        cache = output.past_key_values
-        steps.append(output.logits[:, -1].float().cpu())
-        input_ids = output.logits[:, -1].argmax(-1, keepdim=True)
-        tokens.append(input_ids.cpu())
-        attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
-        positions = positions[:, -1:] + 1
-    return torch.cat(tokens, dim=1), torch.stack(steps, dim=1)
+        return output.logits.float().cpu(), output.past_key_values
+
+    return run
+
+
+def _prompt(vocabulary: int, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, vocabulary, (rows, tokens), generator=generator)
+    mask = torch.ones_like(prompt)
+    mask[1:2, : tokens // 4] = 0
+    return prompt, mask
+
+
+def _greedy(run: Runner, prompt: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    text, given, cache = prompt, prompt, None
+    steps: list[Tensor] = []
+    for _ in range(STEPS):
+        logits, cache = run(given, mask, cache)
+        steps.append(logits[:, -1])
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        text, mask = torch.cat([text, token], dim=1), torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        given = text if cache is None else token
+    return text[:, prompt.shape[1] :], torch.stack(steps, dim=1)
