@@ -71,7 +71,7 @@ def test_without_a_fault_it_passes(tmp_path, monkeypatch):
 
 
 def test_tokens_are_compared():
-    expected = Behaviour.of(pruned("llama"))
+    expected = Behaviour.of_model(pruned("llama"))
     others = expected.tokens.clone()
     others[1, 3] = (others[1, 3] + 1) % 96
     with pytest.raises(UserError, match="greedy token 4 differs"):
@@ -80,7 +80,7 @@ def test_tokens_are_compared():
 
 
 def test_a_tie_may_fall_either_way():
-    expected = Behaviour.of(pruned("llama"))
+    expected = Behaviour.of_model(pruned("llama"))
     tokens, steps = expected.tokens.clone(), expected.step_logits.clone()
     tokens[0, 2] = (tokens[0, 2] + 1) % 96
     steps[0, 2, tokens[0, 2]] = steps[0, 2].max()
@@ -88,7 +88,7 @@ def test_a_tie_may_fall_either_way():
 
 
 def test_padding_is_not_compared():
-    expected = Behaviour.of(pruned("llama"))
+    expected = Behaviour.of_model(pruned("llama"))
     logits = expected.logits.clone()
     assert not expected.mask[1, 0]
     logits[1, 0] = float("nan")
@@ -97,7 +97,7 @@ def test_padding_is_not_compared():
 
 def test_tokens_are_those_of_a_run_without_cache():
     model = pruned("llama_gqa")
-    found = Behaviour.of(model)
+    found = Behaviour.of_model(model)
     batch = {"input_ids": found.prompt, "attention_mask": found.mask}
     assert torch.equal(found.tokens, greedy_without_cache(model, batch, found.tokens.shape[1]))
 
