@@ -2,8 +2,16 @@
 
 from export.checkpoint import export_checkpoint
 from export.costs import Costs, compare_layouts
-from export.graphs import export_graph
+from export.graphs import export_dynamic_graph, export_graph
 from export.layouts import Layout
 from export.verify import Agreement
 
-__all__ = ["Agreement", "Costs", "Layout", "compare_layouts", "export_checkpoint", "export_graph"]
+__all__ = [
+    "Agreement",
+    "Costs",
+    "Layout",
+    "compare_layouts",
+    "export_checkpoint",
+    "export_dynamic_graph",
+    "export_graph",
+]

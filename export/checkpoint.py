@@ -59,7 +59,7 @@ def export_checkpoint(
     sizes = PrunedSizes.of(model)
     target = target_for(layout, sizes)
     if dtype is not None:
-        _cast_weights(model, dtype)
+        cast_weights(model, dtype)
     model.eval()
     costs, pruning, device = costs_of(model, target), pruning_record(model), model.device
     given = dict(provenance or {})
@@ -84,8 +84,11 @@ def export_checkpoint(
     return costs, agreement
 
 
-def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Weights only: buffers such as rotary frequencies stay in float32, as they do in a model that is loaded."""
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Change the dtype of the weights only.
+
+    Buffers such as rotary frequencies stay in float32, as they do in a model that is loaded.
+    """
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
     model.config.dtype = dtype

@@ -27,12 +27,14 @@ class GraphFormat:
         load: from the folder, in the runtime that its users have.
         check: refuse what is missing on this machine, before any work is done.
         runs_in: for people.
+        copies: of the weights on disk.
     """
 
     write: Callable[[Graph, Path, int], None]
     load: Callable[[Path, Graph], Session]
     check: Callable[[], None]
     runs_in: str
+    copies: int = 1
 
 
 def _write_onnx(graph: Graph, folder: Path, size: int) -> None:
@@ -108,13 +110,15 @@ def _nothing() -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's remarks about packages that no language model needs."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 GRAPH_FORMATS: Mapping[str, GraphFormat] = {
@@ -127,3 +131,12 @@ GRAPH_FORMATS: Mapping[str, GraphFormat] = {
         "torch.export.load; torch._inductor.aoti_load_package on this machine",
     ),
 }
+
+
+def check_format(form: str) -> None:
+    """Refuse a format whose packages are missing.
+
+    Raises:
+        UserError: what to install.
+    """
+    GRAPH_FORMATS[form].check()

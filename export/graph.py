@@ -80,8 +80,8 @@ def trace(model: PreTrainedModel, *, kv_cache: bool) -> Graph:
     )
 
 
-def traced(module: nn.Module, arguments: tuple[Any, ...], shapes: tuple[Any, ...]) -> ExportedProgram:
-    """``torch.export`` without taking sizes of 0 and 1 for special cases."""
+def traced(module: nn.Module, arguments: tuple[Any, ...], shapes: tuple[Any, ...] | None) -> ExportedProgram:
+    """``torch.export`` without taking sizes of 0 and 1 for special cases; without shapes, all sizes are fixed."""
     with torch.no_grad(), tracing.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         return torch.export.export(module.eval(), arguments, dynamic_shapes=shapes, strict=False)
 

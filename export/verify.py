@@ -61,11 +61,13 @@ class Agreement:
         largest_difference: between any two logits.
         tolerance: what was allowed.
         same_tokens: greedy tokens compared, all of them equal (or tied within the tolerance).
+        swapped_units: of a dynamic graph: units that it kept in place of others as important but for rounding.
     """
 
     largest_difference: float
     tolerance: float
-    same_tokens: int
+    same_tokens: int = 0
+    swapped_units: int = 0
 
 
 @torch.no_grad()
