@@ -10,15 +10,19 @@ from transformers import PreTrainedModel
 from export.graph import Graph, attention_for_graphs, traced
 from pp_lightning.architectures import architecture_of
 from pp_lightning.errors import UserError
+from pp_lightning.methods import DynamicMethod
 from pp_lightning.pruning import pruners_of, pruning_of
+
+_MOVING = ("history", "mean")
 
 
 def trace_dynamic(model: PreTrainedModel, rows: int, tokens: int) -> Graph:
     """Trace a dynamically pruned model for batches of one size.
 
     The graph takes ``input_ids`` and ``attention_mask``, both (B, S), and a history (P_max, C) for every block that
-    chooses. It gives ``logits`` (B, S, V), the histories after the batch, and the units (K,) that each block kept. It
-    holds no state: whoever forgets to feed a history back runs every batch on the calibrated one.
+    chooses (with some methods a running mean (C,) too). It gives ``logits`` (B, S, V), the histories after the batch,
+    and the units (K,) that each block kept. It holds no state: whoever forgets to feed a history back runs every batch
+    on the calibrated one.
 
     Args:
         model: pruned by a dynamic method; left as it is.
@@ -28,54 +32,60 @@ def trace_dynamic(model: PreTrainedModel, rows: int, tokens: int) -> Graph:
     Raises:
         UserError: the model is not pruned by a dynamic method, or the batch does not fit its histories.
     """
-    context = pruning_of(model).context
-    if context is None:
+    pruning = pruning_of(model)
+    context = pruning.context
+    if context is None or not isinstance(pruning.method, DynamicMethod):
         raise UserError("the choice is static: export the graph of a static choice")
     if context.num_positions is not None and tokens > context.num_positions:
         raise UserError(f"batches of {tokens} tokens are longer than the {context.num_positions} calibrated positions")
+    if pruning.method.lots_needed(rows, tokens):
+        raise UserError("a probe that is drawn anew for every batch fits no graph: rank it by residual or input")
     state = PrunedState(model)
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=model.device)
-    histories = [state.buffers[name].clone() for name in state.histories]
+    start = [state.buffers[name].clone() for name in state.moving]
     choice = context.choice
     with attention_for_graphs(model):
-        program = traced(_WithHistory(state), (ids, torch.ones_like(ids), histories), None)
+        program = traced(_WithHistory(state), (ids, torch.ones_like(ids), start), None)
     context.choice = choice
     return Graph(
         program,
         leading=2,
-        inputs=("input_ids", "attention_mask", *(f"history.{name}" for name in state.labels(state.histories))),
-        outputs=(
-            "logits",
-            *(f"new_history.{name}" for name in state.labels(state.histories)),
-            *(f"kept.{name}" for name in state.labels(state.choices)),
-        ),
+        inputs=("input_ids", "attention_mask", *labels(state.moving)),
+        outputs=("logits", *(f"new_{label}" for label in labels(state.moving)), *labels(state.choices)),
     )
 
 
 class PrunedState:
-    """A pruned model's buffers that change from batch to batch, by their names in the model."""
+    """A pruned model's buffers that change from batch to batch, by their names in the model.
+
+    Attributes:
+        moving: histories and running means, which the next batch starts from.
+        choices: the units kept for the last batch.
+        buffers: these, and what else a batch writes.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         architecture = architecture_of(model.config)
         prefix = f"{architecture.decoder}.{architecture.layers}"
-        self.histories: list[str] = []
-        self.choices: list[str] = []
-        for layer, pruner in pruners_of(model).items():
-            for name, block in (("attention", pruner.attention), ("mlp", pruner.mlp)):
-                if not block.chooses:
-                    continue
-                self.choices.append(f"{prefix}.{layer}.pruner.{name}.kept")
-                if block.history is not None:
-                    self.histories.append(f"{prefix}.{layer}.pruner.{name}.history")
-        self.buffers = {
-            name: buffer for name, buffer in model.named_buffers() if name in {*self.histories, *self.choices}
-        }
+        blocks = [
+            (f"{prefix}.{layer}.pruner.{name}", block)
+            for layer, pruner in pruners_of(model).items()
+            for name, block in (("attention", pruner.attention), ("mlp", pruner.mlp))
+            if block.chooses
+        ]
+        self.moving = [
+            f"{path}.{kind}" for path, block in blocks for kind in _MOVING if getattr(block, kind) is not None
+        ]
+        self.choices = [f"{path}.kept" for path, _ in blocks]
+        restored = [f"{path}.restored" for path, block in blocks if block.restored is not None]
+        written = {*self.moving, *self.choices, *restored}
+        self.buffers = {name: buffer for name, buffer in model.named_buffers() if name in written}
 
-    @staticmethod
-    def labels(names: Sequence[str]) -> list[str]:
-        """``3.mlp`` for the buffer of layer 3's MLP block."""
-        return [f"{parts[-4]}.{parts[-2]}" for parts in (name.split(".") for name in names)]
+
+def labels(names: Sequence[str]) -> list[str]:
+    """``history.3.mlp`` for the buffer of layer 3's MLP block."""
+    return [f"{parts[-1]}.{parts[-4]}.{parts[-2]}" for parts in (name.split(".") for name in names)]
 
 
 class _WithHistory(nn.Module):
@@ -86,11 +96,11 @@ class _WithHistory(nn.Module):
         self.model = state.model
         self._state = (state,)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, histories: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Logits, new histories, kept units."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, before: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Logits, what the next batch starts from, kept units."""
         state = self._state[0]
-        moving = dict(zip(state.histories, (history.clone() for history in histories), strict=True))
-        chosen = {name: state.buffers[name].clone() for name in state.choices}
+        swapped = {name: buffer.clone() for name, buffer in state.buffers.items()}
+        swapped |= dict(zip(state.moving, (tensor.clone() for tensor in before), strict=True))
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        output = functional_call(self.model, {**moving, **chosen}, (), inputs)
-        return (output.logits, *moving.values(), *chosen.values())
+        output = functional_call(self.model, swapped, (), inputs)
+        return (output.logits, *(swapped[name] for name in (*state.moving, *state.choices)))

@@ -40,15 +40,15 @@ class DynamicBehaviour:
     def of(model: PreTrainedModel, rows: int, tokens: int) -> "DynamicBehaviour":
         """Run a model; its history is put back afterwards."""
         state = PrunedState(model)
-        before = [state.buffers[name].clone() for name in state.histories]
+        before = [state.buffers[name].clone() for name in state.moving]
         batches = [_batch(model.config.vocab_size, rows, tokens, seed) for seed in range(_BATCHES)]
         logits, kept = [], []
         for ids, mask in batches:
             inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
             logits.append(model(**inputs, use_cache=False).logits.float().cpu())
             kept.append([state.buffers[name].cpu().clone() for name in state.choices])
-        after = [state.buffers[name].cpu().clone() for name in state.histories]
-        for name, history in zip(state.histories, before, strict=True):
+        after = [state.buffers[name].cpu().clone() for name in state.moving]
+        for name, history in zip(state.moving, before, strict=True):
             state.buffers[name].copy_(history)
         return DynamicBehaviour(batches, logits, kept, after)
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from export.dynamic import PrunedState, trace_dynamic
+from export.dynamic import PrunedState, labels, trace_dynamic
 from export.dynamic_check import DynamicBehaviour
 from export.folder import appearing, check_free, check_space
 from export.formats import GRAPH_FORMATS, GraphFormat, Session
@@ -105,8 +105,7 @@ def export_dynamic_graph(
     chosen = _ready(form, model, out, overwrite)
     expected = DynamicBehaviour.of(model, rows, tokens)
     dtype, layers, state = model.dtype, model.config.num_hidden_layers, PrunedState(model)
-    names = [f"history.{label}" for label in state.labels(state.histories)]
-    start = {name: state.buffers[path].cpu().clone() for name, path in zip(names, state.histories, strict=True)}
+    start = {n: state.buffers[p].cpu().clone() for n, p in zip(labels(state.moving), state.moving, strict=True)}
     return _write(
         model,
         out,

@@ -85,7 +85,7 @@ def _stock(layout: Layout, sizes: PrunedSizes, widths: Widths) -> Target:
         layers=(widths,) * len(sizes.layers),
         biases=stock.biased(sizes.biases),
         code=None,
-        loads_in=f"transformers, {stock.loads_in}",
+        loads_in=f"transformers{stock.loads_in}",
     )
 
 

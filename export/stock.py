@@ -38,7 +38,7 @@ class StockClass:
 
     Attributes:
         model_type: its name in transformers.
-        loads_in: who reads it beside transformers; what was only read about is in the README.
+        loads_in: who reads it beside transformers, as an addition to that word.
         biases: projections that get a bias where a config field is set, by that field.
         fixed_biases: projections that always have one.
         head_norms: it normalises queries and keys.
@@ -67,25 +67,27 @@ class StockClass:
         return self.fixed_biases.union(*chosen)
 
 
-_EVERY_LLAMA_TOOL = "vLLM, llama.cpp, onnxruntime-genai"
+_READ_ABOUT = "; by reading only: vLLM, llama.cpp, onnxruntime-genai"
 STOCK_CLASSES = (
     StockClass(
         "llama",
-        _EVERY_LLAMA_TOOL,
+        _READ_ABOUT,
         biases={"attention_bias": _ATTENTION, "mlp_bias": _MLP},
         heads_divide_hidden=True,
     ),
-    StockClass("mistral", _EVERY_LLAMA_TOOL, settings={"sliding_window": None}),
-    StockClass("qwen2", "vLLM, llama.cpp", fixed_biases=_QUERY_KEY_VALUE),
-    StockClass("qwen3", "vLLM, llama.cpp", biases={"attention_bias": _ATTENTION}, head_norms=True),
+    StockClass("mistral", _READ_ABOUT, settings={"sliding_window": None}),
+    StockClass("qwen2", "", fixed_biases=_QUERY_KEY_VALUE),
+    StockClass("qwen3", "; by reading only: vLLM, llama.cpp", biases={"attention_bias": _ATTENTION}, head_norms=True),
     StockClass(
         "seed_oss",
-        "vLLM through its transformers backend",
+        "; by reading only: vLLM with --model-impl transformers",
         biases={"attention_bias": _QUERY_KEY_VALUE, "attention_out_bias": frozenset({"attention_output"})}
         | {"mlp_bias": _MLP},
         settings={"residual_dropout": 0.0},
     ),
-    StockClass("opt", "vLLM", biases={"enable_bias": _ATTENTION | {"up", "down"}}, heads_fill_hidden=True),
+    StockClass(
+        "opt", "; by reading only: vLLM", biases={"enable_bias": _ATTENTION | {"up", "down"}}, heads_fill_hidden=True
+    ),
 )
 
 

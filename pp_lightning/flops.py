@@ -20,7 +20,7 @@ class Flops:
 
     Attributes:
         blocks: of each block of each layer, without its probe.
-        probe: of all probes.
+        probe: of all probes, with putting back the means that they show.
         vocabulary: of the projection to the vocabulary.
     """
 
@@ -65,6 +65,7 @@ def pruned_flops(shape: ModelShape, pruning: Pruning, rows: int, tokens: int) ->
             blocks[layer, block] = attention_flops(shape, rows, tokens, heads, keys)
         if isinstance(pruning.method, DynamicMethod) and not whole:
             probe += probe_flops(shape, block, *pruning.method.probe_sizes(rows, tokens))
+            probe += compensation_flops(shape, block) if pruning.method.restores_means else 0
     return Flops(blocks, probe, dense.vocabulary)
 
 
@@ -96,6 +97,12 @@ def probe_flops(shape: ModelShape, block: Block, rows: int, tokens: int) -> int:
     if block is Block.MLP:
         return mlp_front_flops(shape, rows, tokens, shape.mlp_width)
     return attention_front_flops(shape, rows, tokens, shape.num_heads, shape.num_key_value_heads)
+
+
+def compensation_flops(shape: ModelShape, block: Block) -> int:
+    """Putting back the mean of a block's removed channels: its output matrix times one vector, once a batch."""
+    channels = shape.mlp_width if block is Block.MLP else shape.num_heads * shape.head_size
+    return _linear(1, channels, shape.hidden_size)
 
 
 def kept_head_counts(shape: ModelShape, unit: AttentionUnit, keep: int) -> tuple[int, int]:

@@ -2,17 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from pp_lightning.allocation import ALLOCATIONS, Evidence
 from pp_lightning.architectures import Architecture, ModelShape, architecture_of, shape_of
-from pp_lightning.blocks import AttentionUnit, Block, block_modules
+from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, block_modules
 from pp_lightning.errors import UserError
-from pp_lightning.methods.base import BlockToPrune, PruningMethod, StaticMethod
+from pp_lightning.functional.draws import draw_lots
+from pp_lightning.methods.base import AllocationName, BlockToPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import Plan, make_plan
 from pp_lightning.pruned.context import BatchContext
@@ -69,8 +72,11 @@ def prune_(
     round_to: int = 64,
     attention_ratio: float | None = None,
     mlp_ratio: float | None = None,
+    allocation: AllocationName | None = None,
+    floor: float = 0.25,
     keep_dense: bool = True,
     release_stats: bool = False,
+    pack_slices: bool = False,
 ) -> None:
     """Prune a causal language model in place. It stays the transformers model it was: same class, same call.
 
@@ -81,12 +87,18 @@ def prune_(
         method: one of :mod:`pp_lightning.methods`.
         stats: from :func:`calibrate`; may be None where the method needs none.
         pruning_ratio: fraction of units removed over the whole model, in [0, 1).
-        skip_layers: layers left dense; the others lose more to make up for them.
+        skip_layers: layers left dense; the others lose more to make up for them. With ``allocation="global"`` they
+            only say, through the uniform plan, how much is saved: no layer is skipped by rule.
         round_to: MLP channels are kept in multiples of this.
         attention_ratio: ratio for attention alone; None takes ``pruning_ratio``.
         mlp_ratio: ratio for MLPs alone; None takes ``pruning_ratio``.
+        allocation: ``uniform``, the same ratio in every layer that is not skipped, or ``global``, where one ranking
+            over the units of all layers decides at the same FLOPs; None takes the method's own.
+        floor: fraction of its units that every block keeps under ``global``.
         keep_dense: keep a static method's dense weights for :func:`unprune_`. False saves their memory.
         release_stats: empty ``stats`` while pruning, so that a history never exists twice.
+        pack_slices: with a dynamic method, keep every block's slice between batches and copy only what the next choice
+            changes: faster for small batches on a CPU, and costs the memory of all slices.
 
     Raises:
         UserError: the model is not supported or already pruned, the ratios leave nothing, or ``stats`` are missing, of
@@ -108,11 +120,14 @@ def prune_(
         if stats is None:
             raise UserError(f"{type(method).__name__} needs calibration statistics: pass the result of calibrate()")
         stats.check_model(model)
+    plan, keep = _allocated(model, architecture, method, plan, stats, allocation, floor)
     if isinstance(method, DynamicMethod):
-        pruning = _prune_dynamic(model, architecture, shape, method, plan, stats, release_stats)
+        pruning = _prune_dynamic(model, architecture, shape, method, plan, keep, stats, release_stats, pack_slices)
     else:
         assert isinstance(method, StaticMethod)
-        pruning = _prune_static(model, architecture, shape, method, plan, stats or Statistics(model=""), keep_dense)
+        pruning = _prune_static(
+            model, architecture, shape, method, plan, keep, stats or Statistics(model=""), keep_dense
+        )
     setattr(model, _ATTRIBUTE, pruning)
 
 
@@ -201,16 +216,30 @@ def _prune_dynamic(
     shape: ModelShape,
     method: DynamicMethod,
     plan: Plan,
+    keep: dict[BlockKey, int],
     stats: Statistics | None,
     release: bool,
+    packs: bool,
 ) -> Pruning:
     if model.config._attn_implementation not in ("sdpa", "eager"):
         raise UserError('dynamic pruning runs SDPA: load the model with attn_implementation="sdpa"')
     histories = stats if method.keeps_history else None
-    context = BatchContext(None if histories is None else histories.num_positions)
     layers = architecture.layers_of(model)
+    num_positions = None if histories is None else histories.num_positions
+    context = BatchContext(num_positions, partial(_lots, method, len(layers)))
     pruners = {  # all of them before the first is installed: a mistake leaves the model as it was
-        index: layer_pruner(layers[index], index, architecture, shape, plan, method, context, histories, release)
+        index: layer_pruner(
+            layers[index],
+            index,
+            architecture,
+            shape,
+            _counted(plan, keep, index),
+            method,
+            context,
+            histories,
+            release,
+            packs,
+        )
         for index in plan.layers
     }
     for index, pruner in pruners.items():
@@ -221,8 +250,39 @@ def _prune_dynamic(
         hooks += [
             publish_residual(layers[index].get_submodule(architecture.mlp_norm), context) for index in sorted(before)
         ]
-    keep = {(index, block.block): block.keep for index in plan.layers for block in plan.blocks}
     return Pruning(method, plan, keep, context, _hooks=hooks)
+
+
+def _allocated(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    method: PruningMethod,
+    plan: Plan,
+    stats: Statistics | None,
+    allocation: AllocationName | None,
+    floor: float,
+) -> tuple[Plan, dict[BlockKey, int]]:
+    """The layers that are pruned, and the units that stay in each of their blocks."""
+    name = method.allocation if allocation is None else allocation
+    if name not in ALLOCATIONS:
+        raise UserError(f"allocation must be {' or '.join(ALLOCATIONS)}, not {name!r}")
+    if name != "uniform" and method.allocates:
+        raise UserError(f"{type(method).__name__} spreads units over the layers itself: leave allocation out")
+    layers = enumerate(architecture.layers_of(model))
+    weights = {(i, b): block_modules(architecture, layer, b).output_weight for i, layer in layers for b in Block}
+    return ALLOCATIONS[name](plan, Evidence(stats, weights, method.restores_means, floor))
+
+
+def _counted(plan: Plan, keep: dict[BlockKey, int], layer: int) -> tuple[BlockPlan, BlockPlan]:
+    """The plan of a layer's attention and of its MLP block, with the counts of that layer."""
+    attention, mlp = (replace(block, keep=keep[layer, block.block]) for block in plan.blocks)
+    return attention, mlp
+
+
+def _lots(method: DynamicMethod, num_layers: int, batch: int, num_rows: int, num_tokens: int) -> Tensor | None:
+    """Lots for the attention and the MLP probe of every layer, (L, 2, M) float32; None for probes that are ranked."""
+    number = method.lots_needed(num_rows, num_tokens)
+    return draw_lots((num_layers, 2, number), method.seed, batch) if number else None
 
 
 def _prune_static(
@@ -231,6 +291,7 @@ def _prune_static(
     shape: ModelShape,
     method: StaticMethod,
     plan: Plan,
+    keep: dict[BlockKey, int],
     stats: Statistics,
     keep_dense: bool,
 ) -> Pruning:
@@ -240,7 +301,7 @@ def _prune_static(
     pruning = Pruning(method, plan, {}, _can_undo=keep_dense)
     todo = []
     for index in plan.layers:
-        for block in plan.blocks:
+        for block in _counted(plan, keep, index):
             if block.ratio > 0:
                 todo.append(
                     BlockToPrune(index, block, block_modules(architecture, layers[index], block.block).output_weight)

@@ -5,7 +5,7 @@ import torch
 
 from pp_lightning import UserError, kept_units, prune_, unprune_
 from pp_lightning.freezing import choice_for
-from pp_lightning.methods import FullBatchProbing, ProbePruning, StaticPPsp, WandaSP
+from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, StaticPPsp, WandaSP
 from pp_lightning.methods.frozen import FrozenOnHistory
 from pp_lightning.pruning import frozen_history
 from tests.models import MODELS, SETTINGS, choices, histories, ids, logits, ragged, run_frozen, statistics, tiny
@@ -92,6 +92,21 @@ def test_frozen_on_the_history_is_what_the_method_keeps_without_its_probe():
 def test_without_a_history_there_is_nothing_to_freeze_on():
     with pytest.raises(UserError, match="keeps no history"):
         FrozenOnHistory(FullBatchProbing())
+
+
+def test_what_a_batch_alone_can_tell_is_not_frozen():
+    with pytest.raises(UserError, match="compensation"):
+        FrozenOnHistory(ProbePruning(compensation="probe"))
+    with pytest.raises(UserError, match="about the mean"):
+        FrozenOnHistory(ProbePruning(score="centered"))
+
+
+@pytest.mark.parametrize("method", [FLAP(), ProbePruning(allocation="global"), WandaSP()])
+def test_uniform_counts(method):
+    uniform = method.with_uniform_counts()
+    assert not uniform.allocates and uniform.allocation == "uniform"
+    assert uniform.with_uniform_counts() is uniform
+    assert type(uniform) is type(method)
 
 
 def test_settings_name_their_origin():

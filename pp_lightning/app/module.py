@@ -21,6 +21,7 @@ from pp_lightning.data.windows import Batch
 from pp_lightning.errors import UserError
 from pp_lightning.freezing import choice_for
 from pp_lightning.methods import DynamicMethod, PruningMethod
+from pp_lightning.methods.base import AllocationName
 from pp_lightning.methods.frozen import FrozenOnHistory
 from pp_lightning.plan import make_plan
 from pp_lightning.pruning import is_pruned, prune_, pruning_of, unprune_
@@ -47,6 +48,13 @@ class _Amounts(TypedDict):
     round_to: int
 
 
+class _Allocation(TypedDict):
+    """How the units are spread over the layers."""
+
+    allocation: AllocationName | None
+    floor: float
+
+
 class PrunedLM(L.LightningModule):
     """A causal language model and how to prune it.
 
@@ -58,6 +66,9 @@ class PrunedLM(L.LightningModule):
         mlp_ratio: the same for MLPs alone; none takes ``pruning_ratio``.
         skip_layers: layers left dense; the others lose more to make up for them.
         round_to: MLP channels are kept in multiples of this.
+        allocation: ``uniform`` or ``global``: one ranking over the units of all layers, none skipped, at the FLOPs that
+            uniform ratios would leave; none takes the method's own.
+        floor: fraction of its units that every block keeps under ``global``.
         uniform: keep the same number of units in every layer: no layer is skipped and no method ranks over layers. What
             ``export`` writes by default.
         frozen_on: make the choice of a dynamic method once and keep it: from the calibration ``history``, or for the
@@ -82,6 +93,8 @@ class PrunedLM(L.LightningModule):
         mlp_ratio: float | None = None,
         skip_layers: list[int] = [0, 1, 2],  # noqa: B006 (the command line's help shows it; never changed)
         round_to: int = 64,
+        allocation: AllocationName | None = None,
+        floor: float = 0.25,
         uniform: bool = False,
         frozen_on: FrozenOn | None = None,
         statistics: str | None = None,
@@ -101,6 +114,8 @@ class PrunedLM(L.LightningModule):
         self.mlp_ratio = mlp_ratio
         self.skip_layers = tuple(skip_layers)
         self.round_to = round_to
+        self.allocation = allocation
+        self.floor = floor
         self.uniform = uniform
         self.frozen_on: FrozenOn | None = frozen_on
         self.statistics_file = statistics
@@ -148,12 +163,14 @@ class PrunedLM(L.LightningModule):
         """Calibrate on ``data``, if the method needs it, and prune; returns the statistics used."""
         assert self.method is not None
         method, amounts = self._settled(self.method), self._amounts(self.pruning_ratio)
-        statistics = self._calibrated(data) if method.needs_statistics else None
+        statistics = self._calibrated(data) if method.needs_statistics or self._ranks_globally(method) else None
+        allocation: _Allocation = {"allocation": self._allocation, "floor": self.floor}
         if self.frozen_on == "text" and isinstance(method, DynamicMethod):
-            prune_(self.model, method, statistics, **amounts)
+            prune_(self.model, method, statistics, **amounts, **allocation)
             method = choice_for(self.model, first_batch(data))
             unprune_(self.model)
-        prune_(self.model, method, statistics, **amounts, keep_dense=self.reuse, release_stats=not self.reuse)
+        keep = {"keep_dense": self.reuse, "release_stats": not self.reuse}
+        prune_(self.model, method, statistics, **amounts, **allocation, **keep)
         return statistics
 
     def read_statistics(self) -> bool:
@@ -202,6 +219,10 @@ class PrunedLM(L.LightningModule):
         if self.reuse and is_pruned(self.model):
             unprune_(self.model)
 
+    def forget_statistics(self) -> None:
+        """Calibrate anew when statistics are next needed: the data's seed has changed."""
+        self._statistics = None
+
     def on_fit_start(self) -> None:
         """Train in training mode: checkpoints are loaded for evaluation."""
         self.model.train()
@@ -237,6 +258,13 @@ class PrunedLM(L.LightningModule):
             "round_to": self.round_to,
         }
 
+    @property
+    def _allocation(self) -> AllocationName | None:
+        return "uniform" if self.uniform else self.allocation
+
+    def _ranks_globally(self, method: PruningMethod) -> bool:
+        return (self._allocation or method.allocation) == "global"
+
     def _settled(self, method: PruningMethod) -> PruningMethod:
         """The method as ``uniform`` and ``frozen_on`` want it."""
         if self.uniform:
@@ -256,8 +284,8 @@ class PrunedLM(L.LightningModule):
         statistics = calibrate(
             self.model,
             data.calibration_batches(),
-            means=shared or self.method.needs_means,
-            layers=None if shared else plan.layers,
+            means=shared or method.needs_means,
+            layers=None if shared or self._ranks_globally(method) else plan.layers,
             save_to=self.statistics_file if self.trainer.is_global_zero else None,
             progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None,
         )

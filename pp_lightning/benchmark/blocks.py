@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pp_lightning.architectures import architecture_of, shape_of
+from pp_lightning.compilation import with_own_code
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import make_plan
 from pp_lightning.pruned.block import PrunedBlock, Surroundings
@@ -35,7 +36,7 @@ def dense_pruner(model: PreTrainedModel, index: int) -> LayerPruner:
     method = pruners_of(model)[index].attention.method
     plan = make_plan(shape, method, pruning_ratio=0.0, skip_layers=())
     layer = architecture.layers_of(model)[index]
-    return layer_pruner(layer, index, architecture, shape, plan, method, BatchContext(None), None, release=False)
+    return layer_pruner(layer, index, architecture, shape, plan.blocks, method, BatchContext(None), None, release=False)
 
 
 @torch.inference_mode()
@@ -93,5 +94,5 @@ def _run_held(block: PrunedBlock, residual: Tensor, around: Surroundings) -> Ten
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False)
+    compiled: Callable[..., Any] = torch.compile(with_own_code(function), fullgraph=True, dynamic=False)
     return compiled

@@ -63,10 +63,10 @@ def select_probe(
     if sizes is None:
         sizes = probe_rows(num_rows, row_ratio), probe_tokens(num_tokens, token_ratio)
     if real is None:
-        tokens = _largest(torch.linalg.vector_norm(importance, dim=0), sizes[1])
+        tokens = largest(torch.linalg.vector_norm(importance, dim=0), sizes[1])
         if len(tokens) <= FEW_TOKENS:
             tokens = torch.cat([tokens.new_zeros(1), tokens[1:]])
-        rows = _largest(torch.linalg.vector_norm(importance[:, tokens], dim=1), sizes[0])
+        rows = largest(torch.linalg.vector_norm(importance[:, tokens], dim=1), sizes[0])
         return Probe(rows, tokens)
     return _select_among_real(importance.masked_fill(~real, 0.0), real, row_ratio, token_ratio, sizes)
 
@@ -76,26 +76,26 @@ def _select_among_real(
 ) -> Probe:
     """The padded case: as many places are selected as without padding, the ones too many are marked not real."""
     real_columns, real_rows = real.any(0), real.any(1)
-    token_count = _real_count(real_columns, token_ratio, minimum=2)
-    tokens, token_valid = _largest_valid(
+    token_count = real_count(real_columns, token_ratio, minimum=2)
+    tokens, token_valid = largest_valid(
         torch.linalg.vector_norm(importance, dim=0), real_columns, sizes[1], token_count
     )
     first_real = real_columns.int().argmax()
     lowest = torch.where(token_count <= FEW_TOKENS, first_real, tokens[0])
     tokens = torch.cat([lowest[None], tokens[1:]])
     row_importance = torch.linalg.vector_norm(importance[:, tokens] * token_valid, dim=1)
-    row_count = _real_count(real_rows, row_ratio, minimum=1)
-    rows, row_valid = _largest_valid(row_importance, real_rows, sizes[0], row_count)
+    row_count = real_count(real_rows, row_ratio, minimum=1)
+    rows, row_valid = largest_valid(row_importance, real_rows, sizes[0], row_count)
     selected = real[rows[:, None], tokens[None, :]]
     return Probe(rows, tokens, selected & token_valid[None, :] & row_valid[:, None], token_valid)
 
 
-def _largest(scores: Tensor, count: int) -> Tensor:
+def largest(scores: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` largest scores, ascending."""
     return scores.topk(count).indices.sort().values
 
 
-def _largest_valid(scores: Tensor, eligible: Tensor, count: int, valid_count: Tensor) -> tuple[Tensor, Tensor]:
+def largest_valid(scores: Tensor, eligible: Tensor, count: int, valid_count: Tensor) -> tuple[Tensor, Tensor]:
     """``count`` indices, the first ``valid_count`` of them the best eligible ones in ascending order, and which are."""
     best = scores.masked_fill(~eligible, -1.0).topk(count).indices
     in_use = torch.arange(count, device=scores.device) < valid_count
@@ -103,7 +103,7 @@ def _largest_valid(scores: Tensor, eligible: Tensor, count: int, valid_count: Te
     return ascending.clamp(max=len(scores) - 1), in_use
 
 
-def _real_count(eligible: Tensor, ratio: float, minimum: int) -> Tensor:
+def real_count(eligible: Tensor, ratio: float, minimum: int) -> Tensor:
     """Places the probe would have without the padding, as a 0-d int64 tensor (no host synchronisation)."""
     number = eligible.sum()
     wanted = torch.ceil(number.double() * ratio - 1e-9).long().clamp(min=minimum)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -15,6 +16,7 @@ from pp_lightning.statistics import BlockKey, Statistics
 
 BlockName = Literal["attention", "mlp"]
 UnitName = Literal["query_head", "kv_group"]
+AllocationName = Literal["uniform", "global"]
 BOTH_BLOCKS: tuple[BlockName, ...] = ("attention", "mlp")
 
 
@@ -28,12 +30,12 @@ class PruningMethod(ABC):
     Attributes:
         label: short name for tables and the command line.
         needs_statistics: whether :func:`~pp_lightning.prune_` must be given calibration statistics.
-        needs_means: whether these must include means beside second moments.
+        allocation: how the removed units are spread over the layers, unless :func:`~pp_lightning.prune_` is told.
     """
 
     label: ClassVar[str]
     needs_statistics: ClassVar[bool] = True
-    needs_means: ClassVar[bool] = False
+    allocation: AllocationName = "uniform"
 
     def __init__(
         self,
@@ -48,9 +50,28 @@ class PruningMethod(ABC):
         self.blocks = tuple(Block(name) for name in BOTH_BLOCKS if name in blocks)
         self.attention_unit = None if attention_unit is None else AttentionUnit(attention_unit)
 
+    @property
+    def needs_means(self) -> bool:
+        """Whether calibration statistics must include means beside second moments."""
+        return False
+
+    @property
+    def restores_means(self) -> bool:
+        """Whether a block's output gets back what its removed channels contribute on average."""
+        return False
+
+    @property
+    def allocates(self) -> bool:
+        """Whether the method itself counts what stays in each layer."""
+        return False
+
     def with_uniform_counts(self) -> Self:
-        """The method with the same counts in every pruned layer; most have them anyway."""
-        return self
+        """The method with the same counts in every pruned layer."""
+        if self.allocation == "uniform":
+            return self
+        method = copy(self)
+        method.allocation = "uniform"
+        return method
 
     def settings(self) -> dict[str, object]:
         """The settings by name, in plain types, for result files."""

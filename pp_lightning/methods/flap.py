@@ -50,6 +50,16 @@ class FLAP(StaticMethod):
         self.bias = bias
         self.uniform = uniform
 
+    @property
+    def restores_means(self) -> bool:
+        """The bias does."""
+        return self.bias
+
+    @property
+    def allocates(self) -> bool:
+        """Unless its ratios are uniform."""
+        return not self.uniform
+
     def with_uniform_counts(self) -> Self:
         """The same without the ranking over layers."""
         if self.uniform:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from pp_lightning.errors import UserError
-from pp_lightning.functional.scores import ppsp_weight_norm
 from pp_lightning.methods.base import BlockToPrune, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.statistics import BlockKey, Statistics
@@ -18,13 +17,19 @@ class FrozenMethod(StaticMethod):
 
     Args:
         origin: the dynamic method.
+
+    Raises:
+        UserError: the method also puts back a mean for every batch.
     """
 
     frozen_on: ClassVar[str]
 
     def __init__(self, origin: DynamicMethod) -> None:
+        if origin.restores_means:
+            raise UserError("compensation is computed for every batch and cannot be frozen: leave it out")
         super().__init__([block.value for block in origin.blocks], origin.attention_unit)  # type: ignore[arg-type]
         self.origin = origin
+        self.allocation = origin.allocation
         self.label = f"{origin.label}_frozen"  # type: ignore[misc]
 
     def settings(self) -> dict[str, object]:
@@ -38,7 +43,7 @@ class FrozenOnHistory(FrozenMethod):
     For Probe Pruning this is static PPsp.
 
     Raises:
-        UserError: the method keeps no history.
+        UserError: the method keeps no history, or its scores need more than one.
     """
 
     frozen_on: ClassVar[str] = "history"
@@ -46,12 +51,16 @@ class FrozenOnHistory(FrozenMethod):
     def __init__(self, origin: DynamicMethod) -> None:
         if not origin.keeps_history:
             raise UserError(f"{type(origin).__name__} keeps no history to freeze its choice on: freeze it on a text")
+        if origin.centres:
+            raise UserError("scores about the mean need a probe, which a history has not: freeze the choice on a text")
         super().__init__(origin)
 
     def unit_scores(self, block: BlockToPrune, statistics: Statistics) -> Tensor:
         """The dynamic method's scores (U,) float32 of the history's energy."""
         energy = statistics.energy(*block.key).to(block.weight.device)
-        return block.checked(self.origin.unit_scores(energy, ppsp_weight_norm(block.weight), block.units.channels))
+        return block.checked(
+            self.origin.unit_scores(energy, self.origin.weight_norm(block.weight), block.units.channels)
+        )
 
 
 class FrozenOnText(FrozenMethod):

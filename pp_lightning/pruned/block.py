@@ -3,17 +3,18 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pp_lightning.blocks import BlockModules, Units
+from pp_lightning.functional.compensation import channel_mean, restored_mean, update_mean_
 from pp_lightning.functional.moments import Places, placed_second_moment, second_moment, update_history_
 from pp_lightning.functional.probe import Probe
-from pp_lightning.functional.scores import ppsp_weight_norm
-from pp_lightning.functional.selection import keep_best, store_by_columns, take_columns, take_rows, unit_channels
-from pp_lightning.methods.dynamic import DynamicMethod
+from pp_lightning.functional.selection import keep_best, store_by_columns, take_rows, unit_channels
+from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod
+from pp_lightning.pruned.packing import PackedSlice, sliced_rows
 from pp_lightning.pruned.workspace import Memory, SliceWorkspace, fresh_memory
 
 
@@ -25,14 +26,20 @@ class Projection(NamedTuple):
 
     def of_outputs(self, units: Tensor, per_unit: int, memory: Memory) -> "Projection":
         """Only the outputs (rows) of these units."""
-        bias = None if self.bias is None else take_rows(self.bias, units, per_unit)
         shape = (len(units) * per_unit, self.weight.shape[1])
-        return Projection(take_rows(self.weight, units, per_unit, memory(shape, self.weight)), bias)
+        return self.with_outputs(sliced_rows(self.weight, units, per_unit, memory(shape, self.weight)), units, per_unit)
+
+    def with_outputs(self, weight: Tensor, units: Tensor, per_unit: int) -> "Projection":
+        """``weight``, which has the outputs of these units, with their bias."""
+        return Projection(weight, None if self.bias is None else take_rows(self.bias, units, per_unit))
 
     def of_inputs(self, units: Tensor, per_unit: int, memory: Memory) -> "Projection":
-        """Only the inputs (columns) of these units; the bias belongs to the outputs and stays."""
+        """Only the inputs (columns) of these units; the bias belongs to the outputs and stays.
+
+        The weight must be stored by columns, see :func:`store_by_columns`.
+        """
         shape = (len(units) * per_unit, self.weight.shape[0])
-        return Projection(take_columns(self.weight, units, per_unit, memory(shape, self.weight)), self.bias)
+        return Projection(sliced_rows(self.weight.t(), units, per_unit, memory(shape, self.weight)).t(), self.bias)
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,14 @@ class Weights:
 
     projections: Mapping[str, Projection]
     kept: Tensor | None = None
+
+    def restoring(self, vector: Tensor | None) -> "Weights":
+        """The same with ``vector`` (D,) float32 added to the output's bias: it then costs nothing to add."""
+        if vector is None:
+            return self
+        weight, bias = self.projections["output"]
+        total = vector if bias is None else bias.float() + vector
+        return Weights({**self.projections, "output": Projection(weight, total.to(weight.dtype))}, self.kept)
 
     def apply(self, role: str, states: Tensor) -> Tensor:
         """The linear map ``role`` of (..., in)."""
@@ -56,6 +71,7 @@ class Surroundings:
         rotation: cos and sin, each (B or 1, S, d); None without rotary positions.
         places: positions of the batch; None where columns are positions and nothing is padding.
         probe_sizes: rows and tokens of the probe; None leaves it to the method.
+        lots: (2, M) float32, uniform numbers to draw the probes of attention and MLP with; None where none are drawn.
         remember: whether histories move.
         cache: takes the keys and values of every layer, and gives those to attend to; None without caching.
     """
@@ -64,6 +80,7 @@ class Surroundings:
     rotation: tuple[Tensor, Tensor] | None = None
     places: Places | None = None
     probe_sizes: tuple[int, int] | None = None
+    lots: Tensor | None = None
     remember: bool = True
     cache: Any = None
 
@@ -76,13 +93,14 @@ class Surroundings:
         """What is left for a block without attention."""
         return replace(self, mask=None, rotation=None, cache=None)
 
-    def of_probe(self, probe: Probe) -> "Surroundings":
+    def of_probe(self, probe: AnyProbe) -> "Surroundings":
         """Mask and rotary positions of the probe's rows and tokens, at their true positions and without a cache."""
         return Surroundings(self._probe_mask(probe), self._probe_rotation(probe))
 
-    def _probe_mask(self, probe: Probe) -> Tensor | None:
+    def _probe_mask(self, probe: AnyProbe) -> Tensor | None:
         if self.mask is None:
             return None
+        assert isinstance(probe, Probe)  # attention runs among rows and tokens
         rows = self.mask if self.mask.shape[0] == 1 else self.mask.index_select(0, probe.rows)
         mask = rows.index_select(2, probe.tokens).index_select(3, probe.tokens)
         if probe.real_tokens is None:
@@ -93,11 +111,23 @@ class Surroundings:
             else mask.masked_fill(~probe.real_tokens, torch.finfo(mask.dtype).min)
         )
 
-    def _probe_rotation(self, probe: Probe) -> tuple[Tensor, Tensor] | None:
+    def _probe_rotation(self, probe: AnyProbe) -> tuple[Tensor, Tensor] | None:
         if self.rotation is None:
             return None
         cos, sin = (t if t.shape[0] == 1 else t.index_select(0, probe.rows) for t in self.rotation)
         return cos.index_select(1, probe.tokens), sin.index_select(1, probe.tokens)
+
+
+class Choice(NamedTuple):
+    """What a block runs a batch on.
+
+    Attributes:
+        kept: (K,) int64, ascending, the units that stay.
+        restored: (D,) float32, what the others contribute on average, added to the output; None adds nothing.
+    """
+
+    kept: Tensor
+    restored: Tensor | None = None
 
 
 class PrunedBlock(nn.Module, ABC):
@@ -114,11 +144,19 @@ class PrunedBlock(nn.Module, ABC):
         method: the policy.
         workspace: memory for slices, shared by the blocks of the model.
         history: (P_max, C) float32 to start from, or None for methods without.
+        mean: (C,) float32, the running mean to start from, or None for methods without.
+        packs: keep the slice between batches, and copy only what the next choice changes. It costs the slice's memory.
+
+    Attributes:
+        mixes_tokens: whether tokens see each other in the block's front half.
     """
 
+    mixes_tokens: ClassVar[bool]
     history: Tensor | None
+    mean: Tensor | None
     weight_norm: Tensor
     kept: Tensor
+    restored: Tensor | None
 
     def __init__(
         self,
@@ -128,8 +166,12 @@ class PrunedBlock(nn.Module, ABC):
         method: DynamicMethod,
         workspace: SliceWorkspace,
         history: Tensor | None,
+        mean: Tensor | None = None,
+        packs: bool = False,
     ) -> None:
         super().__init__()
+        self.packs = packs
+        self.packed: PackedSlice | None = None
         self.units = units
         self.keep = keep
         self.method = method
@@ -137,12 +179,15 @@ class PrunedBlock(nn.Module, ABC):
         self._modules_of_layer = (modules,)  # in a tuple: the layer owns them, not this module
         device = modules.output_weight.device
         self.chooses = keep < units.number
-        norm = ppsp_weight_norm(modules.output_weight) if self.chooses else torch.empty(0, device=device)
+        norm = method.weight_norm(modules.output_weight) if self.chooses else torch.empty(0, device=device)
         self.register_buffer("weight_norm", norm, persistent=False)
-        self.register_buffer(
-            "history", history.to(device) if self.chooses and history is not None else None, persistent=False
-        )
+        for name, start in (("history", history), ("mean", mean)):
+            kept_here = start.to(device) if self.chooses and start is not None else None
+            self.register_buffer(name, kept_here, persistent=False)
         self.register_buffer("kept", torch.arange(keep, device=device), persistent=False)
+        restores = self.chooses and method.restores_means
+        width = modules.output_weight.shape[0]
+        self.register_buffer("restored", torch.zeros(width, device=device) if restores else None, persistent=False)
         self._held: Weights | None = None
         block_size = sum(linear.weight.numel() for linear in (*modules.inputs.values(), modules.output))
         self.slice_size = block_size * keep // units.number
@@ -156,13 +201,22 @@ class PrunedBlock(nn.Module, ABC):
     def states(self, normed: Tensor, weights: Weights, around: Surroundings) -> Tensor:
         """The front half: from the normalised input (B, S, D) to the input of the output matrix (B, S, C or K * d)."""
 
+    @property
     @abstractmethod
+    def widths(self) -> Mapping[str, int]:
+        """Rows (of ``output``: columns) that a unit has in each projection. What is not named stays whole."""
+
     def slices(self, kept: Tensor, memory: Memory) -> Mapping[str, Projection]:
         """The block's projections reduced to the kept units (K,), written into ``memory``."""
+        sliced = dict(self.dense().projections)
+        for role, width in self.widths.items():
+            whole = sliced[role]
+            sliced[role] = (whole.of_inputs if role == "output" else whole.of_outputs)(kept, width, memory)
+        return sliced
 
     def forward(
         self, residual: Tensor, probed: Tensor, around: Surroundings, keep: int
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Choice | None]:
         """Choose for a new batch, run it on the choice and remember it. Traces into one graph.
 
         Args:
@@ -172,18 +226,18 @@ class PrunedBlock(nn.Module, ABC):
             keep: K. An argument, so that layers of different widths can share a graph with dynamic sizes.
 
         Returns:
-            The block's output (B, S, D), to be added to the residual, and the kept units (K,); None where all are.
+            The block's output (B, S, D), to be added to the residual, and the choice; None where all units stay.
         """
         normed = self.parts.norm(residual)
         if not self.chooses:
             return self._output(normed, self.dense(), around), None
         source = normed if probed is residual else self.parts.norm(probed)
-        kept = self.choose(source, probed, around, keep)
-        return self.run(normed, kept, around), kept
+        choice = self.choose(source, probed, around, keep)
+        return self.run(normed, choice, around), choice
 
     @torch.no_grad()
-    def choose(self, source: Tensor, probed: Tensor, around: Surroundings, keep: int) -> Tensor:
-        """The units to keep for this batch, (K,) int64 ascending.
+    def choose(self, source: Tensor, probed: Tensor, around: Surroundings, keep: int) -> Choice:
+        """The units to keep for this batch, and what the others contribute to it on average.
 
         Args:
             source: (B, S, D), the normalised ``probed``.
@@ -192,30 +246,71 @@ class PrunedBlock(nn.Module, ABC):
             keep: K.
         """
         places = around.places
-        probe = self.method.select(probed, source, None if places is None else places.real, around.probe_sizes)
+        real = None if places is None else places.real
+        lots = None if around.lots is None else around.lots[0 if self.mixes_tokens else 1]
+        probe = self.method.select(probed, source, real, around.probe_sizes, lots=lots, mixes_tokens=self.mixes_tokens)
         if probe is None:
             states = self.states(source, self.dense(), replace(around, cache=None))
         else:
             states = self.states(probe.take(source), self.dense(), around.of_probe(probe))
-        energy = self.method.energy(states, probe, places, self.history)
-        return keep_best(self.method.unit_scores(energy, self.weight_norm, self.units.channels), keep)
+        energy, means = self.method.observe(states, probe, places, self.history, self.mean)
+        kept = keep_best(self.method.unit_scores(energy, self.weight_norm, self.units.channels), keep)
+        if means is None:
+            return Choice(kept)
+        return Choice(kept, restored_mean(self.parts.output_weight, means, unit_channels(kept, self.units.channels)))
 
-    def run(self, normed: Tensor, kept: Tensor, around: Surroundings) -> Tensor:
-        """The output (B, S, D) of the whole batch on the kept units (K,); the history moves."""
-        memory = self.workspace.begin(self.parts.output_weight, self.slice_size)
-        return self._output(normed, Weights(self.slices(kept, memory), kept), around)
+    def run(self, normed: Tensor, choice: Choice, around: Surroundings) -> Tensor:
+        """The output (B, S, D) of the whole batch on the choice; the history moves."""
+        if self.packed is not None and not torch.is_grad_enabled():
+            self.packed.replace(self._rows(), self.widths, choice.kept)
+            weights = self._packed_weights(self.packed)
+        else:
+            memory = self.workspace.begin(self.parts.output_weight, self.slice_size)
+            weights = Weights(self.slices(choice.kept, memory), choice.kept)
+        return self._output(normed, weights.restoring(choice.restored), around)
 
     def decode(self, residual: Tensor, around: Surroundings) -> Tensor:
         """The output (B, S, D) of tokens that continue a batch, on the choice made for it; the history stays."""
         if not self.chooses:
             weights = self.dense()
         else:
-            weights = self._held = self._held or Weights(self.slices(self.kept, fresh_memory), self.kept)
+            weights = self._held = self._held or self._weights_to_hold()
         return self._output(self.parts.norm(residual), weights, replace(around, remember=False))
 
-    def let_go(self) -> None:
-        """Give up the slices held for decoding: before slicing again, so that two never exist at once."""
-        self._held = None
+    def hold(self, choice: Choice) -> None:
+        """Note the choice of the batch, for decoding and for whoever asks."""
+        self.kept.copy_(choice.kept)
+        if self.restored is not None and choice.restored is not None:
+            self.restored.copy_(choice.restored)
+
+    def prepare(self) -> None:
+        """Before a new batch: give up slices held for decoding, and start a packed slice where there is none yet."""
+        self._held = None  # before slicing again, so that two never exist at once
+        if self.packs and self.packed is None and self.chooses and not torch.is_grad_enabled():
+            self.packed = PackedSlice(self._rows(), self.widths, self.kept)
+
+    def _weights_to_hold(self) -> Weights:
+        if self.packed is not None:
+            weights = self._packed_weights(self.packed)
+        else:
+            weights = Weights(self.slices(self.kept, fresh_memory), self.kept)
+        return weights.restoring(self.restored)
+
+    def _rows(self) -> dict[str, Tensor]:
+        """Of each projection that is sliced, the units' rows, contiguous."""
+        whole = self.dense().projections
+        return {role: whole[role].weight.t() if role == "output" else whole[role].weight for role in self.widths}
+
+    def _packed_weights(self, packed: PackedSlice) -> Weights:
+        projections = dict(self.dense().projections)
+        for role, rows in packed.rows.items():
+            whole = projections[role]
+            projections[role] = (
+                Projection(rows.t(), whole.bias)
+                if role == "output"
+                else whole.with_outputs(rows, packed.slots, self.widths[role])
+            )
+        return Weights(projections, packed.slots)
 
     def _output(self, normed: Tensor, weights: Weights, around: Surroundings) -> Tensor:
         states = self.states(normed, weights, around)
@@ -249,6 +344,9 @@ class PrunedBlock(nn.Module, ABC):
         else:
             moment, count = placed_second_moment(states, places)
             update_history_(self.history, moment, channels, self.method.momentum, count > 0)
+        if self.mean is not None:
+            batch_mean = channel_mean(states, None if places is None else places.real)
+            update_mean_(self.mean, batch_mean, channels, self.method.momentum)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrunedBlock":
         """Follow the model to its device, but stay in float32: a history in half precision stalls."""
@@ -256,5 +354,5 @@ class PrunedBlock(nn.Module, ABC):
             if buffer is not None:
                 moved = fn(buffer)
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-        self._held = None
+        self._held = self.packed = None
         return self

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pp_lightning.pruned.attention import PrunedAttention
-from pp_lightning.pruned.block import Surroundings
+from pp_lightning.pruned.block import Choice, Surroundings
 from pp_lightning.pruned.context import BatchContext
 from pp_lightning.pruned.mlp import PrunedMLP
 
@@ -47,18 +47,19 @@ class LayerPruner(nn.Module):
             around = Surroundings(mask, rotation, cache=cache)
             middle = hidden + self.attention.decode(hidden, around)
             return middle + self.mlp.decode(middle, around)
-        self.attention.let_go()
-        self.mlp.let_go()
+        self.attention.prepare()
+        self.mlp.prepare()
         if cache is not None:
             context.mark(cache)
         sizes = self.attention.method.probe_sizes(*hidden.shape[:2])
-        around = Surroundings(mask, rotation, context.places(mask), sizes, remember=not context.frozen)
+        lots = context.lots_of(self.attention.layer_index)
+        around = Surroundings(mask, rotation, context.places(mask), sizes, lots, remember=not context.frozen)
         earlier = context.earlier if self.parallel else None
         keep = (self.attention.keep, self.mlp.keep)
         result = self.run_batch(self, hidden, earlier, around, keep, cache is not None)
-        for block, kept in ((self.attention, result.kept_attention), (self.mlp, result.kept_mlp)):
-            if kept is not None:
-                block.kept.copy_(kept)
+        for block, choice in ((self.attention, result.attention_choice), (self.mlp, result.mlp_choice)):
+            if choice is not None:
+                block.hold(choice)
         context.earlier = result.middle if self.parallel else None
         if cache is not None:
             cache.update(*result.keys_and_values, self.attention.layer_index)
@@ -71,15 +72,15 @@ class BatchResult(NamedTuple):
     Attributes:
         output: (B, S, D), the residual that leaves the layer.
         middle: (B, S, D), the residual between its blocks.
-        kept_attention: (K,) int64, ascending, the units that the attention block ran on; None where it keeps all.
-        kept_mlp: the same of the MLP block.
+        attention_choice: what the attention block ran on; None where it keeps all units.
+        mlp_choice: the same of the MLP block.
         keys_and_values: what a cache keeps, each (B, K, S, d); empty without caching.
     """
 
     output: Tensor
     middle: Tensor
-    kept_attention: Tensor | None
-    kept_mlp: Tensor | None
+    attention_choice: Choice | None
+    mlp_choice: Choice | None
     keys_and_values: tuple[Tensor, ...]
 
 

@@ -84,7 +84,8 @@ def test_onnx_in_a_process_of_its_own(tmp_path):
 import sys, numpy as np, onnxruntime
 session = onnxruntime.InferenceSession({str(tmp_path / "out" / "model.onnx")!r})
 ids = np.load({str(tmp_path / "ids.npy")!r})
-past = {{i.name: np.zeros((2, i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs() if "past" in i.name}}
+caches = [entry for entry in session.get_inputs() if "past" in entry.name]
+past = {{entry.name: np.zeros((2, entry.shape[1], 0, entry.shape[3]), np.float32) for entry in caches}}
 names = [o.name for o in session.get_outputs()]
 tokens, given, seen = [], ids, 0
 for step in range(6):
@@ -204,6 +205,15 @@ def test_tracing_leaves_the_model_as_it_was():
 
 
 @slow
+@pytest.mark.parametrize("compensation", ["probe", "history"])
+def test_compensation_is_part_of_the_graph(compensation, tmp_path):
+    model = small("llama", ProbePruning(row_ratio=0.5, compensation=compensation, score="centered"))
+    export_dynamic_graph(model, tmp_path / "out", form="pt2", rows=ROWS, tokens=TOKENS)
+    start = load_file(tmp_path / "out" / "history.safetensors")
+    assert any(name.startswith("mean.") for name in start) == (compensation == "history")
+
+
+@slow
 def test_full_batch_probing_needs_no_history(tmp_path):
     model = small("llama", FullBatchProbing())
     export_dynamic_graph(model, tmp_path / "out", form="pt2", rows=ROWS, tokens=TOKENS)
@@ -225,6 +235,16 @@ def forgets(session, states):
     return run
 
 
+def forgets_at_the_end(session, states):
+    calls = []
+
+    def run(inputs):
+        calls.append(inputs)
+        return (session if len(calls) < 3 else forgets(session, states))(inputs)
+
+    return run
+
+
 def miscounts(session, states):
     def run(inputs):
         outputs = session(inputs)
@@ -239,7 +259,14 @@ def drifts(session, states):
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"), [(None, ""), (forgets, "histories"), (miscounts, "differ"), (drifts, "logits differ")]
+    ("fault", "message"),
+    [
+        (None, ""),
+        (forgets, "logits differ"),
+        (forgets_at_the_end, "histories are not the model's"),
+        (miscounts, "kept units differ"),
+        (drifts, "logits differ"),
+    ],
 )
 @torch.no_grad()
 def test_the_check_of_a_dynamic_graph(fault, message):
@@ -252,6 +279,11 @@ def test_the_check_of_a_dynamic_graph(fault, message):
         return
     with pytest.raises(UserError, match=message):
         expected.check(fault(session, len(start)), start, torch.float32, 2)
+
+
+def test_a_drawn_probe_fits_no_graph():
+    with pytest.raises(UserError, match="drawn anew"):
+        trace_dynamic(small("llama", ProbePruning(rank_by="stratified")), ROWS, TOKENS)
 
 
 def test_batches_longer_than_the_histories(tmp_path):

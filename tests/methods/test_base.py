@@ -55,6 +55,11 @@ def test_default_settings_are_the_published_ones():
         "fusion_weight": None,
         "probe_source": "current",
         "rank_by": "residual",
+        "score": "ppsp",
+        "compensation": None,
+        "scattered_mlp": False,
+        "allocation": "uniform",
+        "seed": 0,
         "blocks": ["attention", "mlp"],
         "attention_unit": None,
     }
