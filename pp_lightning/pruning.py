@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from pp_lightning.architectures import Architecture, ModelShape, architecture_of, shape_of
 from pp_lightning.blocks import AttentionUnit, Block, block_modules
 from pp_lightning.errors import UserError
+from pp_lightning.evidence import Evidence
+from pp_lightning.importances import Importances
 from pp_lightning.methods.base import BlockToPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import Plan, make_plan
@@ -22,6 +24,10 @@ from pp_lightning.pruned.slices import SlicedBlock, restore_block, slice_block
 from pp_lightning.statistics import BlockKey, Statistics
 
 _ATTRIBUTE = "_pp_lightning"
+_SOURCES = {
+    Statistics: "calibration statistics: pass the result of calibrate()",
+    Importances: "importances: pass the result of taylor_importances() or lora_importances()",
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Pruning:
         keep: units that stay, for every pruned block (FLAP's differ from layer to layer).
         context: shared by the layers of a dynamically pruned model; None for a static method.
         choices: the kept units of a static method.
+        biases: what it added to the outputs of its blocks, where anything.
     """
 
     method: PruningMethod
@@ -54,6 +61,7 @@ class Pruning:
     keep: dict[BlockKey, int]
     context: BatchContext | None = None
     choices: dict[BlockKey, Tensor] = field(default_factory=dict)
+    biases: dict[BlockKey, Tensor] = field(default_factory=dict)
     _sliced: dict[BlockKey, SlicedBlock] = field(default_factory=dict)
     _hooks: list[RemovableHandle] = field(default_factory=list)
     _can_undo: bool = True
@@ -62,7 +70,7 @@ class Pruning:
 def prune_(
     model: PreTrainedModel,
     method: PruningMethod,
-    stats: Statistics | None = None,
+    evidence: Evidence | None = None,
     *,
     pruning_ratio: float,
     skip_layers: Sequence[int] = (0, 1, 2),
@@ -79,18 +87,19 @@ def prune_(
     Args:
         model: LLaMA, Mistral, Qwen2, Qwen3 or OPT, with SDPA (or eager) attention.
         method: one of :mod:`pp_lightning.methods`.
-        stats: from :func:`calibrate`; may be None where the method needs none.
+        evidence: what ``method.evidence`` says: statistics from :func:`calibrate` for most methods, importances for
+            LLM-Pruner and LoRAPrune; may be None where the method needs none.
         pruning_ratio: fraction of units removed over the whole model, in [0, 1).
         skip_layers: layers left dense; the others lose more to make up for them.
         round_to: MLP channels are kept in multiples of this.
         attention_ratio: ratio for attention alone; None takes ``pruning_ratio``.
         mlp_ratio: ratio for MLPs alone; None takes ``pruning_ratio``.
         keep_dense: keep a static method's dense weights for :func:`unprune_`. False saves their memory.
-        release_stats: empty ``stats`` while pruning, so that a history never exists twice.
+        release_stats: empty a dynamic method's statistics while pruning, so that a history never exists twice.
 
     Raises:
-        UserError: the model is not supported or already pruned, the ratios leave nothing, or ``stats`` are missing, of
-            another model, or do not cover what is needed.
+        UserError: the model is not supported or already pruned, the ratios leave nothing, or ``evidence`` is missing,
+            of another kind or model, or does not cover what is needed.
     """
     architecture, shape = architecture_of(model.config), shape_of(model.config)
     if hasattr(model, _ATTRIBUTE):
@@ -104,15 +113,13 @@ def prune_(
         skip_layers=skip_layers,
         round_to=round_to,
     )
-    if method.needs_statistics:
-        if stats is None:
-            raise UserError(f"{type(method).__name__} needs calibration statistics: pass the result of calibrate()")
-        stats.check_model(model)
+    _check_evidence(model, method, evidence)
     if isinstance(method, DynamicMethod):
-        pruning = _prune_dynamic(model, architecture, shape, method, plan, stats, release_stats)
+        assert evidence is None or isinstance(evidence, Statistics)
+        pruning = _prune_dynamic(model, architecture, shape, method, plan, evidence, release_stats)
     else:
-        assert isinstance(method, StaticMethod) and stats is not None
-        pruning = _prune_static(model, architecture, shape, method, plan, stats, keep_dense)
+        assert isinstance(method, StaticMethod) and evidence is not None
+        pruning = _prune_static(model, architecture, shape, method, plan, evidence, keep_dense)
     setattr(model, _ATTRIBUTE, pruning)
 
 
@@ -195,6 +202,34 @@ def pruners_of(model: PreTrainedModel) -> dict[int, LayerPruner]:
     return {i: p for i, layer in enumerate(layers) if isinstance(p := getattr(layer, "pruner", None), LayerPruner)}
 
 
+def blocks_to_prune(model: PreTrainedModel, plan: Plan) -> list[BlockToPrune]:
+    """What a static method has to choose in, layer by layer: the blocks that lose something.
+
+    Raises:
+        UserError: single query heads of grouped ones are asked for.
+    """
+    if shape_of(model.config).grouped and plan.unit is AttentionUnit.QUERY_HEAD:
+        raise UserError("static methods remove whole key/value groups of this model: use attention_unit=kv_group")
+    architecture = architecture_of(model.config)
+    layers = architecture.layers_of(model)
+    return [
+        BlockToPrune(index, block, block_modules(architecture, layers[index], block.block).output_weight)
+        for index in plan.layers
+        for block in plan.blocks
+        if block.ratio > 0
+    ]
+
+
+def _check_evidence(model: PreTrainedModel, method: PruningMethod, evidence: Evidence | None) -> None:
+    """Refuse evidence that is missing, or of another kind or model."""
+    if method.evidence is None:
+        return
+    if not isinstance(evidence, method.evidence):
+        name, wanted = type(method).__name__, method.evidence
+        raise UserError(f"{name} needs {_SOURCES.get(wanted, wanted.called)}")
+    evidence.check_model(model)
+
+
 def _prune_dynamic(
     model: PreTrainedModel,
     architecture: Architecture,
@@ -231,27 +266,20 @@ def _prune_static(
     shape: ModelShape,
     method: StaticMethod,
     plan: Plan,
-    stats: Statistics,
+    evidence: Evidence,
     keep_dense: bool,
 ) -> Pruning:
-    if shape.grouped and plan.unit is AttentionUnit.QUERY_HEAD:
-        raise UserError("static methods remove whole key/value groups of this model: use attention_unit=kv_group")
     layers = architecture.layers_of(model)
     pruning = Pruning(method, plan, {}, _can_undo=keep_dense)
-    todo = []
-    for index in plan.layers:
-        for block in plan.blocks:
-            if block.ratio > 0:
-                todo.append(
-                    BlockToPrune(index, block, block_modules(architecture, layers[index], block.block).output_weight)
-                )
-            else:
-                pruning.choices[index, block.block] = torch.arange(block.units.number)
+    whole = [block for block in plan.blocks if block.ratio == 0]
+    pruning.choices |= {(i, block.block): torch.arange(block.units.number) for i in plan.layers for block in whole}
     with torch.no_grad():
-        for target, choice in method.choose(todo, stats):
+        for target, choice in method.choose(blocks_to_prune(model, plan), evidence):
             layer = layers[target.layer]
             sliced = slice_block(layer, architecture, shape, target.plan, choice)
             pruning.choices[target.key] = choice.kept
+            if choice.bias is not None:
+                pruning.biases[target.key] = choice.bias
             if keep_dense:
                 pruning._sliced[target.key] = sliced
     pruning.keep = {key: len(kept) for key, kept in pruning.choices.items()}

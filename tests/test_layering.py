@@ -15,19 +15,22 @@ LAYERS = [
     {"errors"},
     {"functional"},
     {"architectures", "blocks"},
+    {"evidence"},
     {"statistics"},
+    {"importances"},
     {"methods"},
     {"plan"},
     {"pruned"},
     {"pruning"},
-    {"calibration"},
+    {"calibration", "gradients"},
     {"flops", "checkpoints"},
     {"data"},
     {"commonsense"},
+    {"recovery"},
     {"app"},
 ]
 # Above the library proper: these may import it, it may not import them, and may import heavy packages.
-TOP = {"data", "commonsense", "app"}
+TOP = {"data", "commonsense", "recovery", "app"}
 HEAVY = {
     "datasets",
     "jsonargparse",

@@ -72,7 +72,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("pp_lightning.statistics.save_file", fail)
+    monkeypatch.setattr("pp_lightning.evidence.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         small().save(path)
     assert path.read_bytes() == before

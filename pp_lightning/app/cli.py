@@ -18,6 +18,7 @@ from pp_lightning.app.progress import EvaluationProgress
 from pp_lightning.app.report import comma_separated, markdown, plot, show
 from pp_lightning.app.results import Comparison, environment, write_json, write_text
 from pp_lightning.app.trainer import PruningTrainer
+from pp_lightning.app.training import train_recovery
 from pp_lightning.commonsense import CommonsenseData
 from pp_lightning.data import LanguageModelling
 from pp_lightning.data.base import EvaluationData
@@ -30,13 +31,14 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_checkpointing": False,
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # the data module shares out whole batches itself, none twice
+    "inference_mode": False,  # its tensors could not be trained on in the next row of a comparison
 }
 
 
 COMMANDS = {
     "test": "Evaluate one model: dense, or pruned with --model.method.",
     "compare": "Evaluate the dense model and several methods and ratios in one run: one table, one plot.",
-    "fit": "Train a causal language model on --data.train and write it as a transformers checkpoint.",
+    "fit": "Train on --data.train: a dense model, or with --model.recovery the adapters of a pruned one.",
 }
 
 DATA = {
@@ -115,9 +117,16 @@ class PruningCLI(LightningCLI):
         if self.trainer.is_global_zero:
             plot(rows, self._caption(rows), self.out / "results.png")
 
+    def fit(self, model: PrunedLM, datamodule: EvaluationData, **options: Any) -> None:
+        """Train: the dense model, or adapters of a pruned one; an interrupted recovery goes on from its ``--out``."""
+        if model.recovery is not None:
+            train_recovery(self.trainer, model, datamodule)
+        else:
+            self.trainer.fit(model, datamodule=datamodule, **options)
+
     def after_fit(self) -> None:
-        """Write the trained model as a transformers checkpoint in bfloat16."""
-        if self.trainer.is_global_zero:
+        """Write the trained model as a transformers checkpoint in bfloat16; adapters are written already."""
+        if self.trainer.is_global_zero and self.model.recovery is None:
             self.model.model.bfloat16().save_pretrained(self.out)
             self.model.tokenizer.save_pretrained(self.out)
 

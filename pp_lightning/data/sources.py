@@ -4,12 +4,14 @@ import gzip
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pp_lightning.data.embedded import Kind, Part, embedded_documents
 from pp_lightning.errors import UserError
+
+T = TypeVar("T")
 
 
 class TextSource(ABC):
@@ -141,11 +143,24 @@ def _text_field(path: str, number: int, line: str) -> str:
     return text
 
 
+def hub_rows(*args: str, split: str, **kwargs: Any) -> list[dict[str, Any]]:
+    """The rows of a data set of the hub; arguments as ``datasets.load_dataset`` takes them.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    return _hub(lambda rows: list(rows), *args, split=split, **kwargs)
+
+
 def _hub_column(column: str, *args: str, split: str, **kwargs: Any) -> list[str]:
+    return _hub(lambda rows: list(rows[column]), *args, split=split, **kwargs)
+
+
+def _hub(take: Callable[[Any], list[T]], *args: str, split: str, **kwargs: Any) -> list[T]:
     from datasets import load_dataset  # slow to import, and not needed for local files
 
     try:
-        return list(load_dataset(*args, split=split, **kwargs)[column])
+        return take(load_dataset(*args, split=split, **kwargs))
     except Exception as error:  # the hub client raises many unrelated types: offline, gated, renamed, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot load {args[0]} from the hub ({reason}): give a local file with .path") from error

@@ -22,7 +22,7 @@ class FullBatchProbing(DynamicMethod):
     """
 
     label: ClassVar[str] = "full_batch"
-    needs_statistics: ClassVar[bool] = False
+    evidence: ClassVar = None
     keeps_history: ClassVar[bool] = False
 
     def __init__(self, blocks: Sequence[BlockName] = BOTH_BLOCKS, attention_unit: UnitName | None = None) -> None:
