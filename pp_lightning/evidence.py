@@ -61,7 +61,7 @@ class Evidence:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != cls.form:
-                    raise UserError(f"{path} is not a {cls.called} file of this version: {cls.verb} again")
+                    raise UserError(f"{path} holds no {cls.called} of this version: {cls.verb} again")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {cls.called} from {path}: {error}") from error

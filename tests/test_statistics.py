@@ -101,7 +101,7 @@ def test_truncated_file(tmp_path):
 def test_some_other_safetensors_file(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match="is not a statistics file of this version: calibrate again"):
+    with pytest.raises(UserError, match="holds no statistics of this version: calibrate again"):
         Statistics.load(path)
 
 

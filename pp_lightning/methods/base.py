@@ -101,9 +101,7 @@ class BlockToPrune:
         """
         if not self.checked(scores).any():
             block = f"the {self.plan.block.value} block of layer {self.layer}"
-            raise UserError(
-                f"scores of {block} are all zero, so there is nothing to choose by: use other text or float32"
-            )
+            raise UserError(f"scores of {block} are all zero, any choice would be arbitrary: use other text or float32")
         return scores
 
     def rounded(self, kept: int) -> int:

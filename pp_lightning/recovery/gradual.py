@@ -114,6 +114,6 @@ def check_schedule(method: LoRAPrune, total_steps: int) -> None:
     reached = last_ratio(total_steps, method.every, 1.0, method.warmup, method.cooldown)
     if reached < 1.0:
         raise UserError(
-            f"the pruning schedule reaches {reached:.0%} of its ratio in {total_steps} steps: "
+            f"the pruning schedule reaches {int(100 * reached)}% of its ratio in {total_steps} steps: "
             "train longer, or lower every or raise cooldown of the method"
         )
