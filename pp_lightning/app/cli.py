@@ -237,3 +237,5 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*treespec.*is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's business
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")

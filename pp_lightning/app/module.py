@@ -117,6 +117,8 @@ class PrunedLM(L.LightningModule):
         self._importances: dict[PruningMethod, Importances] = {}
         self._scoring: Scoring | None = None
         self._adapters: Adapters | None = None
+        if recovery is not None:
+            recovery.check()
         self._run: RecoveryRun | None = None
         if recovered is not None:
             if method is not None:

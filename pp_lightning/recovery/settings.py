@@ -29,6 +29,11 @@ class Recovery:
     gradient_checkpointing: bool = False
     save_every: int = 20
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse impossible settings.
+
+        Raises:
+            UserError: one of them is.
+        """
         if self.rank < 1 or self.save_every < 1 or self.alpha <= 0 or not 0.0 <= self.dropout < 1.0:
             raise UserError("recovery needs a rank and save_every of at least 1, a positive alpha, a dropout in [0, 1)")
