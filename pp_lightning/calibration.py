@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from pp_lightning.architectures import architecture_of
-from pp_lightning.blocks import Block, block_modules
+from pp_lightning.blocks import Block, BlockModules, block_modules
 from pp_lightning.errors import UserError
 from pp_lightning.functional.moments import Places, placed_count, placed_sum, sum_of_squares
+from pp_lightning.functional.probe import token_norms
 from pp_lightning.pruning import is_pruned
 from pp_lightning.statistics import BlockKey, BlockSums, Statistics, fingerprint
 
@@ -57,12 +58,10 @@ def calibrate(
     wanted = range(len(model_layers)) if layers is None else layers
     _check_layers(wanted, len(model_layers))
     statistics = _start(model, save_to)
-    outputs = {
-        (index, block): block_modules(architecture, model_layers[index], block).output
-        for index in wanted
-        for block in Block
+    blocks = {
+        (index, block): block_modules(architecture, model_layers[index], block) for index in wanted for block in Block
     }
-    if statistics.num_batches and set(statistics.sums) != set(outputs):
+    if statistics.num_batches and set(statistics.sums) != set(blocks):
         raise UserError(f"{save_to} covers other layers: name another file or remove it")
     has_means = any(sums.values is not None for sums in statistics.sums.values())
     if statistics.num_batches and means and not has_means:
@@ -72,7 +71,7 @@ def calibrate(
     done, digest, seen = statistics.num_batches, "", 0
     was_training = model.training
     model.eval()
-    hooks = collector.attach(outputs)
+    hooks = collector.attach(blocks)
     try:
         for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
             seen += 1
@@ -106,9 +105,14 @@ class _Collector:
         self.shape = torch.Size()
         self.places: Places | None = None
 
-    def attach(self, outputs: Mapping[BlockKey, nn.Linear]) -> list[RemovableHandle]:
-        """Watch the input of each block's output matrix."""
-        return [module.register_forward_pre_hook(partial(self._add, key)) for key, module in outputs.items()]
+    def attach(self, blocks: Mapping[BlockKey, BlockModules]) -> list[RemovableHandle]:
+        """Watch the residual that enters each block, and the input of its output matrix."""
+        hooks = [
+            block.norm.register_forward_pre_hook(partial(self._add_residual, key)) for key, block in blocks.items()
+        ]
+        return hooks + [
+            block.output.register_forward_pre_hook(partial(self._add, key)) for key, block in blocks.items()
+        ]
 
     def begin(self, batch: Mapping[str, Tensor], device: torch.device) -> None:
         """Find the real tokens of a batch and count them."""
@@ -142,6 +146,13 @@ class _Collector:
                 assert old.values is not None
                 values = _add_rows(old.values.to(values.device), values)
         self.statistics.sums[key] = BlockSums(squares, values)
+
+    def _add_residual(self, key: BlockKey, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        states = inputs[0].view(*self.shape, -1)  # flat in OPT's MLP, see _add
+        energy = token_norms(states).square()
+        total = energy.sum(0) if self.places is None else placed_sum(energy[..., None], self.places).squeeze(1)
+        old = self.statistics.residuals.get(key)
+        self.statistics.residuals[key] = total if old is None else _add_rows(old.to(total.device), total)
 
 
 def _add_rows(total: Tensor, addend: Tensor) -> Tensor:

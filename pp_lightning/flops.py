@@ -20,7 +20,7 @@ class Flops:
 
     Attributes:
         blocks: of each block of each layer, without its probe.
-        probe: of all probes.
+        probe: of all probes, with putting back the means that they show.
         vocabulary: of the projection to the vocabulary.
     """
 
@@ -65,6 +65,7 @@ def pruned_flops(shape: ModelShape, pruning: Pruning, rows: int, tokens: int) ->
             blocks[layer, block] = attention_flops(shape, rows, tokens, heads, keys)
         if isinstance(pruning.method, DynamicMethod) and not whole:
             probe += probe_flops(shape, block, *pruning.method.probe_sizes(rows, tokens))
+            probe += compensation_flops(shape, block) if pruning.method.restores_means else 0
     return Flops(blocks, probe, dense.vocabulary)
 
 
@@ -98,6 +99,12 @@ def probe_flops(shape: ModelShape, block: Block, rows: int, tokens: int) -> int:
     return attention_front_flops(shape, rows, tokens, shape.num_heads, shape.num_key_value_heads)
 
 
+def compensation_flops(shape: ModelShape, block: Block) -> int:
+    """Putting back the mean of a block's removed channels: its output matrix times one vector, once a batch."""
+    channels = shape.mlp_width if block is Block.MLP else shape.num_heads * shape.head_size
+    return _linear(1, channels, shape.hidden_size)
+
+
 def kept_head_counts(shape: ModelShape, unit: AttentionUnit, keep: int) -> tuple[int, int]:
     """Query heads and key/value heads computed when ``keep`` units of attention stay."""
     if not shape.grouped:
@@ -109,3 +116,17 @@ def kept_head_counts(shape: ModelShape, unit: AttentionUnit, keep: int) -> tuple
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:
     return 2 * rows * inputs * outputs
+
+
+def decoding_flops(shape: ModelShape, pruning: Pruning | None, rows: int, past: int) -> int:
+    """One decoded token a row after ``past`` others, all layers, vocabulary projection included, no probe."""
+    keep = {} if pruning is None else pruning.keep
+    total = 2 * rows * shape.hidden_size * shape.vocabulary
+    for layer in range(shape.num_layers):
+        heads, keys = shape.num_heads, shape.num_key_value_heads
+        if pruning is not None and (layer, Block.ATTENTION) in keep:
+            heads, keys = kept_head_counts(shape, pruning.plan.unit, keep[layer, Block.ATTENTION])
+        total += _linear(rows, shape.hidden_size, (2 * heads + 2 * keys) * shape.head_size)
+        total += 2 * 2 * rows * heads * (past + 1) * shape.head_size
+        total += mlp_flops(shape, rows, 1, keep.get((layer, Block.MLP), shape.mlp_width))
+    return total

@@ -1,20 +1,24 @@
 """Prune a transformers model in place, look at its choices, and undo it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from pp_lightning.allocation import ALLOCATIONS
+from pp_lightning.allocation import Evidence as AllocationEvidence
 from pp_lightning.architectures import Architecture, ModelShape, architecture_of, shape_of
-from pp_lightning.blocks import AttentionUnit, Block, block_modules
+from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, block_modules
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence
+from pp_lightning.functional.draws import draw_lots
 from pp_lightning.importances import Importances
-from pp_lightning.methods.base import BlockToPrune, PruningMethod, StaticMethod
+from pp_lightning.methods.base import AllocationName, BlockToPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import Plan, make_plan
 from pp_lightning.pruned.context import BatchContext
@@ -77,6 +81,8 @@ def prune_(
     round_to: int = 64,
     attention_ratio: float | None = None,
     mlp_ratio: float | None = None,
+    allocation: AllocationName | None = None,
+    floor: float = 0.25,
     keep_dense: bool = True,
     release_stats: bool = False,
 ) -> None:
@@ -90,10 +96,14 @@ def prune_(
         evidence: what ``method.evidence`` says: statistics from :func:`calibrate` for most methods, importances for
             LLM-Pruner and LoRAPrune; may be None where the method needs none.
         pruning_ratio: fraction of units removed over the whole model, in [0, 1).
-        skip_layers: layers left dense; the others lose more to make up for them.
+        skip_layers: layers left dense; the others lose more to make up for them. With ``allocation="global"`` they
+            only say, through the uniform plan, how much is saved: no layer is skipped by rule.
         round_to: MLP channels are kept in multiples of this.
         attention_ratio: ratio for attention alone; None takes ``pruning_ratio``.
         mlp_ratio: ratio for MLPs alone; None takes ``pruning_ratio``.
+        allocation: ``uniform``, the same ratio in every layer that is not skipped, or ``global``, where one ranking
+            over the units of all layers decides at the same FLOPs; None takes the method's own.
+        floor: fraction of its units that every block keeps under ``global``.
         keep_dense: keep a static method's dense weights for :func:`unprune_`. False saves their memory.
         release_stats: empty a dynamic method's statistics while pruning, so that a history never exists twice.
 
@@ -114,12 +124,13 @@ def prune_(
         round_to=round_to,
     )
     _check_evidence(model, method, evidence)
+    stats = evidence if isinstance(evidence, Statistics) else None
+    plan, keep = _allocated(model, architecture, method, plan, stats, allocation, floor)
     if isinstance(method, DynamicMethod):
-        assert evidence is None or isinstance(evidence, Statistics)
-        pruning = _prune_dynamic(model, architecture, shape, method, plan, evidence, release_stats)
+        pruning = _prune_dynamic(model, architecture, shape, method, plan, keep, stats, release_stats)
     else:
         assert isinstance(method, StaticMethod) and evidence is not None
-        pruning = _prune_static(model, architecture, shape, method, plan, evidence, keep_dense)
+        pruning = _prune_static(model, architecture, shape, method, plan, keep, evidence, keep_dense)
     setattr(model, _ATTRIBUTE, pruning)
 
 
@@ -202,8 +213,15 @@ def pruners_of(model: PreTrainedModel) -> dict[int, LayerPruner]:
     return {i: p for i, layer in enumerate(layers) if isinstance(p := getattr(layer, "pruner", None), LayerPruner)}
 
 
-def blocks_to_prune(model: PreTrainedModel, plan: Plan) -> list[BlockToPrune]:
+def blocks_to_prune(
+    model: PreTrainedModel, plan: Plan, keep: Mapping[BlockKey, int] | None = None
+) -> list[BlockToPrune]:
     """What a static method has to choose in, layer by layer: the blocks that lose something.
+
+    Args:
+        model: dense.
+        plan: layers and ratios.
+        keep: units that stay in each block; None takes the plan's uniform counts.
 
     Raises:
         UserError: single query heads of grouped ones are asked for.
@@ -215,14 +233,14 @@ def blocks_to_prune(model: PreTrainedModel, plan: Plan) -> list[BlockToPrune]:
     return [
         BlockToPrune(index, block, block_modules(architecture, layers[index], block.block).output_weight)
         for index in plan.layers
-        for block in plan.blocks
+        for block in (plan.blocks if keep is None else _counted(plan, keep, index))
         if block.ratio > 0
     ]
 
 
 def _check_evidence(model: PreTrainedModel, method: PruningMethod, evidence: Evidence | None) -> None:
     """Refuse evidence that is missing, or of another kind or model."""
-    if method.evidence is None:
+    if not method.needs_statistics:
         return
     if not isinstance(evidence, method.evidence):
         name, wanted = type(method).__name__, method.evidence
@@ -236,16 +254,20 @@ def _prune_dynamic(
     shape: ModelShape,
     method: DynamicMethod,
     plan: Plan,
+    keep: dict[BlockKey, int],
     stats: Statistics | None,
     release: bool,
 ) -> Pruning:
     if model.config._attn_implementation not in ("sdpa", "eager"):
         raise UserError('dynamic pruning runs SDPA: load the model with attn_implementation="sdpa"')
     histories = stats if method.keeps_history else None
-    context = BatchContext(None if histories is None else histories.num_positions)
     layers = architecture.layers_of(model)
+    num_positions = None if histories is None else histories.num_positions
+    context = BatchContext(num_positions, partial(_lots, method, len(layers)))
     pruners = {  # all of them before the first is installed: a mistake leaves the model as it was
-        index: layer_pruner(layers[index], index, architecture, shape, plan, method, context, histories, release)
+        index: layer_pruner(
+            layers[index], index, architecture, shape, _counted(plan, keep, index), method, context, histories, release
+        )
         for index in plan.layers
     }
     for index, pruner in pruners.items():
@@ -256,8 +278,39 @@ def _prune_dynamic(
         hooks += [
             publish_residual(layers[index].get_submodule(architecture.mlp_norm), context) for index in sorted(before)
         ]
-    keep = {(index, block.block): block.keep for index in plan.layers for block in plan.blocks}
     return Pruning(method, plan, keep, context, _hooks=hooks)
+
+
+def _allocated(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    method: PruningMethod,
+    plan: Plan,
+    stats: Statistics | None,
+    allocation: AllocationName | None,
+    floor: float,
+) -> tuple[Plan, dict[BlockKey, int]]:
+    """The layers that are pruned, and the units that stay in each of their blocks."""
+    name = method.allocation if allocation is None else allocation
+    if name not in ALLOCATIONS:
+        raise UserError(f"allocation must be {' or '.join(ALLOCATIONS)}, not {name!r}")
+    if name != "uniform" and method.allocates:
+        raise UserError(f"{type(method).__name__} spreads units over the layers itself: leave allocation out")
+    layers = enumerate(architecture.layers_of(model))
+    weights = {(i, b): block_modules(architecture, layer, b).output_weight for i, layer in layers for b in Block}
+    return ALLOCATIONS[name](plan, AllocationEvidence(stats, weights, method.restores_means, floor))
+
+
+def _counted(plan: Plan, keep: Mapping[BlockKey, int], layer: int) -> tuple[BlockPlan, BlockPlan]:
+    """The plan of a layer's attention and of its MLP block, with the counts of that layer."""
+    attention, mlp = (replace(block, keep=keep[layer, block.block]) for block in plan.blocks)
+    return attention, mlp
+
+
+def _lots(method: DynamicMethod, num_layers: int, batch: int, num_rows: int, num_tokens: int) -> Tensor | None:
+    """Lots for the attention and the MLP probe of every layer, (L, 2, M) float32; None for probes that are ranked."""
+    number = method.lots_needed(num_rows, num_tokens)
+    return draw_lots((num_layers, 2, number), method.seed, batch) if number else None
 
 
 def _prune_static(
@@ -266,15 +319,17 @@ def _prune_static(
     shape: ModelShape,
     method: StaticMethod,
     plan: Plan,
+    keep: dict[BlockKey, int],
     evidence: Evidence,
     keep_dense: bool,
 ) -> Pruning:
     layers = architecture.layers_of(model)
     pruning = Pruning(method, plan, {}, _can_undo=keep_dense)
-    whole = [block for block in plan.blocks if block.ratio == 0]
-    pruning.choices |= {(i, block.block): torch.arange(block.units.number) for i in plan.layers for block in whole}
+    for index in plan.layers:
+        whole = [block for block in plan.blocks if block.ratio == 0]
+        pruning.choices |= {(index, block.block): torch.arange(block.units.number) for block in whole}
     with torch.no_grad():
-        for target, choice in method.choose(blocks_to_prune(model, plan), evidence):
+        for target, choice in method.choose(blocks_to_prune(model, plan, keep), evidence):
             layer = layers[target.layer]
             sliced = slice_block(layer, architecture, shape, target.plan, choice)
             pruning.choices[target.key] = choice.kept

@@ -13,6 +13,8 @@ from pp_lightning.evidence import Evidence, fingerprint
 
 __all__ = ["BlockKey", "BlockSums", "Statistics", "fingerprint"]
 
+_NO_MEANS = "these statistics have no means, which this method needs: calibrate(..., means=True)"
+
 BlockKey = tuple[int, Block]
 
 
@@ -37,17 +39,19 @@ class Statistics(Evidence):
         model: fingerprint of the model that they were collected on, see :func:`fingerprint`.
         counts: real tokens seen at each position, (P,) float32.
         sums: one entry for each block of each calibrated layer.
+        residuals: sum of ||R||^2 by position, (P,) float32, of the residual R that enters each of these blocks.
         num_batches: batches seen.
         batches_digest: SHA-256 (hex) over the batches seen, in order.
     """
 
     called: ClassVar[str] = "statistics"
     verb: ClassVar[str] = "calibrate"
-    form: ClassVar[str] = "pp-lightning statistics 1"
+    form: ClassVar[str] = "pp-lightning statistics 2"
 
     model: str
     counts: Tensor = field(default_factory=lambda: torch.zeros(0))
     sums: dict[BlockKey, BlockSums] = field(default_factory=dict)
+    residuals: dict[BlockKey, Tensor] = field(default_factory=dict)
     num_batches: int = 0
     batches_digest: str = ""
 
@@ -78,9 +82,25 @@ class Statistics(Evidence):
         """
         sums = self._of(layer, block)
         if sums.values is None:
-            raise UserError("these statistics have no means, which this method needs: calibrate(..., means=True)")
+            raise UserError(_NO_MEANS)
         tokens = self.counts.sum()
         return sums.values.sum(0) / tokens, sums.squares.sum(0) / tokens
+
+    def means(self, layer: int, block: Block) -> Tensor:
+        """E[x] by position: (P, C) float32, zero at positions never seen.
+
+        Raises:
+            UserError: the statistics were collected without means.
+        """
+        values = self._of(layer, block).values
+        if values is None:
+            raise UserError(_NO_MEANS)
+        return values / self.counts.clamp(min=1.0)[:, None]
+
+    def residual_energy(self, layer: int, block: Block) -> Tensor:
+        """E[||R||^2] by position of the residual that enters a block: (P,) float32, zero at positions never seen."""
+        self._of(layer, block)
+        return self.residuals[layer, block] / self.counts.clamp(min=1.0)
 
     def energy(self, layer: int, block: Block) -> Tensor:
         """E[x^2] summed over positions: (C,) float32."""
@@ -93,6 +113,7 @@ class Statistics(Evidence):
             tensors[f"{layer}.{block.value}.squares"] = sums.squares
             if sums.values is not None:
                 tensors[f"{layer}.{block.value}.values"] = sums.values
+            tensors[f"{layer}.{block.value}.residual"] = self.residuals[layer, block]
         header = {"model": self.model, "num_batches": self.num_batches, "batches_digest": self.batches_digest}
         self._write(path, header, tensors)
 
@@ -109,6 +130,7 @@ class Statistics(Evidence):
             layer, block, _ = key.split(".")
             sums = BlockSums(tensors[key], tensors.get(f"{layer}.{block}.values"))
             statistics.sums[int(layer), Block(block)] = sums
+            statistics.residuals[int(layer), Block(block)] = tensors[f"{layer}.{block}.residual"]
         return statistics
 
     def _of(self, layer: int, block: Block) -> BlockSums:

@@ -26,8 +26,8 @@ class Recording:
         super().__init__(*args, **kwargs)
         self.records: list[Record] = []
 
-    def select(self, *args: Any) -> Probe | None:
-        self.records.append(Record(probe=super().select(*args)))  # type: ignore[misc]
+    def select(self, *args: Any, **more: Any) -> Probe | None:
+        self.records.append(Record(probe=super().select(*args, **more)))  # type: ignore[misc]
         return self.records[-1].probe
 
     def energy(self, states: Tensor, *args: Any) -> Tensor:

@@ -20,14 +20,15 @@ def assert_same(found: Statistics, expected: Statistics) -> None:
     for key, sums in expected.sums.items():
         assert torch.equal(found.sums[key].squares, sums.squares), key
         assert torch.equal(found.sums[key].values, sums.values), key
+        assert torch.equal(found.residuals[key], expected.residuals[key]), key
 
 
-def states_of(model, batch, layer: int, block: Block) -> torch.Tensor:
-    """The input (B, S, C) of a block's output matrix, caught with a hook of our own."""
+def states_of(model, batch, layer: int, block: Block, part: str = "output") -> torch.Tensor:
+    """The input (B, S, C) of a block's output matrix (or of its norm), caught with a hook of our own."""
     caught = []
     architecture = architecture_of(model.config)
-    output = block_modules(architecture, architecture.layers_of(model)[layer], block).output
-    hook = output.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    module = getattr(block_modules(architecture, architecture.layers_of(model)[layer], block), part)
+    hook = module.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     with torch.no_grad():
         model(**batch, use_cache=False)
     hook.remove()
@@ -47,9 +48,10 @@ def test_equals_naive_loops(name):
     assert found.num_batches == 3
     for layer, block in ((0, Block.ATTENTION), (3, Block.MLP)):
         values, squares = torch.zeros(9, 160).double(), torch.zeros(9, 160).double()
-        counts = [0] * 9
+        counts, energy = [0] * 9, torch.zeros(9).double()
         for batch in batches:
             states = states_of(model, batch, layer, block).double()
+            residual = states_of(model, batch, layer, block, "norm").double()
             width = states.shape[2]
             for b in range(states.shape[0]):
                 mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[b].tolist()
@@ -58,11 +60,13 @@ def test_equals_naive_loops(name):
                     if real:
                         values[position, :width] += states[b, t]
                         squares[position, :width] += states[b, t] ** 2
+                        energy[position] += (residual[b, t] ** 2).sum()
                         counts[position] += 1
                         position += 1
         assert found.counts.tolist() == counts
         torch.testing.assert_close(found.sums[layer, block].squares, squares[:, :width].float(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.sums[layer, block].values, values[:, :width].float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.residuals[layer, block], energy.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "opt"])

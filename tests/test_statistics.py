@@ -13,6 +13,7 @@ def small() -> Statistics:
     squares = torch.tensor([[8.0, 2.0], [3.0, 0.0], [0.0, 0.0]])
     values = torch.tensor([[4.0, 2.0], [1.0, 0.0], [0.0, 0.0]])
     result.sums[3, Block.MLP] = BlockSums(squares, values)
+    result.residuals[3, Block.MLP] = torch.tensor([10.0, 7.0, 0.0])
     return result
 
 
@@ -24,6 +25,8 @@ def test_moments():
     mean, second = result.channel_moments(3, Block.MLP)
     torch.testing.assert_close(mean, torch.tensor([5 / 3, 2 / 3]))
     torch.testing.assert_close(second, torch.tensor([11 / 3, 2 / 3]))
+    assert result.means(3, Block.MLP).tolist() == [[2.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
+    assert result.residual_energy(3, Block.MLP).tolist() == [5.0, 7.0, 0.0]
 
 
 def test_release_gives_the_sums_up():
@@ -51,6 +54,7 @@ def test_round_trip(tmp_path):
     for key, sums in result.sums.items():
         assert torch.equal(loaded.sums[key].squares, sums.squares)
         assert torch.equal(loaded.sums[key].values, sums.values)
+        assert torch.equal(loaded.residuals[key], result.residuals[key])
     assert [file.name for file in path.parent.iterdir()] == ["stats.safetensors"]
 
 

@@ -13,16 +13,19 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from pp_lightning.app.ablation import report as ablation_report
+from pp_lightning.app.ablation.questions import QUESTIONS
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.progress import EvaluationProgress
-from pp_lightning.app.report import comma_separated, markdown, plot, show
-from pp_lightning.app.results import Comparison, environment, write_json, write_text
+from pp_lightning.app.report import comma_separated, grids, markdown, plot, show
+from pp_lightning.app.results import Comparison
 from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.app.training import train_recovery
 from pp_lightning.commonsense import CommonsenseData
 from pp_lightning.data import LanguageModelling
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.errors import UserError
+from pp_lightning.records import environment, write_json, write_text
 
 _FILLED_IN = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "verbose", "weights_only"}
 
@@ -38,6 +41,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 COMMANDS = {
     "test": "Evaluate one model: dense, or pruned with --model.method.",
     "compare": "Evaluate the dense model and several methods and ratios in one run: one table, one plot.",
+    "ablate": "Answer questions about the method, each by variants that differ in one thing, over several seeds.",
     "fit": "Train on --data.train: a dense model, or with --model.recovery the adapters of a pruned one.",
 }
 
@@ -70,12 +74,17 @@ class ExamplesFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class PruningCLI(LightningCLI):
-    """``pp-lightning fit | test | compare``."""
+    """``pp-lightning fit | test | compare | ablate``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Trainer methods that are commands, with the arguments that are filled in here."""
-        return {"test": _FILLED_IN | {"ckpt_path"}, "compare": _FILLED_IN, "fit": _FILLED_IN}
+        return {
+            "test": _FILLED_IN | {"ckpt_path"},
+            "compare": _FILLED_IN,
+            "ablate": _FILLED_IN,
+            "fit": _FILLED_IN,
+        }
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Model and data first in the help: Lightning's trainer has forty options that few runs need."""
@@ -115,7 +124,25 @@ class PruningCLI(LightningCLI):
         rows = self.trainer.compare(**arguments)
         self._write(rows)
         if self.trainer.is_global_zero:
-            plot(rows, self._caption(rows), self.out / "results.png")
+            plot(rows, self._caption(rows[0].evaluation.tokens), self.out / "results.png")
+
+    def ablate(self, **arguments: Any) -> None:
+        """Answer questions about the method."""
+        assert isinstance(self.trainer, PruningTrainer)
+        answers = self.trainer.ablate(**arguments)
+        if not self.trainer.is_global_zero:
+            return
+        self._dump_config()
+        questions = {name: QUESTIONS[name] for name in dict.fromkeys(answer.question for answer in answers)}
+        caption = self._caption(answers[0].tokens)
+        grids = ablation_report.tables(questions, answers)
+        write_text(self.out / "ablation.csv", ablation_report.comma_separated(answers))
+        write_text(self.out / "ablation.md", markdown(grids, caption))
+        write_json(self.out / "ablation.json", self._record({"answers": [answer.as_dict() for answer in answers]}))
+        for name, question in questions.items():
+            own = [answer for answer in answers if answer.question == name]
+            ablation_report.plot(question, own, caption, self.out / f"ablation-{name}.png")
+        show(grids, f"{caption}\nwritten to {self.out}/ablation.json, .csv, .md and a picture a question")
 
     def fit(self, model: PrunedLM, datamodule: EvaluationData, **options: Any) -> None:
         """Train: the dense model, or adapters of a pruned one; an interrupted recovery goes on from its ``--out``."""
@@ -134,27 +161,29 @@ class PruningCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         self._dump_config()
-        caption = self._caption(rows)
-        record = {
+        caption = self._caption(rows[0].evaluation.tokens)
+        write_text(self.out / "results.csv", comma_separated(rows))
+        write_text(self.out / "results.md", markdown(grids(rows), caption))
+        write_json(self.out / "results.json", self._record({"rows": [row.as_dict() for row in rows]}))
+        for finished in self.out.glob("unfinished-*.json"):
+            finished.unlink()
+        show(grids(rows), f"{caption}\nwritten to {self.out}/results.json, .csv, .md")
+
+    def _record(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Results with everything needed to repeat them."""
+        return {
             "command": self.subcommand,
-            "rows": [row.as_dict() for row in rows],
+            **results,
             "data": self.datamodule.describe(),
             "environment": environment(self.model.device, self.trainer.world_size),
             "settings": self.config_dump,
         }
-        write_text(self.out / "results.csv", comma_separated(rows))
-        write_text(self.out / "results.md", markdown(rows, caption))
-        write_json(self.out / "results.json", record)
-        for finished in self.out.glob("unfinished-*.json"):
-            finished.unlink()
-        show(rows, f"{caption}\nwritten to {self.out}/results.json, .csv, .md")
 
-    def _caption(self, rows: list[Comparison]) -> str:
+    def _caption(self, tokens: int | None) -> str:
         """What a table must say about itself: machine, dtype, batch, length, versions."""
         machine, data = environment(self.model.device, self.trainer.world_size), self.datamodule
         dtype = str(next(self.model.model.parameters()).dtype).removeprefix("torch.")
         versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
-        tokens = rows[0].evaluation.tokens
         if isinstance(data, LanguageModelling):
             what = f"{tokens} tokens, batch {data.batch_size} x {data.window}, {data.protocol}"
         else:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pp_lightning.app.results import write_text
+from pp_lightning.records import write_text
 
 
 def write_curve(losses: Sequence[float], pruned: Sequence[float], folder: Path) -> None:

@@ -24,6 +24,7 @@ from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence
 from pp_lightning.importances import Importances
 from pp_lightning.methods import PruningMethod
+from pp_lightning.methods.base import AllocationName
 from pp_lightning.plan import make_plan
 from pp_lightning.pruning import is_pruned, prune_, pruning_of, unprune_
 from pp_lightning.recovery import Adapters, Recovered, Recovery
@@ -59,6 +60,9 @@ class PrunedLM(L.LightningModule):
         mlp_ratio: the same for MLPs alone; none takes ``pruning_ratio``.
         skip_layers: layers left dense; the others lose more to make up for them.
         round_to: MLP channels are kept in multiples of this.
+        allocation: ``uniform`` or ``global``: one ranking over the units of all layers, none skipped, at the FLOPs that
+            uniform ratios would leave; none takes the method's own.
+        floor: fraction of its units that every block keeps under ``global``.
         statistics: a safetensors file of calibration statistics: read if it exists, else written (and resumed after an
             interruption).
         dtype: dtype of the weights; ``auto`` keeps the checkpoint's own.
@@ -83,6 +87,8 @@ class PrunedLM(L.LightningModule):
         mlp_ratio: float | None = None,
         skip_layers: list[int] = [0, 1, 2],  # noqa: B006 (the command line's help shows it; never changed)
         round_to: int = 64,
+        allocation: AllocationName | None = None,
+        floor: float = 0.25,
         statistics: str | None = None,
         dtype: Dtype = "float32",
         pad_token: str | None = None,
@@ -102,6 +108,8 @@ class PrunedLM(L.LightningModule):
         self.mlp_ratio = mlp_ratio
         self.skip_layers = tuple(skip_layers)
         self.round_to = round_to
+        self.allocation = allocation
+        self.floor = floor
         self.statistics_file = statistics
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
@@ -167,6 +175,8 @@ class PrunedLM(L.LightningModule):
                 self.method,
                 self._evidence(self.method),
                 **self._amounts(self.pruning_ratio),
+                allocation=self.allocation,
+                floor=self.floor,
                 keep_dense=self.reuse,
                 release_stats=not self.reuse,
             )
@@ -204,6 +214,10 @@ class PrunedLM(L.LightningModule):
         self._adapters = None
         if self.reuse and is_pruned(self.model):
             unprune_(self.model)
+
+    def forget_statistics(self) -> None:
+        """Calibrate anew when statistics are next needed: the data's seed has changed."""
+        self._statistics = None
 
     def on_fit_start(self) -> None:
         """Train in training mode: checkpoints are loaded for evaluation."""
@@ -285,6 +299,8 @@ class PrunedLM(L.LightningModule):
 
     def _start_recovery(self, recovery: Recovery) -> None:
         """Prune, or get ready to, and attach adapters: before the optimiser is made and a checkpoint is read."""
+        if self.allocation == "global":
+            raise UserError("recovery has the same ratio in every layer: leave out --model.allocation")
         limit = self.model.config.max_position_embeddings
         if self.data.train_window > limit:
             asked = f"training windows of {self.data.train_window} tokens"
@@ -308,7 +324,7 @@ class PrunedLM(L.LightningModule):
             return self.recovered.choices
         if method.evidence is Importances:
             return self._gradient_importances(method)
-        return self._calibrated() if method.evidence is Statistics else None
+        return self._calibrated() if method.needs_statistics or self._ranks_globally(method) else None
 
     def _gradient_importances(self, method: PruningMethod) -> Importances:
         if method not in self._importances:
@@ -328,6 +344,9 @@ class PrunedLM(L.LightningModule):
             return {**about["settings"], "recovery": about["recovery"]}
         return {} if self.method is None else self.method.settings()
 
+    def _ranks_globally(self, method: PruningMethod) -> bool:
+        return (self.allocation or method.allocation) == "global"
+
     def _calibrated(self) -> Statistics:
         """Statistics for the method: from this run, from the file, or from a new pass over the calibration text."""
         if self._statistics is not None:
@@ -339,7 +358,7 @@ class PrunedLM(L.LightningModule):
             self.model,
             self.data.calibration_batches(),
             means=shared or self.method.needs_means,
-            layers=None if shared else plan.layers,
+            layers=None if shared or self._ranks_globally(self.method) else plan.layers,
             save_to=self.statistics_file if self.trainer.is_global_zero else None,
             progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None,
         )

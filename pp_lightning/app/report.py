@@ -17,6 +17,7 @@ NAMES = {
     "dense": "Dense",
     "full_batch": "Full-Batch Probing",
     "pp": "Probe Pruning",
+    "best": "Probe Pruning, best (ours)",
     "ppsp": "static PPsp",
     "flap": "FLAP",
     "wanda_sp": "Wanda-sp",
@@ -68,9 +69,9 @@ def grids(rows: Sequence[Comparison]) -> list[Grid]:
     return [_task_grid(evaluations, key, title) for key, title in ACCURACIES.items()]
 
 
-def show(rows: Sequence[Comparison], caption: str) -> None:
+def show(grids: Sequence[Grid], caption: str) -> None:
     """Print the tables to the terminal, whole even where it is narrow: cut numbers are worse than wrapped lines."""
-    for grid in grids(rows):
+    for grid in grids:
         table = Table(title=grid.title or None, title_justify="left")
         for index, heading in enumerate(grid.headings):
             table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
@@ -82,10 +83,10 @@ def show(rows: Sequence[Comparison], caption: str) -> None:
     Console().print(caption, highlight=False)
 
 
-def markdown(rows: Sequence[Comparison], caption: str) -> str:
+def markdown(grids: Sequence[Grid], caption: str) -> str:
     """The tables in Markdown, with their caption below."""
     lines: list[str] = []
-    for grid in grids(rows):
+    for grid in grids:
         lines += [f"**{grid.title}**", ""] if grid.title else []
         lines += ["| " + " | ".join(grid.headings) + " |", "|---" + "|---:" * (len(grid.headings) - 1) + "|"]
         lines += ["| " + " | ".join(cells) + " |" for cells in grid.rows] + [""]

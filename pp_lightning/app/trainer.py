@@ -5,6 +5,9 @@ from pathlib import Path
 
 import lightning as L
 
+from pp_lightning.app.ablation.answers import Answer
+from pp_lightning.app.ablation.questions import QUESTIONS
+from pp_lightning.app.ablation.runner import Bench, checked_questions, measure
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.results import Comparison
 from pp_lightning.app.training import check_same, train_recovery
@@ -46,10 +49,10 @@ class PruningTrainer(L.Trainer):
         Args:
             model: the module; its own ``method`` and ``pruning_ratio`` are not used.
             datamodule: the data; calibration is run once.
-            methods: any of full_batch, pp, ppsp, flap, wanda_sp, llm_pruner, lora_prune; ``_lora`` behind a static one
-                (llm_pruner_lora, lora_prune_lora, ...) trains adapters on ``--data.train``, or on the calibration text,
-                for ``--trainer.max_steps``. Models that were trained into the same ``--out`` before are not trained
-                again.
+            methods: any of full_batch, pp, best (ours, not the paper's), ppsp, flap, wanda_sp, llm_pruner, lora_prune;
+                ``_lora`` behind a static one (llm_pruner_lora, lora_prune_lora, ...) trains adapters on
+                ``--data.train``, or on the calibration text, for ``--trainer.max_steps``. Models that were trained
+                into the same ``--out`` before are not trained again.
             ratios: fractions removed.
             variants: further rows by name: a method with settings of your own.
 
@@ -70,6 +73,37 @@ class PruningTrainer(L.Trainer):
             assert model.evaluation is not None
             done.append(Comparison.of(model.evaluation, done[0].evaluation if done else model.evaluation))
         return done
+
+    def ablate(
+        self,
+        model: PrunedLM,
+        datamodule: L.LightningDataModule,
+        questions: list[str] = ["methods"],  # noqa: B006 (the command line's help shows it; never changed)
+        ratios: list[float] = [0.4],  # noqa: B006
+        seeds: list[int] = [0, 1, 2],  # noqa: B006
+    ) -> list[Answer]:
+        """Answer questions about the method, each by variants that differ in one thing, on the same batches.
+
+        Args:
+            model: the module; its own ``method`` and ``pruning_ratio`` are not used.
+            datamodule: the data; calibration windows are drawn and calibrated on anew for every seed.
+            questions: any of methods, probe_size, probe_shape, fusion, history, ranking, residual, score, compensation,
+                allocation, mlp_probe, weight, best_size, overlap.
+            ratios: fractions removed.
+            seeds: of the calibration windows and of drawn probes: perplexities are means over them.
+
+        Raises:
+            UserError: an unknown question, no seed, a ratio that leaves nothing, or data that is no text.
+        """
+        asked = checked_questions(questions, QUESTIONS)
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise UserError(f"seeds must be different numbers, at least one, not {seeds}")
+        for ratio in ratios:
+            for question in asked.values():
+                for variant in question.variants:
+                    model.check_plan(variant.method(seeds[0]), ratio)
+        assert isinstance(datamodule, EvaluationData)
+        return measure(Bench(self, model, datamodule), asked, ratios, seeds)
 
     def _rows(
         self,

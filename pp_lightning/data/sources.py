@@ -60,22 +60,26 @@ class WikiText2(TextSource):
 
 
 class C4(TextSource):
-    """C4 English: the first tenth of the hub's first training shard, or local json lines.
+    """C4 English: the start of the hub's first training shard, or local json lines.
 
     Args:
         path: a local ``.jsonl`` or ``.jsonl.gz`` file, one ``{"text": ...}`` a line (any data set in this form).
             None loads ``allenai/c4`` from the hub.
+        percent: how much of the hub's first training shard, from its start; not used for a local file.
     """
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | None = None, percent: int = 10) -> None:
+        if not 1 <= percent <= 100:
+            raise UserError(f"percent is how much of C4's first shard to read, 1 to 100, not {percent}")
         self.path = path
+        self.percent = percent
 
     def documents(self) -> Sequence[str]:
         """The documents in file order."""
         if self.path is not None:
             return list(_json_lines(self.path))
         shard = {"train": "en/c4-train.00000-of-01024.json.gz"}
-        return _hub_column("text", "allenai/c4", data_files=shard, split="train[:10%]")
+        return _hub_column("text", "allenai/c4", data_files=shard, split=f"train[:{self.percent}%]")
 
 
 class TextFile(TextSource):

@@ -32,12 +32,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         mask: (B or 1, 1, S, T), bool (True = may attend) or additive; None is causal (S = T) or, with one query, none.
         scale: factor on the products.
     """
+    # Two ifs instead of one "and" and one "!=": traced with dynamic sizes, these would give no bools.
+    causal, grouped = mask is None, False
+    if query.shape[2] == 1:
+        causal = False
+    if query.shape[1] != key.shape[1]:
+        grouped = True
     return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None and query.shape[2] > 1,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )

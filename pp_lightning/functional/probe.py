@@ -38,7 +38,13 @@ def token_norms(states: Tensor) -> Tensor:
     return torch.linalg.vector_norm(states, dim=-1, dtype=torch.promote_types(states.dtype, torch.float32)).float()
 
 
-def select_probe(importance: Tensor, real: Tensor | None, row_ratio: float, token_ratio: float) -> Probe:
+def select_probe(
+    importance: Tensor,
+    real: Tensor | None,
+    row_ratio: float,
+    token_ratio: float,
+    sizes: tuple[int, int] | None = None,
+) -> Probe:
     """The tokens, then the rows, of largest importance.
 
     Tokens are ranked by ``||n[:, t]||_2`` over all rows; rows by the same norm over the tokens just kept. Padding
@@ -50,41 +56,46 @@ def select_probe(importance: Tensor, real: Tensor | None, row_ratio: float, toke
         real: (B, S) bool, True at real tokens; None where there is no padding.
         row_ratio: fraction of rows in the probe.
         token_ratio: fraction of tokens in the probe.
+        sizes: rows and tokens that these ratios give for (B, S), where the caller has them. A graph with dynamic
+            sizes takes them as inputs then, which compiles several times faster than the formulas do.
     """
     num_rows, num_tokens = importance.shape
+    if sizes is None:
+        sizes = probe_rows(num_rows, row_ratio), probe_tokens(num_tokens, token_ratio)
     if real is None:
-        tokens = _largest(torch.linalg.vector_norm(importance, dim=0), probe_tokens(num_tokens, token_ratio))
+        tokens = largest(torch.linalg.vector_norm(importance, dim=0), sizes[1])
         if len(tokens) <= FEW_TOKENS:
             tokens = torch.cat([tokens.new_zeros(1), tokens[1:]])
-        rows = _largest(torch.linalg.vector_norm(importance[:, tokens], dim=1), probe_rows(num_rows, row_ratio))
+        rows = largest(torch.linalg.vector_norm(importance[:, tokens], dim=1), sizes[0])
         return Probe(rows, tokens)
-    return _select_among_real(importance.masked_fill(~real, 0.0), real, row_ratio, token_ratio)
+    return _select_among_real(importance.masked_fill(~real, 0.0), real, row_ratio, token_ratio, sizes)
 
 
-def _select_among_real(importance: Tensor, real: Tensor, row_ratio: float, token_ratio: float) -> Probe:
+def _select_among_real(
+    importance: Tensor, real: Tensor, row_ratio: float, token_ratio: float, sizes: tuple[int, int]
+) -> Probe:
     """The padded case: as many places are selected as without padding, the ones too many are marked not real."""
-    num_rows, num_tokens = importance.shape
     real_columns, real_rows = real.any(0), real.any(1)
-    token_count = _real_count(real_columns, token_ratio, minimum=2)
-    tokens, token_valid = _largest_valid(
-        torch.linalg.vector_norm(importance, dim=0), real_columns, probe_tokens(num_tokens, token_ratio), token_count
+    token_count = real_count(real_columns, token_ratio, minimum=2)
+    tokens, token_valid = largest_valid(
+        torch.linalg.vector_norm(importance, dim=0), real_columns, sizes[1], token_count
     )
     first_real = real_columns.int().argmax()
     lowest = torch.where(token_count <= FEW_TOKENS, first_real, tokens[0])
     tokens = torch.cat([lowest[None], tokens[1:]])
     row_importance = torch.linalg.vector_norm(importance[:, tokens] * token_valid, dim=1)
-    row_count = _real_count(real_rows, row_ratio, minimum=1)
-    rows, row_valid = _largest_valid(row_importance, real_rows, probe_rows(num_rows, row_ratio), row_count)
+    row_count = real_count(real_rows, row_ratio, minimum=1)
+    rows, row_valid = largest_valid(row_importance, real_rows, sizes[0], row_count)
     selected = real[rows[:, None], tokens[None, :]]
     return Probe(rows, tokens, selected & token_valid[None, :] & row_valid[:, None], token_valid)
 
 
-def _largest(scores: Tensor, count: int) -> Tensor:
+def largest(scores: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` largest scores, ascending."""
     return scores.topk(count).indices.sort().values
 
 
-def _largest_valid(scores: Tensor, eligible: Tensor, count: int, valid_count: Tensor) -> tuple[Tensor, Tensor]:
+def largest_valid(scores: Tensor, eligible: Tensor, count: int, valid_count: Tensor) -> tuple[Tensor, Tensor]:
     """``count`` indices, the first ``valid_count`` of them the best eligible ones in ascending order, and which are."""
     best = scores.masked_fill(~eligible, -1.0).topk(count).indices
     in_use = torch.arange(count, device=scores.device) < valid_count
@@ -92,7 +103,7 @@ def _largest_valid(scores: Tensor, eligible: Tensor, count: int, valid_count: Te
     return ascending.clamp(max=len(scores) - 1), in_use
 
 
-def _real_count(eligible: Tensor, ratio: float, minimum: int) -> Tensor:
+def real_count(eligible: Tensor, ratio: float, minimum: int) -> Tensor:
     """Places the probe would have without the padding, as a 0-d int64 tensor (no host synchronisation)."""
     number = eligible.sum()
     wanted = torch.ceil(number.double() * ratio - 1e-9).long().clamp(min=minimum)

@@ -26,6 +26,34 @@ def ppsp_unit_scores(energy: Tensor, weight_norm: Tensor, channels_per_unit: int
     return columns if channels_per_unit == 1 else torch.linalg.vector_norm(columns.view(-1, channels_per_unit), dim=1)
 
 
+def energy_weight_norm(weight: Tensor) -> Tensor:
+    """``sum_i W_ic^2``: what a channel's energy becomes in the block's output; (C,) float32, computed once."""
+    return _column_sums(weight, 2)
+
+
+def energy_unit_scores(energy: Tensor, weight_norm: Tensor, channels_per_unit: int) -> Tensor:
+    """Energy that each unit adds to the block's output, its channels taken as uncorrelated: (U,) float32.
+
+    Args:
+        energy: (C,) float32, the second moment (or the variance) of each channel.
+        weight_norm: (C,) float32 from :func:`energy_weight_norm`.
+        channels_per_unit: 1 for MLP channels, d for heads, (H / G) * d for key/value groups.
+    """
+    return sum_over_units(energy * weight_norm, channels_per_unit)
+
+
+def energy_about(energy: Tensor, count: Tensor | int, mean: Tensor, centre: Tensor) -> Tensor:
+    """``sum (x - m)^2`` from ``sum x^2``: what is left of each channel when m is put back for it; (C,) float32.
+
+    Args:
+        energy: ``sum x^2`` over ``count`` positions, (C,) float32.
+        count: how many squares were summed.
+        mean: the mean of x, (C,) float32.
+        centre: m, (C,) float32; the mean itself gives the variance.
+    """
+    return (energy - count * centre * (2 * mean - centre)).clamp(min=0.0)
+
+
 def wanda_column_scores(weight: Tensor, energy: Tensor) -> Tensor:
     """Wanda-sp: ``sum_i |W_ic| * sqrt(E_c)`` (02-baselines, 3.1).
 

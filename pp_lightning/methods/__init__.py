@@ -1,6 +1,6 @@
 """Pruning methods, one file each. A new one is a file here and an entry in ``METHODS``."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from pp_lightning.errors import UserError
 from pp_lightning.methods.base import PruningMethod, StaticMethod
@@ -17,21 +17,26 @@ METHODS: Mapping[str, type[PruningMethod]] = {
     method.label: method for method in (FullBatchProbing, ProbePruning, StaticPPsp, FLAP, WandaSP, LLMPruner, LoRAPrune)
 }
 
+# Settings of these methods that have a name of their own.
+PRESETS: Mapping[str, Callable[[], PruningMethod]] = {"best": ProbePruning.best}
+
 
 def method_named(label: str) -> PruningMethod:
-    """A method with its default settings.
+    """A method with its default settings, or a preset.
 
     Raises:
         UserError: there is no such method.
     """
-    if label not in METHODS:
-        raise UserError(f"unknown method {label!r}: choose from {', '.join(METHODS)}")
-    return METHODS[label]()
+    named: dict[str, Callable[[], PruningMethod]] = {**METHODS, **PRESETS}
+    if label not in named:
+        raise UserError(f"unknown method {label!r}: choose from {', '.join(named)}")
+    return named[label]()
 
 
 __all__ = [
     "FLAP",
     "METHODS",
+    "PRESETS",
     "DynamicMethod",
     "FullBatchProbing",
     "LLMPruner",

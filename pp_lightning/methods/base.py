@@ -18,6 +18,7 @@ from pp_lightning.statistics import BlockKey, Statistics
 
 BlockName = Literal["attention", "mlp"]
 UnitName = Literal["query_head", "kv_group"]
+AllocationName = Literal["uniform", "global"]
 BOTH_BLOCKS: tuple[BlockName, ...] = ("attention", "mlp")
 E = TypeVar("E", bound=Evidence)
 
@@ -31,13 +32,15 @@ class PruningMethod(ABC):
 
     Attributes:
         label: short name for tables and the command line.
-        evidence: what :func:`~pp_lightning.prune_` must be given to choose from; None where nothing is needed.
-        needs_means: whether calibration statistics must include means beside second moments.
+        needs_statistics: whether :func:`~pp_lightning.prune_` must be given something to choose from.
+        evidence: what that is: calibration statistics, or gradient importances.
+        allocation: how the removed units are spread over the layers, unless :func:`~pp_lightning.prune_` is told.
     """
 
     label: ClassVar[str]
-    evidence: ClassVar[type[Evidence] | None] = Statistics
-    needs_means: ClassVar[bool] = False
+    needs_statistics: ClassVar[bool] = True
+    evidence: ClassVar[type[Evidence]] = Statistics
+    allocation: AllocationName = "uniform"
 
     def __init__(
         self,
@@ -51,6 +54,21 @@ class PruningMethod(ABC):
             raise UserError(f"attention_unit must be query_head or kv_group, not {attention_unit!r}")
         self.blocks = tuple(Block(name) for name in BOTH_BLOCKS if name in blocks)
         self.attention_unit = None if attention_unit is None else AttentionUnit(attention_unit)
+
+    @property
+    def needs_means(self) -> bool:
+        """Whether calibration statistics must include means beside second moments."""
+        return False
+
+    @property
+    def restores_means(self) -> bool:
+        """Whether a block's output gets back what its removed channels contribute on average."""
+        return False
+
+    @property
+    def allocates(self) -> bool:
+        """Whether the method itself counts what stays in each layer."""
+        return False
 
     def settings(self) -> dict[str, object]:
         """The settings by name, in plain types, for result files."""

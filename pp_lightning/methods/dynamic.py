@@ -2,17 +2,31 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
 from pp_lightning.errors import UserError
+from pp_lightning.functional.draws import ScatteredProbe
 from pp_lightning.functional.moments import Places
 from pp_lightning.functional.probe import Probe
-from pp_lightning.functional.scores import ppsp_unit_scores
+from pp_lightning.functional.scores import ppsp_unit_scores, ppsp_weight_norm
 from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, PruningMethod, UnitName
 
 ProbeSource = Literal["current", "previous"]
+AnyProbe = Probe | ScatteredProbe
+
+
+class Sight(NamedTuple):
+    """What a method makes of a probe's states.
+
+    Attributes:
+        energy: (C,) float32, what units are scored by.
+        restored: (C,) float32, the mean that is put back for each channel that goes; None puts nothing back.
+    """
+
+    energy: Tensor
+    restored: Tensor | None = None
 
 
 class DynamicMethod(PruningMethod):
@@ -26,10 +40,12 @@ class DynamicMethod(PruningMethod):
     Attributes:
         keeps_history: whether each pruned block carries a running second moment, started from the statistics.
         momentum: m of the history's update ``H = m H + (1 - m) X^2``.
+        seed: of the probes that are drawn by lot.
     """
 
     keeps_history: ClassVar[bool] = True
     momentum: float = 0.99
+    seed: int = 0
 
     def __init__(
         self,
@@ -42,22 +58,43 @@ class DynamicMethod(PruningMethod):
             raise UserError(f"probe_source must be current or previous, not {probe_source!r}")
         self.probe_source: ProbeSource = probe_source
 
+    @property
+    def keeps_mean(self) -> bool:
+        """Whether each pruned block also carries a running mean, started from the statistics."""
+        return False
+
     @abstractmethod
     def probe_sizes(self, num_rows: int, num_tokens: int) -> tuple[int, int]:
         """Rows and tokens of the probe of a (B, S) batch: what FLOPs are counted from."""
 
+    def lots_needed(self, num_rows: int, num_tokens: int) -> int:
+        """How many lots (uniform numbers) :meth:`select` draws the probe of a (B, S) batch with."""
+        return 0
+
     @abstractmethod
-    def select(self, residual: Tensor, normed: Tensor, real: Tensor | None) -> Probe | None:
+    def select(
+        self,
+        residual: Tensor,
+        normed: Tensor,
+        real: Tensor | None,
+        sizes: tuple[int, int] | None = None,
+        *,
+        lots: Tensor | None = None,
+        mixes_tokens: bool = True,
+    ) -> AnyProbe | None:
         """The part of the batch that runs ahead; None means all of it.
 
         Args:
             residual: (B, S, D), before the block's norm.
             normed: (B, S, D), after it.
             real: (B, S) bool, None where there is no padding.
+            sizes: what :meth:`probe_sizes` gives for this batch, where the caller has it.
+            lots: as many uniform numbers (float32) as :meth:`lots_needed` says, new ones for every choice.
+            mixes_tokens: whether the block's front half lets tokens see each other, as attention does.
         """
 
     @abstractmethod
-    def energy(self, states: Tensor, probe: Probe | None, places: Places | None, history: Tensor | None) -> Tensor:
+    def energy(self, states: Tensor, probe: AnyProbe | None, places: Places | None, history: Tensor | None) -> Tensor:
         """The second moment of each channel that scores are made from: (C,) float32, summed over positions.
 
         Args:
@@ -66,6 +103,29 @@ class DynamicMethod(PruningMethod):
             places: positions of the whole batch; None where column and position are the same and nothing is padding.
             history: (P_max, C) float32, or None for methods without one.
         """
+
+    def observe(
+        self,
+        states: Tensor,
+        probe: AnyProbe | None,
+        places: Places | None,
+        history: Tensor | None,
+        running_mean: Tensor | None,
+    ) -> Sight:
+        """What units are scored by, and the means to put back: by default :meth:`energy`, and none.
+
+        Args:
+            states: see :meth:`energy`, as the next three.
+            probe: where in the batch they come from.
+            places: positions of the whole batch.
+            history: (P_max, C) float32.
+            running_mean: (C,) float32, or None for methods without one.
+        """
+        return Sight(self.energy(states, probe, places, history))
+
+    def weight_norm(self, weight: Tensor) -> Tensor:
+        """The constant part of the scores, (C,) float32, from the output matrix (D, C)."""
+        return ppsp_weight_norm(weight)
 
     def unit_scores(self, energy: Tensor, weight_norm: Tensor, channels_per_unit: int) -> Tensor:
         """Scores (U,) of a block's units: PPsp."""

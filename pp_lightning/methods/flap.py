@@ -48,6 +48,16 @@ class FLAP(StaticMethod[Statistics]):
         self.bias = bias
         self.uniform = uniform
 
+    @property
+    def restores_means(self) -> bool:
+        """The bias does."""
+        return self.bias
+
+    @property
+    def allocates(self) -> bool:
+        """Unless its ratios are uniform."""
+        return not self.uniform
+
     def choose(
         self, blocks: Sequence[BlockToPrune], evidence: Statistics
     ) -> Iterator[tuple[BlockToPrune, StaticChoice]]:

@@ -6,9 +6,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from pp_lightning.functional.moments import Places, placed_second_moment, second_moment
-from pp_lightning.functional.probe import Probe
 from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, UnitName
-from pp_lightning.methods.dynamic import DynamicMethod
+from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod
 
 
 class FullBatchProbing(DynamicMethod):
@@ -22,7 +21,7 @@ class FullBatchProbing(DynamicMethod):
     """
 
     label: ClassVar[str] = "full_batch"
-    evidence: ClassVar = None
+    needs_statistics: ClassVar[bool] = False
     keeps_history: ClassVar[bool] = False
 
     def __init__(self, blocks: Sequence[BlockName] = BOTH_BLOCKS, attention_unit: UnitName | None = None) -> None:
@@ -32,11 +31,20 @@ class FullBatchProbing(DynamicMethod):
         """All rows and tokens."""
         return num_rows, num_tokens
 
-    def select(self, residual: Tensor, normed: Tensor, real: Tensor | None) -> Probe | None:
+    def select(
+        self,
+        residual: Tensor,
+        normed: Tensor,
+        real: Tensor | None,
+        sizes: tuple[int, int] | None = None,
+        *,
+        lots: Tensor | None = None,
+        mixes_tokens: bool = True,
+    ) -> AnyProbe | None:
         """Everything."""
         return None
 
-    def energy(self, states: Tensor, probe: Probe | None, places: Places | None, history: Tensor | None) -> Tensor:
+    def energy(self, states: Tensor, probe: AnyProbe | None, places: Places | None, history: Tensor | None) -> Tensor:
         """The batch's own second moment, summed over positions."""
         moment = second_moment(states) if places is None else placed_second_moment(states, places)[0]
         return moment.sum(0)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
+from pp_lightning.evidence import Evidence
 from pp_lightning.functional.members import Reduction, reduced_unit_scores
 from pp_lightning.functional.selection import keep_best
 from pp_lightning.functional.taylor import Taylor
@@ -37,7 +38,7 @@ class LLMPruner(StaticMethod[Importances]):
     """
 
     label: ClassVar[str] = "llm_pruner"
-    evidence: ClassVar = Importances
+    evidence: ClassVar[type[Evidence]] = Importances
 
     def __init__(
         self,
@@ -64,6 +65,11 @@ class LLMPruner(StaticMethod[Importances]):
         self.mlp_layers = mlp_layers
         self.samples = samples
         self.window = window
+
+    @property
+    def allocates(self) -> bool:
+        """With a global ranking, or ranges of layers."""
+        return self.global_ranking or self.attention_layers is not None or self.mlp_layers is not None
 
     def choose(
         self, blocks: Sequence[BlockToPrune], evidence: Importances

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from pp_lightning.errors import UserError
+from pp_lightning.evidence import Evidence
 from pp_lightning.functional.members import normalised_unit_scores
 from pp_lightning.importances import Importances
 from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, BlockToPrune, StaticMethod, UnitName
@@ -33,7 +34,7 @@ class LoRAPrune(StaticMethod[Importances]):
     """
 
     label: ClassVar[str] = "lora_prune"
-    evidence: ClassVar = Importances
+    evidence: ClassVar[type[Evidence]] = Importances
 
     def __init__(
         self,

@@ -1,20 +1,28 @@
 """Probe Pruning (ICLR 2025, arXiv 2502.15618): a small probe of each batch, fused with a running history, chooses."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
 from pp_lightning.errors import UserError
+from pp_lightning.functional import draws
 from pp_lightning.functional.budget import probe_rows, probe_tokens
-from pp_lightning.functional.moments import Places, fuse, placed_second_moment, positions_held, second_moment
-from pp_lightning.functional.probe import Probe, select_probe, token_norms
-from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, UnitName
-from pp_lightning.methods.dynamic import DynamicMethod, ProbeSource
+from pp_lightning.functional.compensation import channel_mean
+from pp_lightning.functional.moments import Places
+from pp_lightning.functional.probe import select_probe, token_norms
+from pp_lightning.functional.scores import energy_about
+from pp_lightning.methods.base import BOTH_BLOCKS, AllocationName, BlockName, UnitName
+from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod, ProbeSource, Sight
+from pp_lightning.methods.options import COMPENSATIONS, DRAWS, SCORES, CompensationName, RankingName, ScoreName, checked
+from pp_lightning.methods.probe_moments import fused_energy
 
 
 class ProbePruning(DynamicMethod):
-    """Dynamic: the published method, with the decisions of 01-method, section 3.
+    """Dynamic: the published method by default, with the decisions of 01-method, section 3, and what goes beyond it.
+
+    :meth:`paper` and :meth:`best` name the two settings that matter. What is not the paper's: ``random`` and
+    ``stratified`` probes, ``score``, ``compensation``, ``scattered_mlp`` and ``allocation``.
 
     Args:
         token_ratio: fraction of the batch's tokens in the probe.
@@ -23,7 +31,16 @@ class ProbePruning(DynamicMethod):
         fusion_weight: weight of the probe against the history, in [0, 1]; None scales by importance, ``P / (P + H)``.
         probe_source: ``current`` probes the residual that enters the block; ``previous`` an earlier one, so that the
             probe need not wait (parallel probing).
-        rank_by: choose the probe by the norm of the ``residual`` or of the block's normalised ``input``.
+        rank_by: choose the probe by the norm of the ``residual`` or of the block's normalised ``input``, or draw it:
+            ``random``, every set of rows and tokens equally likely, or ``stratified``, one from each equal stretch.
+        score: ``ppsp`` as published; ``energy``, what a unit adds to the block's output in squares; ``centered``, the
+            same of its deviation from the mean that is restored.
+        compensation: what is put back for removed channels: their mean in the ``probe``, their running mean
+            (``history``), or nothing (None).
+        scattered_mlp: probe MLPs with as many single tokens, drawn from all over the batch.
+        allocation: ``uniform``, the same ratio in every layer that is not skipped, or ``global``: see ``prune_``, where
+            it can be overruled.
+        seed: of the probes that are drawn.
         blocks: which blocks are pruned, ``attention``, ``mlp`` or both.
         attention_unit: ``query_head`` or ``kv_group``; None takes groups where query heads share key/value heads.
     """
@@ -37,7 +54,12 @@ class ProbePruning(DynamicMethod):
         momentum: float = 0.99,
         fusion_weight: float | None = None,
         probe_source: ProbeSource = "current",
-        rank_by: Literal["residual", "input"] = "residual",
+        rank_by: RankingName = "residual",
+        score: ScoreName = "ppsp",
+        compensation: CompensationName | None = None,
+        scattered_mlp: bool = False,
+        allocation: AllocationName = "uniform",
+        seed: int = 0,
         blocks: Sequence[BlockName] = BOTH_BLOCKS,
         attention_unit: UnitName | None = None,
     ) -> None:
@@ -48,30 +70,112 @@ class ProbePruning(DynamicMethod):
         for name, weight in (("momentum", momentum), ("fusion_weight", fusion_weight)):
             if weight is not None and not 0.0 <= weight <= 1.0:
                 raise UserError(f"{name} must be in [0, 1], not {weight}")
-        if rank_by not in ("residual", "input"):
-            raise UserError(f"rank_by must be residual or input, not {rank_by!r}")
         self.token_ratio = token_ratio
         self.row_ratio = row_ratio
         self.momentum = momentum
         self.fusion_weight = fusion_weight
-        self.rank_by = rank_by
+        self.rank_by = checked("rank_by", rank_by, ("residual", "input", *DRAWS))
+        self.score = checked("score", score, SCORES)
+        self.compensation = None if compensation is None else checked("compensation", compensation, COMPENSATIONS)
+        self.scattered_mlp = scattered_mlp
+        self.allocation = checked("allocation", allocation, ("uniform", "global"))
+        self.seed = seed
+
+    @classmethod
+    def paper(cls) -> "ProbePruning":
+        """The published method: what the defaults are."""
+        return cls()
+
+    @classmethod
+    def best(cls, seed: int = 0) -> "ProbePruning":
+        """What came out best at the cost of the published method; ours, not the paper's (docs/beyond.md)."""
+        return cls(
+            token_ratio=0.25,
+            row_ratio=0.1,
+            fusion_weight=0.5,
+            rank_by="stratified",
+            score="centered",
+            compensation="probe",
+            allocation="global",
+            seed=seed,
+        )
+
+    @property
+    def restores_means(self) -> bool:
+        """Whether there is a compensation."""
+        return self.compensation is not None
+
+    @property
+    def keeps_mean(self) -> bool:
+        """Whether the compensation needs a running mean."""
+        return self.compensation == "history"
+
+    @property
+    def needs_means(self) -> bool:
+        """Whether calibration must collect means: to start a running mean from, or to allocate by what is restored."""
+        return self.restores_means
 
     def probe_sizes(self, num_rows: int, num_tokens: int) -> tuple[int, int]:
         """Rows and tokens of the probe of a (B, S) batch."""
         return probe_rows(num_rows, self.row_ratio), probe_tokens(num_tokens, self.token_ratio)
 
-    def select(self, residual: Tensor, normed: Tensor, real: Tensor | None) -> Probe:
-        """The tokens, then the rows, with the largest norms (steps 1 and 2)."""
-        ranked = residual if self.rank_by == "residual" else normed
-        return select_probe(token_norms(ranked), real, self.row_ratio, self.token_ratio)
+    def lots_needed(self, num_rows: int, num_tokens: int) -> int:
+        """None for a probe that is ranked."""
+        if not (self.rank_by in DRAWS or self.scattered_mlp):
+            return 0
+        return draws.lots_needed(num_rows, num_tokens, *self.probe_sizes(num_rows, num_tokens))
 
-    def energy(self, states: Tensor, probe: Probe | None, places: Places | None, history: Tensor | None) -> Tensor:
+    def select(
+        self,
+        residual: Tensor,
+        normed: Tensor,
+        real: Tensor | None,
+        sizes: tuple[int, int] | None = None,
+        *,
+        lots: Tensor | None = None,
+        mixes_tokens: bool = True,
+    ) -> AnyProbe:
+        """The tokens, then the rows, with the largest norms (steps 1 and 2), or a draw."""
+        shape = residual.shape[:2]
+        if self.scattered_mlp and not mixes_tokens:
+            assert lots is not None
+            rows, tokens = sizes or self.probe_sizes(*shape)
+            return draws.scattered_probe(lots, shape, real, rows * tokens)
+        if self.rank_by in DRAWS:
+            assert lots is not None
+            return draws.drawn_probe(lots, shape, real, self.row_ratio, self.token_ratio, DRAWS[self.rank_by], sizes)
+        ranked = residual if self.rank_by == "residual" else normed
+        return select_probe(token_norms(ranked), real, self.row_ratio, self.token_ratio, sizes)
+
+    def energy(self, states: Tensor, probe: AnyProbe | None, places: Places | None, history: Tensor | None) -> Tensor:
         """The probe's moment fused with the history at the selected positions, summed over them (step 4)."""
         assert probe is not None and history is not None
-        if places is None:
-            return fuse(second_moment(states), history[probe.tokens], self.fusion_weight).sum(0)
-        assert probe.real is not None and probe.real_tokens is not None
-        moment, _ = placed_second_moment(states, Places(probe.take(places.positions), probe.real, places.num_positions))
-        selected = positions_held(places, probe.tokens, probe.real_tokens)
-        fused = fuse(moment, history[: places.num_positions], self.fusion_weight)
-        return (fused * selected[:, None]).sum(0)
+        return fused_energy(states, probe, places, history, self.fusion_weight)[0]
+
+    def observe(
+        self,
+        states: Tensor,
+        probe: AnyProbe | None,
+        places: Places | None,
+        history: Tensor | None,
+        running_mean: Tensor | None,
+    ) -> Sight:
+        """The energy, centred where the score says so, and the means that the compensation restores."""
+        centred = SCORES[self.score].centred
+        if self.compensation is None and not centred:
+            return Sight(self.energy(states, probe, places, history))
+        assert probe is not None and history is not None
+        mean = channel_mean(states, probe.real)
+        restored = None if self.compensation is None else COMPENSATIONS[self.compensation](mean, running_mean)
+        if not centred:
+            return Sight(self.energy(states, probe, places, history), restored)
+        energy, count = fused_energy(states, probe, places, history, self.fusion_weight)
+        return Sight(energy_about(energy, count, mean, mean if restored is None else restored), restored)
+
+    def weight_norm(self, weight: Tensor) -> Tensor:
+        """The constant part of the score."""
+        return SCORES[self.score].weight_norm(weight)
+
+    def unit_scores(self, energy: Tensor, weight_norm: Tensor, channels_per_unit: int) -> Tensor:
+        """Scores (U,) of a block's units."""
+        return SCORES[self.score].of_units(energy, weight_norm, channels_per_unit)

@@ -69,10 +69,15 @@ class Recorded(StaticMethod[Choices]):
     """
 
     label: ClassVar[str] = "recorded"
-    evidence: ClassVar = Choices
+    evidence: ClassVar[type[Evidence]] = Choices
 
     def __init__(self, blocks: Sequence[BlockName], attention_unit: UnitName | None = None) -> None:
         super().__init__(blocks, attention_unit)
+
+    @property
+    def allocates(self) -> bool:
+        """The counts are recorded."""
+        return True
 
     def choose(self, blocks: Sequence[BlockToPrune], evidence: Choices) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
         """The recorded choices.

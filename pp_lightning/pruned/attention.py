@@ -25,6 +25,8 @@ class PrunedAttention(PrunedBlock):
         **block: see :class:`PrunedBlock`.
     """
 
+    mixes_tokens = True
+
     def __init__(self, *, head_size: int, scale: float, layer_index: int, queries_per_key: int, **block: Any) -> None:
         super().__init__(**block)
         self.head_size = head_size

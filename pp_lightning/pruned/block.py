@@ -2,20 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pp_lightning.blocks import BlockModules, Units
+from pp_lightning.functional.compensation import channel_mean, restored_mean, update_mean_
 from pp_lightning.functional.moments import Places, placed_second_moment, second_moment, update_history_
 from pp_lightning.functional.probe import Probe
-from pp_lightning.functional.scores import ppsp_weight_norm
 from pp_lightning.functional.selection import keep_best, store_by_columns, take_columns, take_rows, unit_channels
-from pp_lightning.methods.dynamic import DynamicMethod
-from pp_lightning.pruned.context import BatchContext
-from pp_lightning.pruned.workspace import Memory, fresh_memory
+from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod
+from pp_lightning.pruned.workspace import Memory, SliceWorkspace, fresh_memory
 
 
 class Projection(NamedTuple):
@@ -43,6 +42,14 @@ class Weights:
     projections: Mapping[str, Projection]
     kept: Tensor | None = None
 
+    def restoring(self, vector: Tensor | None) -> "Weights":
+        """The same with ``vector`` (D,) float32 added to the output's bias: it then costs nothing to add."""
+        if vector is None:
+            return self
+        weight, bias = self.projections["output"]
+        total = vector if bias is None else bias.float() + vector
+        return Weights({**self.projections, "output": Projection(weight, total.to(weight.dtype))}, self.kept)
+
     def apply(self, role: str, states: Tensor) -> Tensor:
         """The linear map ``role`` of (..., in)."""
         return nn.functional.linear(states, *self.projections[role])
@@ -50,29 +57,43 @@ class Weights:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a block's arithmetic needs beside its weights and its input. Empty for an MLP.
+    """What a block needs to know of its batch beside its input. Tensors and constants only, so that it traces.
 
     Attributes:
         mask: the decoder's attention mask, (B or 1, 1, S, T), bool or additive; None is causal.
         rotation: cos and sin, each (B or 1, S, d); None without rotary positions.
-        cache: the key/value cache to extend; None for the probe and without caching.
+        places: positions of the batch; None where columns are positions and nothing is padding.
+        probe_sizes: rows and tokens of the probe; None leaves it to the method.
+        lots: (2, M) float32, uniform numbers to draw the probes of attention and MLP with; None where none are drawn.
+        remember: whether histories move.
+        cache: takes the keys and values of every layer, and gives those to attend to; None without caching.
     """
 
     mask: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
+    places: Places | None = None
+    probe_sizes: tuple[int, int] | None = None
+    lots: Tensor | None = None
+    remember: bool = True
     cache: Any = None
 
-    def without_cache(self, num_tokens: int) -> "Surroundings":
-        """The same for the whole batch with no cache to extend (a static one has more places than the batch)."""
-        return Surroundings(None if self.mask is None else self.mask[..., :num_tokens], self.rotation)
+    def of_batch(self, num_tokens: int) -> "Surroundings":
+        """The same without the places of a cache beyond the batch: a static one has more than it holds."""
+        mask = None if self.mask is None else self.mask[..., :num_tokens]
+        return replace(self, mask=mask)
 
-    def of_probe(self, probe: Probe) -> "Surroundings":
-        """The same for the probe's rows and tokens, at their true positions and without a cache."""
+    def of_mlp(self) -> "Surroundings":
+        """What is left for a block without attention."""
+        return replace(self, mask=None, rotation=None, cache=None)
+
+    def of_probe(self, probe: AnyProbe) -> "Surroundings":
+        """Mask and rotary positions of the probe's rows and tokens, at their true positions and without a cache."""
         return Surroundings(self._probe_mask(probe), self._probe_rotation(probe))
 
-    def _probe_mask(self, probe: Probe) -> Tensor | None:
+    def _probe_mask(self, probe: AnyProbe) -> Tensor | None:
         if self.mask is None:
             return None
+        assert isinstance(probe, Probe)  # attention runs among rows and tokens
         rows = self.mask if self.mask.shape[0] == 1 else self.mask.index_select(0, probe.rows)
         mask = rows.index_select(2, probe.tokens).index_select(3, probe.tokens)
         if probe.real_tokens is None:
@@ -83,31 +104,51 @@ class Surroundings:
             else mask.masked_fill(~probe.real_tokens, torch.finfo(mask.dtype).min)
         )
 
-    def _probe_rotation(self, probe: Probe) -> tuple[Tensor, Tensor] | None:
+    def _probe_rotation(self, probe: AnyProbe) -> tuple[Tensor, Tensor] | None:
         if self.rotation is None:
             return None
         cos, sin = (t if t.shape[0] == 1 else t.index_select(0, probe.rows) for t in self.rotation)
         return cos.index_select(1, probe.tokens), sin.index_select(1, probe.tokens)
 
 
+class Choice(NamedTuple):
+    """What a block runs a batch on.
+
+    Attributes:
+        kept: (K,) int64, ascending, the units that stay.
+        restored: (D,) float32, what the others contribute on average, added to the output; None adds nothing.
+    """
+
+    kept: Tensor
+    restored: Tensor | None = None
+
+
 class PrunedBlock(nn.Module, ABC):
     """One block of one layer under a dynamic method.
 
-    The layer keeps its modules and weights; this holds the history (P_max, C), the constant part of the scores (C,) and
-    the units kept for the last batch (K,), as buffers that are not part of the checkpoint.
+    A block that keeps all its units runs densely and never probes (``chooses`` is False). The layer keeps its modules
+    and weights; this holds the history (P_max, C), the constant part of the scores (C,) and the units kept for the last
+    batch (K,), as buffers that are not part of the checkpoint.
 
     Args:
         modules: the block's modules.
         units: its units.
         keep: K, how many of them stay; all of them means that the block runs densely and never probes.
         method: the policy.
-        context: shared by the layers of the model.
+        workspace: memory for slices, shared by the blocks of the model.
         history: (P_max, C) float32 to start from, or None for methods without.
+        mean: (C,) float32, the running mean to start from, or None for methods without.
+
+    Attributes:
+        mixes_tokens: whether tokens see each other in the block's front half.
     """
 
+    mixes_tokens: ClassVar[bool]
     history: Tensor | None
+    mean: Tensor | None
     weight_norm: Tensor
     kept: Tensor
+    restored: Tensor | None
 
     def __init__(
         self,
@@ -115,23 +156,27 @@ class PrunedBlock(nn.Module, ABC):
         units: Units,
         keep: int,
         method: DynamicMethod,
-        context: BatchContext,
+        workspace: SliceWorkspace,
         history: Tensor | None,
+        mean: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.units = units
         self.keep = keep
         self.method = method
-        self.context = context
+        self.workspace = workspace
         self._modules_of_layer = (modules,)  # in a tuple: the layer owns them, not this module
         device = modules.output_weight.device
-        choosing = keep < units.number
-        norm = ppsp_weight_norm(modules.output_weight) if choosing else torch.empty(0, device=device)
+        self.chooses = keep < units.number
+        norm = method.weight_norm(modules.output_weight) if self.chooses else torch.empty(0, device=device)
         self.register_buffer("weight_norm", norm, persistent=False)
-        self.register_buffer(
-            "history", history.to(device) if choosing and history is not None else None, persistent=False
-        )
+        for name, start in (("history", history), ("mean", mean)):
+            kept_here = start.to(device) if self.chooses and start is not None else None
+            self.register_buffer(name, kept_here, persistent=False)
         self.register_buffer("kept", torch.arange(keep, device=device), persistent=False)
+        restores = self.chooses and method.restores_means
+        width = modules.output_weight.shape[0]
+        self.register_buffer("restored", torch.zeros(width, device=device) if restores else None, persistent=False)
         self._held: Weights | None = None
         block_size = sum(linear.weight.numel() for linear in (*modules.inputs.values(), modules.output))
         self.slice_size = block_size * keep // units.number
@@ -149,29 +194,83 @@ class PrunedBlock(nn.Module, ABC):
     def slices(self, kept: Tensor, memory: Memory) -> Mapping[str, Projection]:
         """The block's projections reduced to the kept units (K,), written into ``memory``."""
 
-    def forward(self, residual: Tensor, probed: Tensor, around: Surroundings) -> Tensor:
-        """The block's output (B, S, D), to be added to the residual.
+    def forward(
+        self, residual: Tensor, probed: Tensor, around: Surroundings, keep: int
+    ) -> tuple[Tensor, Choice | None]:
+        """Choose for a new batch, run it on the choice and remember it. Traces into one graph.
 
         Args:
             residual: (B, S, D) entering the block.
             probed: the residual that the probe is taken from; ``residual`` itself unless probing runs in parallel.
-            around: mask, rotary positions and cache.
+            around: mask, positions and cache.
+            keep: K. An argument, so that layers of different widths can share a graph with dynamic sizes.
+
+        Returns:
+            The block's output (B, S, D), to be added to the residual, and the choice; None where all units stay.
         """
         normed = self.parts.norm(residual)
-        if self.keep == self.units.number:
-            weights = self.dense()
-        elif self.context.decoding:
-            weights = self._held = self._held or Weights(self.slices(self.kept, fresh_memory), self.kept)
+        if not self.chooses:
+            return self._output(normed, self.dense(), around), None
+        source = normed if probed is residual else self.parts.norm(probed)
+        choice = self.choose(source, probed, around, keep)
+        return self.run(normed, choice, around), choice
+
+    @torch.no_grad()
+    def choose(self, source: Tensor, probed: Tensor, around: Surroundings, keep: int) -> Choice:
+        """The units to keep for this batch, and what the others contribute to it on average.
+
+        Args:
+            source: (B, S, D), the normalised ``probed``.
+            probed: (B, S, D), the residual that the probe is taken from.
+            around: mask and positions.
+            keep: K.
+        """
+        places = around.places
+        real = None if places is None else places.real
+        lots = None if around.lots is None else around.lots[0 if self.mixes_tokens else 1]
+        probe = self.method.select(probed, source, real, around.probe_sizes, lots=lots, mixes_tokens=self.mixes_tokens)
+        if probe is None:
+            states = self.states(source, self.dense(), replace(around, cache=None))
         else:
-            self._held = None  # before slicing again, so that two slices never exist at once
-            with torch.no_grad():
-                self.kept.copy_(self._choose(normed, residual, probed, around))
-            memory = self.context.workspace.begin(self.parts.output_weight, self.slice_size)
-            weights = Weights(self.slices(self.kept, memory), self.kept)
+            states = self.states(probe.take(source), self.dense(), around.of_probe(probe))
+        energy, means = self.method.observe(states, probe, places, self.history, self.mean)
+        kept = keep_best(self.method.unit_scores(energy, self.weight_norm, self.units.channels), keep)
+        if means is None:
+            return Choice(kept)
+        return Choice(kept, restored_mean(self.parts.output_weight, means, unit_channels(kept, self.units.channels)))
+
+    def run(self, normed: Tensor, choice: Choice, around: Surroundings) -> Tensor:
+        """The output (B, S, D) of the whole batch on the choice; the history moves."""
+        memory = self.workspace.begin(self.parts.output_weight, self.slice_size)
+        return self._output(normed, self._weights(choice, memory), around)
+
+    def decode(self, residual: Tensor, around: Surroundings) -> Tensor:
+        """The output (B, S, D) of tokens that continue a batch, on the choice made for it; the history stays."""
+        if not self.chooses:
+            weights = self.dense()
+        else:
+            weights = self._held = self._held or self._weights(Choice(self.kept, self.restored), fresh_memory)
+        return self._output(self.parts.norm(residual), weights, replace(around, remember=False))
+
+    def hold(self, choice: Choice) -> None:
+        """Note the choice of the batch, for decoding and for whoever asks."""
+        self.kept.copy_(choice.kept)
+        if self.restored is not None and choice.restored is not None:
+            self.restored.copy_(choice.restored)
+
+    def let_go(self) -> None:
+        """Give up the slices held for decoding: before slicing again, so that two never exist at once."""
+        self._held = None
+
+    def _weights(self, choice: Choice, memory: Memory) -> Weights:
+        return Weights(self.slices(choice.kept, memory), choice.kept).restoring(choice.restored)
+
+    def _output(self, normed: Tensor, weights: Weights, around: Surroundings) -> Tensor:
         states = self.states(normed, weights, around)
-        if self.history is not None and not (self.context.decoding or self.context.frozen):
+        if self.history is not None and around.remember:
+            assert weights.kept is not None
             with torch.no_grad():
-                self._remember(states, self.context.places(around.mask))
+                self._remember(states, weights.kept, around.places)
         return weights.apply("output", states)
 
     def dense(self) -> Weights:
@@ -181,7 +280,7 @@ class PrunedBlock(nn.Module, ABC):
 
     def lay_out_for_slicing(self) -> None:
         """Store the output matrix so that the kept columns are copied whole. No value changes, only the strides."""
-        if self.keep < self.units.number:
+        if self.chooses:
             weight = self.parts.output.weight
             weight.data = store_by_columns(weight.data)
 
@@ -190,25 +289,17 @@ class PrunedBlock(nn.Module, ABC):
         weight = self.parts.output.weight
         weight.data = weight.data.contiguous()
 
-    def _choose(self, normed: Tensor, residual: Tensor, probed: Tensor, around: Surroundings) -> Tensor:
-        source = normed if probed is residual else self.parts.norm(probed)
-        places = self.context.places(around.mask)
-        probe = self.method.select(probed, source, None if places is None else places.real)
-        if probe is None:
-            states = self.states(source, self.dense(), around.without_cache(source.shape[1]))
-        else:
-            states = self.states(probe.take(source), self.dense(), around.of_probe(probe))
-        energy = self.method.energy(states, probe, places, self.history)
-        return keep_best(self.method.unit_scores(energy, self.weight_norm, self.units.channels), self.keep)
-
-    def _remember(self, states: Tensor, places: Places | None) -> None:
+    def _remember(self, states: Tensor, kept: Tensor, places: Places | None) -> None:
         assert self.history is not None
-        channels = unit_channels(self.kept, self.units.channels)
+        channels = unit_channels(kept, self.units.channels)
         if places is None:
             update_history_(self.history, second_moment(states), channels, self.method.momentum, None)
         else:
             moment, count = placed_second_moment(states, places)
             update_history_(self.history, moment, channels, self.method.momentum, count > 0)
+        if self.mean is not None:
+            batch_mean = channel_mean(states, None if places is None else places.real)
+            update_mean_(self.mean, batch_mean, channels, self.method.momentum)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrunedBlock":
         """Follow the model to its device, but stay in float32: a history in half precision stalls."""

@@ -1,6 +1,6 @@
 """What the pruned layers of one model share during a forward pass."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -22,15 +22,21 @@ class BatchContext:
         decoding: the batch continues a filled cache, so the choice is held.
         choice: number of the current choice; a cache carries the number that it was filled under.
         earlier: the residual of a previous point, for parallel probing; None where there is none yet.
+
+    Args:
+        num_positions: see above.
+        draw: (batch number, B, S) to the lots (L, 2, M) that the probes of a batch are drawn with, None where none are.
     """
 
-    def __init__(self, num_positions: int | None) -> None:
+    def __init__(self, num_positions: int | None, draw: Callable[[int, int, int], Tensor | None] | None = None) -> None:
         self.num_positions = num_positions
         self.workspace = SliceWorkspace()
         self.frozen = False
         self.decoding = False
         self.choice = 0
         self.earlier: Tensor | None = None
+        self._draw = draw
+        self._lots: Tensor | None = None
         self._name = uuid4().hex  # tells this pruning's caches from those of another one of the same model
         self._places: Places | None = None
         self._explicit_positions = False
@@ -56,6 +62,9 @@ class BatchContext:
             return
         real = _real_tokens(given.get("attention_mask"), self._shape)
         self._locate(self._shape, real, given.get("position_ids"))
+        if self._draw is not None:  # outside of any graph, and once for all layers
+            lots = self._draw(self.choice, *self._shape)
+            self._lots = None if lots is None else lots.to(inputs.device)
         self.choice += 1
 
     def places(self, mask: Tensor | None) -> Places | None:
@@ -66,6 +75,10 @@ class BatchContext:
                 which it has found out already: no second look at the data is needed.
         """
         return None if mask is None and not self._explicit_positions else self._places
+
+    def lots_of(self, layer: int) -> Tensor | None:
+        """The lots (2, M) of a layer's attention and MLP probe in the current batch."""
+        return None if self._lots is None else self._lots[layer]
 
     def mark(self, cache: Any) -> None:
         """Note on a cache that is being filled under which choice that happens."""

@@ -7,7 +7,6 @@ from pp_lightning.architectures import Architecture, ModelShape
 from pp_lightning.blocks import Block, BlockPlan, block_modules
 from pp_lightning.errors import UserError
 from pp_lightning.methods.dynamic import DynamicMethod
-from pp_lightning.plan import Plan
 from pp_lightning.pruned.attention import PrunedAttention
 from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruned.context import BatchContext
@@ -21,7 +20,7 @@ def layer_pruner(
     index: int,
     architecture: Architecture,
     shape: ModelShape,
-    plan: Plan,
+    blocks: tuple[BlockPlan, BlockPlan],
     method: DynamicMethod,
     context: BatchContext,
     statistics: Statistics | None,
@@ -34,7 +33,7 @@ def layer_pruner(
         index: its index in the model.
         architecture: its description.
         shape: the dense model's sizes.
-        plan: how many units stay.
+        blocks: how many units stay in attention and in the MLP.
         method: the policy.
         context: shared by the layers of the model.
         statistics: what histories start from; None for methods without.
@@ -50,7 +49,9 @@ def layer_pruner(
             "units": block.units,
             "keep": block.keep,
             "method": method,
-            "context": context,
+            "workspace": context.workspace,
+            # the mean first: making the history may give up what it is made from
+            "mean": _mean(statistics, index, block) if method.keeps_mean else None,
             "history": _history(statistics, index, block, release),
         }
 
@@ -60,9 +61,9 @@ def layer_pruner(
         scale=core.scaling,  # type: ignore[arg-type]
         layer_index=index,
         queries_per_key=shape.num_heads // shape.num_key_value_heads,
-        **arguments(plan.blocks[0]),
+        **arguments(blocks[0]),
     )
-    mlp = PrunedMLP(**arguments(plan.blocks[1]))  # type: ignore[arg-type]
+    mlp = PrunedMLP(**arguments(blocks[1]))  # type: ignore[arg-type]
     for name, block in ((Block.ATTENTION, attention), (Block.MLP, mlp)):
         _check_finite(block, name, index)
     return LayerPruner(attention, mlp, context, parallel=method.probe_source == "previous")
@@ -72,6 +73,12 @@ def _history(statistics: Statistics | None, index: int, block: BlockPlan, releas
     if statistics is None or block.keep == block.units.number:
         return None
     return statistics.second_moment(index, block.block, release=release)
+
+
+def _mean(statistics: Statistics | None, index: int, block: BlockPlan) -> Tensor | None:
+    if statistics is None or block.keep == block.units.number:
+        return None
+    return statistics.channel_moments(index, block.block)[0]
 
 
 def _check_finite(block: PrunedBlock, name: Block, index: int) -> None:

@@ -1,24 +1,40 @@
 """The MLP block, pruned by channels."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from pp_lightning.pruned.block import Projection, PrunedBlock, Surroundings, Weights
 from pp_lightning.pruned.workspace import Memory
+
+_CAN_WORK_IN_PLACE: Mapping[type[nn.Module], Callable[..., Tensor]] = {
+    SiLUActivation: nn.functional.silu,
+    nn.SiLU: nn.functional.silu,
+    nn.ReLU: nn.functional.relu,
+}
 
 
 class PrunedMLP(PrunedBlock):
     """``down(act(gate(h)) * up(h))``, or ``down(act(up(h)))`` where there is no gate."""
 
+    mixes_tokens = False
+
     def states(self, normed: Tensor, weights: Weights, around: Surroundings) -> Tensor:
         """(B, S, D) to the input of the down projection, (B, S, K)."""
-        activation = self.parts.extras["activation"]
         up = weights.apply("up", normed)
-        activated: Tensor = (
-            activation(weights.apply("gate", normed)) * up if "gate" in self.parts.inputs else activation(up)
-        )
-        return activated
+        if "gate" not in self.parts.inputs:
+            return self._activated(up)
+        gate = self._activated(weights.apply("gate", normed))
+        return gate * up if torch.is_grad_enabled() else gate.mul_(up)
+
+    def _activated(self, states: Tensor) -> Tensor:
+        """The activation of ``states``, in place where nothing needs them any more: these are the largest tensors."""
+        activation = self.parts.extras["activation"]
+        in_place = None if torch.is_grad_enabled() else _CAN_WORK_IN_PLACE.get(type(activation))
+        result: Tensor = activation(states) if in_place is None else in_place(states, inplace=True)
+        return result
 
     def slices(self, kept: Tensor, memory: Memory) -> Mapping[str, Projection]:
         """Rows of up and gate, columns of down."""

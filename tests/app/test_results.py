@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from pp_lightning.app.report import HEADINGS, comma_separated, markdown, plot, show
-from pp_lightning.app.results import Comparison, Evaluation, FlopsRatios, Timing, write_json, write_text
+from pp_lightning.app.report import HEADINGS, comma_separated, grids, markdown, plot, show
+from pp_lightning.app.results import Comparison, Evaluation, FlopsRatios, Timing
+from pp_lightning.records import write_json, write_text
 
 
 def evaluation(method, ratio, perplexity, flops, milliseconds, kept=None):
@@ -47,7 +48,7 @@ def test_no_prr_where_no_time_is_saved():
 
 
 def test_markdown_has_every_row_and_the_caption():
-    text = markdown(ROWS, "machine, dtype")
+    text = markdown(grids(ROWS), "machine, dtype")
     lines = text.splitlines()
     assert lines[0].count("|") == len(HEADINGS) + 1
     assert all(line.count("|") == len(HEADINGS) + 1 for line in lines[:4])
@@ -59,7 +60,7 @@ def test_markdown_has_every_row_and_the_caption():
 
 def test_terminal_table_is_whole_on_a_narrow_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
-    show(ROWS, "caption")
+    show(grids(ROWS), "caption")
     printed = capsys.readouterr().out
     assert all(cell in printed for cell in ("Probe Pruning", "+6.00", "80.0 (75.0-85.0)", "192-256", "caption"))
 
@@ -87,4 +88,4 @@ def test_files_are_whole_or_absent(tmp_path):
 
 
 def test_a_row_that_stands_alone_shows_dashes():
-    assert "| - |" in markdown([Comparison(PRUNED)], "")
+    assert "| - |" in markdown(grids([Comparison(PRUNED)]), "")

@@ -5,8 +5,6 @@ from pp_lightning.blocks import AttentionUnit, Block
 from pp_lightning.importances import Importances
 from pp_lightning.methods import METHODS, FullBatchProbing, LLMPruner, LoRAPrune, ProbePruning, StaticMethod
 
-EVIDENCE = {FullBatchProbing: None, LLMPruner: Importances, LoRAPrune: Importances}
-
 
 def test_labels():
     assert {label: method.__name__ for label, method in METHODS.items()} == {
@@ -28,7 +26,8 @@ class TestEveryMethod:
         assert made.blocks == (Block.ATTENTION, Block.MLP)
         assert made.attention_unit is None
         assert made.settings()["blocks"] == ["attention", "mlp"]
-        assert made.evidence is EVIDENCE.get(method, Statistics)
+        assert made.needs_statistics == (method is not FullBatchProbing)
+        assert made.evidence is (Importances if method in (LLMPruner, LoRAPrune) else Statistics)
 
     def test_settings_are_plain_and_complete(self, method):
         settings = method(blocks=["mlp"], attention_unit="kv_group").settings()
@@ -60,6 +59,11 @@ def test_default_settings_are_the_published_ones():
         "fusion_weight": None,
         "probe_source": "current",
         "rank_by": "residual",
+        "score": "ppsp",
+        "compensation": None,
+        "scattered_mlp": False,
+        "allocation": "uniform",
+        "seed": 0,
         "blocks": ["attention", "mlp"],
         "attention_unit": None,
     }

@@ -175,7 +175,7 @@ def test_parallel_probing_takes_earlier_residuals():
         )
     chosen = []
     original = method.select
-    method.select = lambda residual, *rest: (chosen.append(residual), original(residual, *rest))[1]
+    method.select = lambda residual, *rest, **more: (chosen.append(residual), original(residual, *rest, **more))[1]
     logits(model, ids())
     for i, layer in enumerate(PRUNED):
         attention, mlp = chosen[2 * i], chosen[2 * i + 1]
@@ -188,7 +188,7 @@ def test_parallel_probing_without_a_predecessor_uses_its_own_input():
     model, method = tiny("llama"), RecordingProbePruning(probe_source="previous")
     prune_(model, method, statistics("llama"), **{**SETTINGS, "skip_layers": (1, 2, 3, 4), "pruning_ratio": 0.1})
     seen, original = [], method.select
-    method.select = lambda residual, *rest: (seen.append(residual), original(residual, *rest))[1]
+    method.select = lambda residual, *rest, **more: (seen.append(residual), original(residual, *rest, **more))[1]
     logits(model, ids())
     logits(model, ids(seed=2))
     embedded = model.get_input_embeddings()
@@ -237,5 +237,5 @@ def test_weights_out_of_range(name, value):
 def test_unknown_choices():
     with pytest.raises(UserError, match="probe_source must be current or previous, not 'earlier'"):
         ProbePruning(probe_source="earlier")
-    with pytest.raises(UserError, match="rank_by must be residual or input, not 'norm'"):
+    with pytest.raises(UserError, match="rank_by must be residual, input, random or stratified, not 'norm'"):
         ProbePruning(rank_by="norm")

@@ -1,0 +1,1 @@
+"""One run for each question: what is varied, how it is measured, what is written."""

@@ -1,0 +1,185 @@
+"""Compile a model layer by layer, so that layers of one shape share one graph and depth costs nothing."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import get_compilation_metrics
+from transformers import PreTrainedModel
+
+from pp_lightning.architectures import architecture_of
+from pp_lightning.errors import UserError
+from pp_lightning.pruned.layer import run_batch
+from pp_lightning.pruning import pruners_of
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
+
+_ATTRIBUTE = "_pp_lightning_compiled"
+
+# Graphs of one function. Beside sizes, what makes another one: a mask, its type, a cache, frozen histories, a probe of
+# a single row or of few tokens.
+_MOST_GRAPHS = 64
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One compilation.
+
+    Attributes:
+        seconds: how long it took.
+        reason: why the graphs that were there already did not fit; None for the first of its kind.
+    """
+
+    seconds: float
+    reason: str | None
+
+
+class Compilation:
+    """What :func:`compile_` did to a model.
+
+    Args:
+        mode: torch.compile's mode.
+    """
+
+    def __init__(self, mode: CompileMode) -> None:
+        self.mode = mode
+        self._before = len(get_compilation_metrics())
+        self._names: set[str] = set()
+
+    def watch(self, *functions: FunctionType) -> None:
+        """Count what is compiled of these."""
+        self._names |= {function.__code__.co_name for function in functions}
+
+    @property
+    def graphs(self) -> list[Graph]:
+        """All compilations so far, in order."""
+        return [
+            Graph(float(one.entire_frame_compile_time_s or 0.0), one.recompile_reason)
+            for one in get_compilation_metrics()[self._before :]
+            if one.co_name in self._names and one.fail_type is None
+        ]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent compiling so far."""
+        return sum(graph.seconds for graph in self.graphs)
+
+
+def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compilation:
+    """Compile every decoder layer of a model, dense or pruned by any method, in place.
+
+    A dynamically pruned layer becomes one full graph: probe, scores, choice, slices, both blocks and the history's
+    update; no graph break, no host synchronisation. The first shape of a batch gets a graph of its own, all other
+    shapes share one with dynamic sizes. Decoding a held choice stays eager.
+
+    Args:
+        model: a supported model. Prune it first: :func:`~pp_lightning.prune_` refuses a compiled one.
+        mode: torch.compile's mode; ``reduce-overhead`` records CUDA graphs.
+
+    Returns:
+        A record that counts graphs and their seconds as they are made.
+
+    Raises:
+        UserError: the model is compiled already, or its architecture is not supported.
+    """
+    if hasattr(model, _ATTRIBUTE):
+        raise UserError("the model is compiled already: uncompile_ it first")
+    pruners = pruners_of(model)
+    compilation = Compilation(mode)
+    shared: dict[Callable[..., Any], _TwoGraphs] = {}
+    for index, layer in enumerate(architecture_of(model.config).layers_of(model)):
+        pruner = pruners.get(index)
+        function = type(layer).forward if pruner is None else run_batch
+        graphs = shared.setdefault(function, _TwoGraphs(function, mode, compilation))
+        if pruner is None:
+            layer.forward = MethodType(_StockForward(graphs, _widths(layer)), layer)
+        else:
+            pruner.run_batch = partial(graphs, (pruner.attention.keep, pruner.mlp.keep))
+    setattr(model, _ATTRIBUTE, compilation)
+    return compilation
+
+
+def uncompile_(model: PreTrainedModel) -> None:
+    """Undo :func:`compile_`.
+
+    Raises:
+        UserError: the model is not compiled.
+    """
+    if not hasattr(model, _ATTRIBUTE):
+        raise UserError("the model is not compiled: compile_ it first")
+    pruners = pruners_of(model)
+    for index, layer in enumerate(architecture_of(model.config).layers_of(model)):
+        if index in pruners:
+            pruners[index].run_batch = run_batch
+        else:
+            del layer.forward
+    delattr(model, _ATTRIBUTE)
+
+
+class _TwoGraphs:
+    """A function of a layer in two compilations: one for the first sizes it sees, one with dynamic sizes for the rest.
+
+    Args:
+        function: its first argument is the layer (or its pruner), the second the residual (B, S, D).
+        mode: torch.compile's mode.
+        compilation: told of the code objects that are compiled.
+    """
+
+    def __init__(self, function: Callable[..., Any], mode: CompileMode, compilation: Compilation) -> None:
+        exact, dynamic = _with_own_code(function), _with_own_code(function)
+        compilation.watch(exact, dynamic)
+        settings: dict[str, Any] = {"fullgraph": True, "mode": None if mode == "default" else mode}
+        self._exact = torch.compile(exact, dynamic=False, **settings)
+        self._dynamic = torch.compile(dynamic, dynamic=True, **settings)
+        self._first: object = None
+
+    def __call__(self, widths: tuple[int, ...], layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call the function; ``widths`` tell layers apart that do not have the same shape."""
+        sizes = (widths, hidden.shape)
+        self._first = self._first or sizes
+        run = self._exact if sizes == self._first else self._dynamic
+        with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS, force_parameter_static_shapes=False):
+            return run(layer, hidden, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "_TwoGraphs":
+        """Copies of a model share the graphs."""
+        return self
+
+
+class _StockForward:
+    """Stands in for ``forward`` of a stock layer. With a cache, which knows layers by number, it stays eager."""
+
+    def __init__(self, graphs: _TwoGraphs, widths: tuple[int, ...]) -> None:
+        self._graphs = graphs
+        self._widths = widths
+
+    def __call__(self, layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is not None:
+            return type(layer).forward(layer, hidden_states, *args, **kwargs)
+        return self._graphs(self._widths, layer, hidden_states, *args, **kwargs)
+
+
+def _widths(layer: nn.Module) -> tuple[int, ...]:
+    return tuple(size for weight in layer.parameters() for size in weight.shape)
+
+
+def _with_own_code(function: Callable[..., Any]) -> FunctionType:
+    """A copy of a function with a code object of its own.
+
+    Dynamo keeps graphs with the code object: with the original one, all models of a process would share them, and their
+    number is limited.
+    """
+    while hasattr(function, "__wrapped__"):  # transformers wraps a layer's forward for gradient checkpointing
+        function = function.__wrapped__
+    assert isinstance(function, FunctionType)
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
