@@ -35,7 +35,7 @@ def dense_pruner(model: PreTrainedModel, index: int) -> LayerPruner:
     method = pruners_of(model)[index].attention.method
     plan = make_plan(shape, method, pruning_ratio=0.0, skip_layers=())
     layer = architecture.layers_of(model)[index]
-    return layer_pruner(layer, index, architecture, shape, plan, method, BatchContext(None), None, release=False)
+    return layer_pruner(layer, index, architecture, shape, plan.blocks, method, BatchContext(None), None, release=False)
 
 
 @torch.inference_mode()

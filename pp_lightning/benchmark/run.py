@@ -256,8 +256,8 @@ def _decoding(
 
 
 def _is_plain_probe(variant: Variant) -> bool:
-    """Probe Pruning that probes the current residual."""
-    return variant.method is VARIANTS["PP"].method or variant.method is VARIANTS["PP, compiled"].method
+    """The published Probe Pruning, slices gathered anew for every batch."""
+    return variant.method in (VARIANTS["PP"].method, VARIANTS["PP, compiled"].method) and not variant.packs
 
 
 @torch.inference_mode()

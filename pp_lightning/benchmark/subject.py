@@ -85,6 +85,7 @@ class Subject:
                 round_to=self.settings.round_to,
                 keep_dense=False,
                 release_stats=True,
+                pack_slices=variant.packs,
             )
         del self.statistics
         return self.model
@@ -95,7 +96,7 @@ class Subject:
             ids = torch.randint(0, shape_of(self.model.config).vocabulary, (rows, self.longest))
         else:
             ids = self._text[-rows * self.longest :].view(rows, self.longest)  # the end: batches are from the start
-        return calibrate(self.model, [{"input_ids": ids.to(self.device)}], means=False, progress=False)
+        return calibrate(self.model, [{"input_ids": ids.to(self.device)}], progress=False)
 
 
 def chosen_device(settings: BenchmarkSettings) -> torch.device:
