@@ -153,9 +153,13 @@ class PruningCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Write the trained model as a transformers checkpoint in bfloat16; adapters are written already."""
-        if self.trainer.is_global_zero and self.model.recovery is None:
+        if not self.trainer.is_global_zero:
+            return
+        if self.model.recovery is None:
             self.model.model.bfloat16().save_pretrained(self.out)
             self.model.tokenizer.save_pretrained(self.out)
+        else:
+            print(f"written to {self.out}: evaluate it with pp-lightning test --model.recovered {self.out}")
 
     def _write(self, rows: list[Comparison]) -> None:
         if not self.trainer.is_global_zero:

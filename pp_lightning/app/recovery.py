@@ -100,6 +100,7 @@ class RecoveryRun:
         """What a checkpoint needs to go on: adapters, masks or choices, and whose they are."""
         return {
             "model": self._fingerprint,
+            "about": described(self.method, self.amounts, self.recovery, self.total_steps),
             "adapters": self.adapters.state(),
             "choices": self._choices().tensors(),
             "gradual": None if self.gradual is None else self.gradual.state(),
@@ -117,8 +118,9 @@ class RecoveryRun:
             raise UserError(
                 f"{self.folder / UNFINISHED} has adapters of another model: remove it or name another folder"
             )
-        own = self._choices().tensors()
-        if self.gradual is None and not _equal(own, state["choices"]):
+        if state["about"] != described(self.method, self.amounts, self.recovery, self.total_steps):
+            raise UserError(f"{self.folder / UNFINISHED} has other settings: remove it or name another folder")
+        if self.gradual is None and not _equal(self._choices().tensors(), state["choices"]):
             raise UserError(f"{self.folder / UNFINISHED} was pruned otherwise: remove it or name another folder")
         self.adapters.load(state["adapters"])
         if self.gradual is not None:
