@@ -1,6 +1,7 @@
 """The LightningModule: a causal language model, trained dense or evaluated pruned."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
@@ -166,23 +167,30 @@ class PrunedLM(L.LightningModule):
         if method is not None:
             make_plan(shape_of(self.model.config), method, **self._amounts(pruning_ratio))
 
-    def on_test_start(self) -> None:
-        """Calibrate, if the method needs it, and prune."""
-        self.evaluation = None
-        if self.method is not None:
-            prune_(
-                self.model,
-                self.method,
-                self._evidence(self.method),
-                **self._amounts(self.pruning_ratio),
-                allocation=self.allocation,
-                floor=self.floor,
-                keep_dense=self.reuse,
-                release_stats=not self.reuse,
-            )
+    def prune(self, data: EvaluationData) -> Evidence | None:
+        """Prune, with adapters merged where there are some; returns what was chosen from, collected on ``data``."""
+        assert self.method is not None
+        evidence = self._evidence(self.method, data)
+        prune_(
+            self.model,
+            self.method,
+            evidence,
+            **self._amounts(self.pruning_ratio),
+            allocation=self.allocation,
+            floor=self.floor,
+            keep_dense=self.reuse,
+            release_stats=not self.reuse,
+        )
         if self.recovered is not None:
             self._adapters = self.recovered.attach(self.model)
             self._adapters.merge()
+        return evidence
+
+    def on_test_start(self) -> None:
+        """Prune, with all that it takes."""
+        self.evaluation = None
+        if self.method is not None:
+            self.prune(self.data)
         bar = self.trainer.progress_bar_callback
         progress = bar.show if isinstance(bar, ShowsProgress) else None
         resume_file = Path(self.trainer.default_root_dir) / f"unfinished-{self.label}-{self.pruning_ratio}.json"
@@ -218,6 +226,7 @@ class PrunedLM(L.LightningModule):
     def forget_statistics(self) -> None:
         """Calibrate anew when statistics are next needed: the data's seed has changed."""
         self._statistics = None
+        self._importances.clear()
 
     def on_fit_start(self) -> None:
         """Train in training mode: checkpoints are loaded for evaluation."""
@@ -312,27 +321,27 @@ class PrunedLM(L.LightningModule):
             self.method,
             dict(self._amounts(self.pruning_ratio)),
             recovery,
-            self._evidence,
+            partial(self._evidence, data=self.data),
             self.out,
             total_steps=self.trainer.max_steps,
             seed=self.data.seed,
         )
 
-    def _evidence(self, method: PruningMethod) -> Evidence | None:
+    def _evidence(self, method: PruningMethod, data: EvaluationData) -> Evidence | None:
         """What the method chooses from: the same in every process."""
         if self.recovered is not None:
             return self.recovered.choices
         if method.evidence is Importances:
-            return self._gradient_importances(method)
-        return self._calibrated() if method.needs_statistics or self._ranks_globally(method) else None
+            return self._gradient_importances(method, data)
+        return self._calibrated(data) if method.needs_statistics or self._ranks_globally(method) else None
 
-    def _gradient_importances(self, method: PruningMethod) -> Importances:
+    def _gradient_importances(self, method: PruningMethod, data: EvaluationData) -> Importances:
         if method not in self._importances:
             found: Importances | None = None
             if self.trainer.is_global_zero:
                 plan = make_plan(shape_of(self.model.config), method, **self._amounts(self.pruning_ratio))
                 shown = self.trainer.progress_bar_callback is not None
-                found = importances_for(method, self.model, self.data, plan.layers, shown)
+                found = importances_for(method, self.model, data, plan.layers, shown)
             found = self.trainer.strategy.broadcast(found)
             assert found is not None
             self._importances[method] = found
@@ -347,7 +356,7 @@ class PrunedLM(L.LightningModule):
     def _ranks_globally(self, method: PruningMethod) -> bool:
         return (self.allocation or method.allocation) == "global"
 
-    def _calibrated(self) -> Statistics:
+    def _calibrated(self, data: EvaluationData) -> Statistics:
         """Statistics for the method: from this run, from the file, or from a new pass over the calibration text."""
         if self._statistics is not None:
             return self._statistics
@@ -356,7 +365,7 @@ class PrunedLM(L.LightningModule):
         plan = make_plan(shape_of(self.model.config), self.method, **self._amounts(self.pruning_ratio))
         statistics = calibrate(
             self.model,
-            self.data.calibration_batches(),
+            data.calibration_batches(),
             means=shared or self.method.needs_means,
             layers=None if shared or self._ranks_globally(self.method) else plan.layers,
             save_to=self.statistics_file if self.trainer.is_global_zero else None,
