@@ -116,3 +116,17 @@ def kept_head_counts(shape: ModelShape, unit: AttentionUnit, keep: int) -> tuple
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:
     return 2 * rows * inputs * outputs
+
+
+def decoding_flops(shape: ModelShape, pruning: Pruning | None, rows: int, past: int) -> int:
+    """One decoded token a row after ``past`` others, all layers, vocabulary projection included, no probe."""
+    keep = {} if pruning is None else pruning.keep
+    total = 2 * rows * shape.hidden_size * shape.vocabulary
+    for layer in range(shape.num_layers):
+        heads, keys = shape.num_heads, shape.num_key_value_heads
+        if pruning is not None and (layer, Block.ATTENTION) in keep:
+            heads, keys = kept_head_counts(shape, pruning.plan.unit, keep[layer, Block.ATTENTION])
+        total += _linear(rows, shape.hidden_size, (2 * heads + 2 * keys) * shape.head_size)
+        total += 2 * 2 * rows * heads * (past + 1) * shape.head_size
+        total += mlp_flops(shape, rows, 1, keep.get((layer, Block.MLP), shape.mlp_width))
+    return total

@@ -76,6 +76,7 @@ def prune_(
     floor: float = 0.25,
     keep_dense: bool = True,
     release_stats: bool = False,
+    pack_slices: bool = False,
 ) -> None:
     """Prune a causal language model in place. It stays the transformers model it was: same class, same call.
 
@@ -96,6 +97,8 @@ def prune_(
         floor: fraction of its units that every block keeps under ``global``.
         keep_dense: keep a static method's dense weights for :func:`unprune_`. False saves their memory.
         release_stats: empty ``stats`` while pruning, so that a history never exists twice.
+        pack_slices: with a dynamic method, keep every block's slice between batches and copy only what the next choice
+            changes: faster for small batches on a CPU, and costs the memory of all slices.
 
     Raises:
         UserError: the model is not supported or already pruned, the ratios leave nothing, or ``stats`` are missing, of
@@ -119,7 +122,7 @@ def prune_(
         stats.check_model(model)
     plan, keep = _allocated(model, architecture, method, plan, stats, allocation, floor)
     if isinstance(method, DynamicMethod):
-        pruning = _prune_dynamic(model, architecture, shape, method, plan, keep, stats, release_stats)
+        pruning = _prune_dynamic(model, architecture, shape, method, plan, keep, stats, release_stats, pack_slices)
     else:
         assert isinstance(method, StaticMethod) and stats is not None
         pruning = _prune_static(model, architecture, shape, method, plan, keep, stats, keep_dense)
@@ -214,6 +217,7 @@ def _prune_dynamic(
     keep: dict[BlockKey, int],
     stats: Statistics | None,
     release: bool,
+    packs: bool,
 ) -> Pruning:
     if model.config._attn_implementation not in ("sdpa", "eager"):
         raise UserError('dynamic pruning runs SDPA: load the model with attn_implementation="sdpa"')
@@ -223,7 +227,16 @@ def _prune_dynamic(
     context = BatchContext(num_positions, partial(_lots, method, len(layers)))
     pruners = {  # all of them before the first is installed: a mistake leaves the model as it was
         index: layer_pruner(
-            layers[index], index, architecture, shape, _counted(plan, keep, index), method, context, histories, release
+            layers[index],
+            index,
+            architecture,
+            shape,
+            _counted(plan, keep, index),
+            method,
+            context,
+            histories,
+            release,
+            packs,
         )
         for index in plan.layers
     }

@@ -18,12 +18,13 @@ from pp_lightning.app.ablation.questions import QUESTIONS
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.progress import EvaluationProgress
 from pp_lightning.app.report import comma_separated, grids, markdown, plot, show
-from pp_lightning.app.results import Comparison, environment, write_json, write_text
+from pp_lightning.app.results import Comparison
 from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.commonsense import CommonsenseData
 from pp_lightning.data import LanguageModelling
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.errors import UserError
+from pp_lightning.records import environment, write_json, write_text
 
 _FILLED_IN = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "verbose", "weights_only"}
 

@@ -1,16 +1,7 @@
 """What an evaluation leaves behind, for machines: figures with everything needed to repeat them."""
 
-import json
-import os
-import platform
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
-
-import torch
-
-PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "safetensors", "jsonargparse")
 
 
 @dataclass(frozen=True)
@@ -134,38 +125,3 @@ class Comparison:
         """One flat dictionary, the evaluation's fields included."""
         own = {key: value for key, value in vars(self).items() if key != "evaluation"}
         return {**self.evaluation.as_dict(), **own}
-
-
-def environment(device: torch.device, world_size: int) -> dict[str, Any]:
-    """Machine and versions, without anything that names a person or a path."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "device": device.type,
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "processes": world_size,
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
-    }
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a whole file or none."""
-    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

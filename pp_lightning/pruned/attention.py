@@ -6,8 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pp_lightning.functional.attention import attend, join_heads, rotate, split_heads
-from pp_lightning.pruned.block import Projection, PrunedBlock, Surroundings, Weights
-from pp_lightning.pruned.workspace import Memory
+from pp_lightning.pruned.block import PrunedBlock, Surroundings, Weights
 
 
 class PrunedAttention(PrunedBlock):
@@ -51,17 +50,13 @@ class PrunedAttention(PrunedBlock):
             key, value = key.index_select(1, heads), value.index_select(1, heads)
         return join_heads(attend(query, key, value, around.mask, self.scale))
 
-    def slices(self, kept: Tensor, memory: Memory) -> Mapping[str, Projection]:
-        """Rows of query (and key and value, with their group), columns of output."""
-        whole, width = self.dense().projections, self.units.channels
-        sliced = {
-            "query": whole["query"].of_outputs(kept, width, memory),
-            "output": whole["output"].of_inputs(kept, width, memory),
-        }
-        for role in ("key", "value"):
-            rows = width // self.queries_per_key
-            sliced[role] = whole[role] if self.shares_keys else whole[role].of_outputs(kept, rows, memory)
-        return sliced
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """Query rows and output columns; key and value rows where these belong to the unit."""
+        width = self.units.channels
+        own = {"query": width, "output": width}
+        shared = width // self.queries_per_key
+        return own if self.shares_keys else {**own, "key": shared, "value": shared}
 
     def _normed(self, role: str, states: Tensor) -> Tensor:
         norm: nn.Module | None = self.parts.extras.get(role)

@@ -12,8 +12,9 @@ from pp_lightning.blocks import BlockModules, Units
 from pp_lightning.functional.compensation import channel_mean, restored_mean, update_mean_
 from pp_lightning.functional.moments import Places, placed_second_moment, second_moment, update_history_
 from pp_lightning.functional.probe import Probe
-from pp_lightning.functional.selection import keep_best, store_by_columns, take_columns, take_rows, unit_channels
+from pp_lightning.functional.selection import keep_best, store_by_columns, take_rows, unit_channels
 from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod
+from pp_lightning.pruned.packing import PackedSlice, sliced_rows
 from pp_lightning.pruned.workspace import Memory, SliceWorkspace, fresh_memory
 
 
@@ -25,14 +26,20 @@ class Projection(NamedTuple):
 
     def of_outputs(self, units: Tensor, per_unit: int, memory: Memory) -> "Projection":
         """Only the outputs (rows) of these units."""
-        bias = None if self.bias is None else take_rows(self.bias, units, per_unit)
         shape = (len(units) * per_unit, self.weight.shape[1])
-        return Projection(take_rows(self.weight, units, per_unit, memory(shape, self.weight)), bias)
+        return self.with_outputs(sliced_rows(self.weight, units, per_unit, memory(shape, self.weight)), units, per_unit)
+
+    def with_outputs(self, weight: Tensor, units: Tensor, per_unit: int) -> "Projection":
+        """``weight``, which has the outputs of these units, with their bias."""
+        return Projection(weight, None if self.bias is None else take_rows(self.bias, units, per_unit))
 
     def of_inputs(self, units: Tensor, per_unit: int, memory: Memory) -> "Projection":
-        """Only the inputs (columns) of these units; the bias belongs to the outputs and stays."""
+        """Only the inputs (columns) of these units; the bias belongs to the outputs and stays.
+
+        The weight must be stored by columns, see :func:`store_by_columns`.
+        """
         shape = (len(units) * per_unit, self.weight.shape[0])
-        return Projection(take_columns(self.weight, units, per_unit, memory(shape, self.weight)), self.bias)
+        return Projection(sliced_rows(self.weight.t(), units, per_unit, memory(shape, self.weight)).t(), self.bias)
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,7 @@ class PrunedBlock(nn.Module, ABC):
         workspace: memory for slices, shared by the blocks of the model.
         history: (P_max, C) float32 to start from, or None for methods without.
         mean: (C,) float32, the running mean to start from, or None for methods without.
+        packs: keep the slice between batches, and copy only what the next choice changes. It costs the slice's memory.
 
     Attributes:
         mixes_tokens: whether tokens see each other in the block's front half.
@@ -159,8 +167,11 @@ class PrunedBlock(nn.Module, ABC):
         workspace: SliceWorkspace,
         history: Tensor | None,
         mean: Tensor | None = None,
+        packs: bool = False,
     ) -> None:
         super().__init__()
+        self.packs = packs
+        self.packed: PackedSlice | None = None
         self.units = units
         self.keep = keep
         self.method = method
@@ -190,9 +201,18 @@ class PrunedBlock(nn.Module, ABC):
     def states(self, normed: Tensor, weights: Weights, around: Surroundings) -> Tensor:
         """The front half: from the normalised input (B, S, D) to the input of the output matrix (B, S, C or K * d)."""
 
+    @property
     @abstractmethod
+    def widths(self) -> Mapping[str, int]:
+        """Rows (of ``output``: columns) that a unit has in each projection. What is not named stays whole."""
+
     def slices(self, kept: Tensor, memory: Memory) -> Mapping[str, Projection]:
         """The block's projections reduced to the kept units (K,), written into ``memory``."""
+        sliced = dict(self.dense().projections)
+        for role, width in self.widths.items():
+            whole = sliced[role]
+            sliced[role] = (whole.of_inputs if role == "output" else whole.of_outputs)(kept, width, memory)
+        return sliced
 
     def forward(
         self, residual: Tensor, probed: Tensor, around: Surroundings, keep: int
@@ -241,15 +261,20 @@ class PrunedBlock(nn.Module, ABC):
 
     def run(self, normed: Tensor, choice: Choice, around: Surroundings) -> Tensor:
         """The output (B, S, D) of the whole batch on the choice; the history moves."""
-        memory = self.workspace.begin(self.parts.output_weight, self.slice_size)
-        return self._output(normed, self._weights(choice, memory), around)
+        if self.packed is not None and not torch.is_grad_enabled():
+            self.packed.replace(self._rows(), self.widths, choice.kept)
+            weights = self._packed_weights(self.packed)
+        else:
+            memory = self.workspace.begin(self.parts.output_weight, self.slice_size)
+            weights = Weights(self.slices(choice.kept, memory), choice.kept)
+        return self._output(normed, weights.restoring(choice.restored), around)
 
     def decode(self, residual: Tensor, around: Surroundings) -> Tensor:
         """The output (B, S, D) of tokens that continue a batch, on the choice made for it; the history stays."""
         if not self.chooses:
             weights = self.dense()
         else:
-            weights = self._held = self._held or self._weights(Choice(self.kept, self.restored), fresh_memory)
+            weights = self._held = self._held or self._weights_to_hold()
         return self._output(self.parts.norm(residual), weights, replace(around, remember=False))
 
     def hold(self, choice: Choice) -> None:
@@ -258,12 +283,34 @@ class PrunedBlock(nn.Module, ABC):
         if self.restored is not None and choice.restored is not None:
             self.restored.copy_(choice.restored)
 
-    def let_go(self) -> None:
-        """Give up the slices held for decoding: before slicing again, so that two never exist at once."""
-        self._held = None
+    def prepare(self) -> None:
+        """Before a new batch: give up slices held for decoding, and start a packed slice where there is none yet."""
+        self._held = None  # before slicing again, so that two never exist at once
+        if self.packs and self.packed is None and self.chooses and not torch.is_grad_enabled():
+            self.packed = PackedSlice(self._rows(), self.widths, self.kept)
 
-    def _weights(self, choice: Choice, memory: Memory) -> Weights:
-        return Weights(self.slices(choice.kept, memory), choice.kept).restoring(choice.restored)
+    def _weights_to_hold(self) -> Weights:
+        if self.packed is not None:
+            weights = self._packed_weights(self.packed)
+        else:
+            weights = Weights(self.slices(self.kept, fresh_memory), self.kept)
+        return weights.restoring(self.restored)
+
+    def _rows(self) -> dict[str, Tensor]:
+        """Of each projection that is sliced, the units' rows, contiguous."""
+        whole = self.dense().projections
+        return {role: whole[role].weight.t() if role == "output" else whole[role].weight for role in self.widths}
+
+    def _packed_weights(self, packed: PackedSlice) -> Weights:
+        projections = dict(self.dense().projections)
+        for role, rows in packed.rows.items():
+            whole = projections[role]
+            projections[role] = (
+                Projection(rows.t(), whole.bias)
+                if role == "output"
+                else whole.with_outputs(rows, packed.slots, self.widths[role])
+            )
+        return Weights(projections, packed.slots)
 
     def _output(self, normed: Tensor, weights: Weights, around: Surroundings) -> Tensor:
         states = self.states(normed, weights, around)
@@ -307,5 +354,5 @@ class PrunedBlock(nn.Module, ABC):
             if buffer is not None:
                 moved = fn(buffer)
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-        self._held = None
+        self._held = self.packed = None
         return self

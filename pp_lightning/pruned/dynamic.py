@@ -25,6 +25,7 @@ def layer_pruner(
     context: BatchContext,
     statistics: Statistics | None,
     release: bool,
+    packs: bool = False,
 ) -> LayerPruner:
     """Build both pruned blocks of a stock layer, which is left as it is.
 
@@ -38,6 +39,7 @@ def layer_pruner(
         context: shared by the layers of the model.
         statistics: what histories start from; None for methods without.
         release: give up each block's statistics as its history is made.
+        packs: keep slices between batches.
 
     Raises:
         UserError: a weight is not finite, or the statistics do not cover the layer.
@@ -53,6 +55,7 @@ def layer_pruner(
             # the mean first: making the history may give up what it is made from
             "mean": _mean(statistics, index, block) if method.keeps_mean else None,
             "history": _history(statistics, index, block, release),
+            "packs": packs,
         }
 
     core = layer.get_submodule(architecture.attention)

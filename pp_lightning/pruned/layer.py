@@ -47,8 +47,8 @@ class LayerPruner(nn.Module):
             around = Surroundings(mask, rotation, cache=cache)
             middle = hidden + self.attention.decode(hidden, around)
             return middle + self.mlp.decode(middle, around)
-        self.attention.let_go()
-        self.mlp.let_go()
+        self.attention.prepare()
+        self.mlp.prepare()
         if cache is not None:
             context.mark(cache)
         sizes = self.attention.method.probe_sizes(*hidden.shape[:2])

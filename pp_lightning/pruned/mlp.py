@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from pp_lightning.pruned.block import Projection, PrunedBlock, Surroundings, Weights
-from pp_lightning.pruned.workspace import Memory
+from pp_lightning.pruned.block import PrunedBlock, Surroundings, Weights
 
 _CAN_WORK_IN_PLACE: Mapping[type[nn.Module], Callable[..., Tensor]] = {
     SiLUActivation: nn.functional.silu,
@@ -36,8 +35,7 @@ class PrunedMLP(PrunedBlock):
         result: Tensor = activation(states) if in_place is None else in_place(states, inplace=True)
         return result
 
-    def slices(self, kept: Tensor, memory: Memory) -> Mapping[str, Projection]:
-        """Rows of up and gate, columns of down."""
-        whole = self.dense().projections
-        rows = {role: whole[role].of_outputs(kept, 1, memory) for role in self.parts.inputs}
-        return {**rows, "output": whole["output"].of_inputs(kept, 1, memory)}
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """One row of gate and up, one column of down."""
+        return dict.fromkeys((*self.parts.inputs, "output"), 1)

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from pp_lightning.app.report import HEADINGS, comma_separated, grids, markdown, plot, show
-from pp_lightning.app.results import Comparison, Evaluation, FlopsRatios, Timing, write_json, write_text
+from pp_lightning.app.results import Comparison, Evaluation, FlopsRatios, Timing
+from pp_lightning.records import write_json, write_text
 
 
 def evaluation(method, ratio, perplexity, flops, milliseconds, kept=None):

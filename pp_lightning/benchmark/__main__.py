@@ -1,0 +1,31 @@
+"""``python -m pp_lightning.benchmark``: the measuring part alone, where Lightning is not installed."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]
+
+from pp_lightning.benchmark.run import run_benchmark
+from pp_lightning.benchmark.settings import BenchmarkSettings
+from pp_lightning.benchmark.write import write_results
+from pp_lightning.errors import UserError
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m pp_lightning.benchmark", description=BenchmarkSettings.__doc__)
+    parser.add_argument("--config", required=True, help="YAML file of settings")
+    parser.add_argument("--out", default="results/benchmark", help="folder for results.json, .csv and .md")
+    options = parser.parse_args()
+    try:
+        settings = BenchmarkSettings.from_plain(yaml.safe_load(Path(options.config).read_text()) or {})
+        rows = run_benchmark(settings, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    except (UserError, OSError) as error:
+        print(f"pp_lightning.benchmark: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    print(write_results(rows, settings, Path(options.out)))
+
+
+if __name__ == "__main__":
+    main()

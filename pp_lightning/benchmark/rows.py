@@ -1,0 +1,143 @@
+"""A row of the table: one variant, one case, one part of the model."""
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+
+_COLUMNS = {
+    "variant": "variant",
+    "part": "part",
+    "milliseconds": "ms, median (min-max)",
+    "flops_ratio": "FLOPs ratio",
+    "time_ratio": "time ratio",
+    "efficiency": "efficiency",
+    "tokens_per_second": "tokens/s",
+    "changed": "units changed",
+    "compile_seconds": "compile s (graphs)",
+    "peak_megabytes": "peak MB",
+    "perplexity": "perplexity",
+    "prr": "PRR",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured.
+
+    Attributes:
+        variant: how the model ran.
+        part: ``decoder`` (all layers), ``model`` (with the projection to the vocabulary), ``attention block``,
+            ``MLP block`` or ``decoding``.
+        dtype, rows, tokens, pruning_ratio: the case.
+        median, fastest, slowest: milliseconds; of one token in decoding.
+        rounds: timed rounds.
+        flops_ratio: FLOPs over dense FLOPs of this part, probes included.
+        time_ratio: median over rounds of the time over the dense time of the same round; dense is compiled where the
+            variant is.
+        tokens_per_second: tokens of the batch over the median.
+        changed: mean share of the kept units that the batch before had not kept.
+        compile_seconds: time spent compiling before the timed rounds.
+        graphs: compiled graphs, recompilations included.
+        peak_megabytes: resident memory on a CPU, allocated memory on an accelerator.
+        perplexity: on the batches, where they are real text.
+        prr: perplexity lost per millisecond saved.
+    """
+
+    variant: str
+    part: str
+    dtype: str
+    rows: int
+    tokens: int
+    pruning_ratio: float
+    median: float
+    fastest: float
+    slowest: float
+    rounds: int
+    flops_ratio: float
+    time_ratio: float
+    tokens_per_second: float
+    changed: float | None = None
+    compile_seconds: float | None = None
+    graphs: int | None = None
+    peak_megabytes: float | None = None
+    perplexity: float | None = None
+    prr: float | None = None
+
+    @property
+    def efficiency(self) -> float:
+        """FLOPs ratio over time ratio: 1 means that every saved operation became saved time."""
+        return self.flops_ratio / self.time_ratio
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain types."""
+        return {**asdict(self), "efficiency": self.efficiency}
+
+
+def paired_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
+    """Median of the ratios round by round: a machine that drifts moves both alike."""
+    return statistics.median(own / other for own, other in zip(seconds, reference, strict=True))
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One table per case, and one line of efficiencies over all cases above them."""
+    cases = list(dict.fromkeys((row.dtype, row.rows, row.tokens, row.pruning_ratio) for row in rows))
+    tables = [_overview(rows)]
+    for case in cases:
+        dtype, batch, tokens, ratio = case
+        own = [row for row in rows if (row.dtype, row.rows, row.tokens, row.pruning_ratio) == case]
+        tables.append(f"### {dtype}, batch {batch} x {tokens}, ratio {ratio:g}\n\n{_table(own)}")
+    return "\n\n".join(tables) + "\n"
+
+
+def comma_separated(rows: Sequence[Row]) -> str:
+    """All rows, one column a field."""
+    text = io.StringIO()
+    names = [field.name for field in fields(Row)] + ["efficiency"]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row.as_dict() for row in rows)
+    return text.getvalue()
+
+
+def _overview(rows: Sequence[Row]) -> str:
+    """Efficiency of the decoder: variants down, cases across."""
+    own = [row for row in rows if row.part == "decoder" and not row.variant.startswith("dense")]
+    cases = list(dict.fromkeys((row.dtype, row.rows, row.tokens, row.pruning_ratio) for row in own))
+    head = [f"{dtype}, {batch} x {tokens}, {ratio:g}" for dtype, batch, tokens, ratio in cases]
+    found = {(row.variant, row.dtype, row.rows, row.tokens, row.pruning_ratio): row.efficiency for row in own}
+    lines = [["efficiency of the decoder", *head], ["---"] + ["---:"] * len(head)]
+    for variant in dict.fromkeys(row.variant for row in own):
+        cells = [found.get((variant, *case)) for case in cases]
+        lines.append([variant, *("" if cell is None else f"{cell:.2f}" for cell in cells)])
+    return _joined(lines)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    cells = [_cells(row) for row in rows]
+    used = [name for name in _COLUMNS if any(one[name] for one in cells)]
+    lines = [[_COLUMNS[name] for name in used], ["---", "---"] + ["---:"] * (len(used) - 2)]
+    return _joined(lines + [[one[name] for name in used] for one in cells])
+
+
+def _cells(row: Row) -> dict[str, str]:
+    compiled = row.compile_seconds is not None
+    return {
+        "variant": row.variant,
+        "part": row.part,
+        "milliseconds": f"{row.median:.1f} ({row.fastest:.1f}-{row.slowest:.1f})",
+        "flops_ratio": f"{row.flops_ratio:.3f}",
+        "time_ratio": f"{row.time_ratio:.3f}",
+        "efficiency": f"{row.efficiency:.2f}",
+        "tokens_per_second": f"{row.tokens_per_second:.0f}",
+        "changed": "" if row.changed is None else f"{row.changed:.1%}",
+        "compile_seconds": f"{row.compile_seconds:.0f} ({row.graphs})" if compiled else "",
+        "peak_megabytes": "" if row.peak_megabytes is None else f"{row.peak_megabytes:.0f}",
+        "perplexity": "" if row.perplexity is None else f"{row.perplexity:.2f}",
+        "prr": "" if row.prr is None else f"{row.prr:.4f}",
+    }
+
+
+def _joined(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

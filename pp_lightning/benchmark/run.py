@@ -1,0 +1,279 @@
+"""The whole benchmark: every dtype, ratio and case, all variants interleaved."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pp_lightning.architectures import shape_of
+from pp_lightning.benchmark.blocks import attention_function, dense_pruner, held_function, meetings, mlp_function
+from pp_lightning.benchmark.clock import stopwatch_for
+from pp_lightning.benchmark.decoding import PROMPT_TOKENS, decoding_runner
+from pp_lightning.benchmark.memory import peak_megabytes
+from pp_lightning.benchmark.rows import Row, paired_ratio
+from pp_lightning.benchmark.settings import BenchmarkSettings, Case, MeasuredDtype
+from pp_lightning.benchmark.subject import Subject
+from pp_lightning.benchmark.timing import Runner, Samples, interleaved, model_runner, part_runner
+from pp_lightning.benchmark.variants import VARIANTS, Variant, chosen_variants, reference_of
+from pp_lightning.blocks import Block
+from pp_lightning.compilation import compile_, uncompile_
+from pp_lightning.flops import (
+    attention_flops,
+    decoding_flops,
+    dense_flops,
+    mlp_flops,
+    probe_flops,
+    pruned_flops,
+)
+from pp_lightning.methods.dynamic import DynamicMethod
+from pp_lightning.pruning import is_pruned, pruners_of, pruning_of
+
+Tell = Callable[[str], None]
+
+
+def run_benchmark(settings: BenchmarkSettings, tell: Tell = print) -> list[Row]:
+    """Measure everything that the settings ask for.
+
+    Args:
+        settings: what to measure.
+        tell: told what is going on, one line at a time.
+
+    Raises:
+        UserError: settings that cannot be measured.
+    """
+    settings.check()
+    variants = chosen_variants(settings.variants)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    rows: list[Row] = []
+    for dtype in settings.dtypes:
+        for ratio in settings.ratios:
+            subject = Subject(settings, dtype, ratio)
+            models = {name: subject.variant(variant) for name, variant in variants.items()}
+            for case in settings.cases:
+                rows += _Case(subject, models, variants, dtype, case, tell).rows()
+            for batch in settings.decode:
+                rows += _decoding(subject, models, variants, dtype, batch, tell)
+    return rows
+
+
+class _Case:
+    """One case of one dtype and ratio."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        models: Mapping[str, PreTrainedModel],
+        variants: Mapping[str, Variant],
+        dtype: MeasuredDtype,
+        case: Case,
+        tell: Tell,
+    ) -> None:
+        self.subject, self.models, self.variants, self.dtype, self.case = subject, models, variants, dtype, case
+        self.settings = subject.settings
+        self.shape = shape_of(subject.model.config)
+        self.batches = subject.batches(case)
+        self.where = f"{dtype}, batch {case.rows} x {case.tokens}, ratio {subject.ratio:g}"
+        self.tell = tell
+
+    def rows(self) -> list[Row]:
+        """The whole model and, where asked, its blocks."""
+        rows = self._whole_model()
+        if self.settings.blocks:
+            rows += self._blocks()
+        return rows
+
+    def _whole_model(self) -> list[Row]:
+        compilations = {n: compile_(m, mode=self.settings.mode) for n, m in self.models.items() if self._compiled(n)}
+        runners = {name: model_runner(model, self.batches) for name, model in self.models.items()}
+        samples = self._measure("whole model", runners, self.models)
+        graphs = {name: (one.seconds, len(one.graphs)) for name, one in compilations.items()}
+        texts = {name: _perplexity(m, self.batches) for name, m in self.models.items()} if self.subject.is_text else {}
+        for name in compilations:
+            uncompile_(self.models[name])
+        peaks = {name: self._peak(name) for name in self.models}
+        ratios = {name: self._flops_ratios(model) for name, model in self.models.items()}
+        rows = []
+        for part, index in (("decoder", 0), ("model", 1)):
+            for name in self.models:
+                extra = {"peak_megabytes": peaks[name], "perplexity": texts.get(name)} if part == "model" else {}
+                if part == "model" and name in graphs:
+                    extra |= {"compile_seconds": graphs[name][0], "graphs": graphs[name][1]}
+                rows.append(self._row(name, part, samples, ratios[name][index], **extra))
+        return [_with_prr(row, rows) for row in rows]
+
+    def _blocks(self) -> list[Row]:
+        """One layer's blocks; the layer is the last one, on what it meets inside the eager PP model."""
+        layer = self.shape.num_layers - 1
+        eager = next((n for n, v in self.variants.items() if _is_plain_probe(v) and not v.compiled), None)
+        if eager is None or layer in self.settings.skip_layers:
+            return []
+        met = meetings(self.models[eager], layer, self.batches)
+        rows = []
+        for block in Block:
+            attention = block is Block.ATTENTION
+            part = "attention block" if attention else "MLP block"
+            function = attention_function if attention else mlp_function
+            inputs = [(m.hidden, m.around) if attention else (m.middle, m.around.of_mlp()) for m in met]
+            clock = stopwatch_for(self.subject.device)
+            runners: dict[str, Runner] = {}
+            ratios: dict[str, float] = {}
+            for name, variant in self.variants.items():
+                if variant.method is not None and not isinstance(variant.method, DynamicMethod):
+                    pruner = pruners_of(self.models[eager])[layer]
+                    own = pruner.attention if attention else pruner.mlp
+                    run = held_function(own, inputs, compiled=variant.compiled)
+                elif variant.method is None:
+                    run = function(dense_pruner(self.models[eager], layer), met, compiled=variant.compiled)
+                elif variant.method.probe_source == "current":
+                    run = function(pruners_of(self.models[name])[layer], met, compiled=variant.compiled)
+                else:
+                    continue  # alone, a block has no earlier residual to probe
+                runners[name] = part_runner(part, run, clock)
+                ratios[name] = self._block_flops_ratio(name, layer, block)
+            samples = self._measure(part, runners, {})
+            rows += [self._row(name, part, samples, ratios[name]) for name in runners]
+        return rows
+
+    def _measure(
+        self, what: str, runners: Mapping[str, Runner], watched: Mapping[str, PreTrainedModel]
+    ) -> dict[str, Samples]:
+        settings = self.settings
+        arguments = {"batches": settings.batches, "models": watched}
+        self.tell(f"{self.where}, {what}: warming up and compiling {len(runners)} variants")
+        interleaved(runners, rounds=settings.warmup, **arguments)  # type: ignore[arg-type]
+        self.tell(f"{self.where}, {what}: {settings.repeats} rounds")
+        return interleaved(runners, rounds=settings.repeats, **arguments)  # type: ignore[arg-type]
+
+    def _row(self, name: str, part: str, samples: Mapping[str, Samples], flops_ratio: float, **extra: object) -> Row:
+        own = samples[name].seconds[part]
+        reference = samples[reference_of(self.variants[name])].seconds[part]
+        changed = samples[name].changed
+        tokens = self.case.rows * self.case.tokens
+        return Row(
+            variant=name,
+            part=part,
+            dtype=self.dtype,
+            rows=self.case.rows,
+            tokens=self.case.tokens,
+            pruning_ratio=self.subject.ratio,
+            median=1000 * statistics.median(own),
+            fastest=1000 * min(own),
+            slowest=1000 * max(own),
+            rounds=len(own),
+            flops_ratio=flops_ratio,
+            time_ratio=paired_ratio(own, reference),
+            tokens_per_second=tokens / statistics.median(own),
+            changed=sum(changed) / len(changed) if changed and self._chooses(name) else None,
+            **extra,  # type: ignore[arg-type]
+        )
+
+    def _peak(self, name: str) -> float | None:
+        if not self.settings.memory:
+            return None
+        self.tell(f"{self.where}: peak memory of {name}")
+        return peak_megabytes(self.settings, name, self.dtype, self.subject.ratio, self.case)
+
+    def _compiled(self, name: str) -> bool:
+        return self.variants[name].compiled
+
+    def _chooses(self, name: str) -> bool:
+        return isinstance(self.variants[name].method, DynamicMethod)
+
+    def _flops_ratios(self, model: PreTrainedModel) -> tuple[float, float]:
+        """Over all layers, and with the projection to the vocabulary."""
+        dense = dense_flops(self.shape, self.case.rows, self.case.tokens)
+        if not is_pruned(model):
+            return 1.0, 1.0
+        pruned = pruned_flops(self.shape, pruning_of(model), self.case.rows, self.case.tokens)
+        return pruned.layers / dense.layers, pruned.model / dense.model
+
+    def _block_flops_ratio(self, name: str, layer: int, block: Block) -> float:
+        if not is_pruned(self.models[name]):
+            return 1.0
+        pruning, rows, tokens = pruning_of(self.models[name]), self.case.rows, self.case.tokens
+        flops = pruned_flops(self.shape, pruning, rows, tokens).blocks[layer, block]
+        if isinstance(pruning.method, DynamicMethod):
+            flops += probe_flops(self.shape, block, *pruning.method.probe_sizes(rows, tokens))
+        shape = self.shape
+        dense = (
+            attention_flops(shape, rows, tokens, shape.num_heads, shape.num_key_value_heads)
+            if block is Block.ATTENTION
+            else mlp_flops(shape, rows, tokens, shape.mlp_width)
+        )
+        return flops / dense
+
+
+def _decoding(
+    subject: Subject,
+    models: Mapping[str, PreTrainedModel],
+    variants: Mapping[str, Variant],
+    dtype: MeasuredDtype,
+    batch: int,
+    tell: Tell,
+) -> list[Row]:
+    """Eager variants only: decoding a held choice is not compiled. Full-Batch Probing decodes as PP does."""
+    settings, shape = subject.settings, shape_of(subject.model.config)
+    case = Case(batch, PROMPT_TOKENS)
+    prompts = subject.batches(case)
+    names = [
+        name
+        for name, variant in variants.items()
+        if not variant.compiled and (not isinstance(variant.method, DynamicMethod) or _is_plain_probe(variant))
+    ]
+    runners = {name: decoding_runner(models[name], prompts, settings.decode_tokens) for name in names}
+    tell(f"{dtype}, decoding {settings.decode_tokens} tokens at batch {batch}: {settings.repeats} rounds")
+    arguments = {"batches": settings.batches, "models": {}}
+    interleaved(runners, rounds=1, **arguments)  # type: ignore[arg-type]
+    samples = interleaved(runners, rounds=settings.repeats, **arguments)  # type: ignore[arg-type]
+    past = PROMPT_TOKENS + settings.decode_tokens // 2
+    dense = decoding_flops(shape, None, batch, past)
+    rows = []
+    for name in names:
+        own = samples[name].seconds["decoding"]
+        pruning = pruning_of(models[name]) if is_pruned(models[name]) else None
+        rows.append(
+            Row(
+                variant=name,
+                part="decoding",
+                dtype=dtype,
+                rows=batch,
+                tokens=PROMPT_TOKENS,
+                pruning_ratio=subject.ratio,
+                median=1000 * statistics.median(own),
+                fastest=1000 * min(own),
+                slowest=1000 * max(own),
+                rounds=len(own),
+                flops_ratio=decoding_flops(shape, pruning, batch, past) / dense,
+                time_ratio=paired_ratio(own, samples["dense"].seconds["decoding"]),
+                tokens_per_second=batch / statistics.median(own),
+            )
+        )
+    return rows
+
+
+def _is_plain_probe(variant: Variant) -> bool:
+    """The published Probe Pruning, slices gathered anew for every batch."""
+    return variant.method in (VARIANTS["PP"].method, VARIANTS["PP, compiled"].method) and not variant.packs
+
+
+@torch.inference_mode()
+def _perplexity(model: PreTrainedModel, batches: Sequence[Tensor]) -> float:
+    total, count = 0.0, 0
+    for batch in batches:
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+        count += batch[:, 1:].numel()
+    return math.exp(total / count)
+
+
+def _with_prr(row: Row, rows: Sequence[Row]) -> Row:
+    """The row with perplexity lost per millisecond saved, where both are known."""
+    reference = next(r for r in rows if r.part == row.part and r.variant == reference_of(VARIANTS[row.variant]))
+    saved = reference.median - row.median
+    if row.perplexity is None or reference.perplexity is None or saved <= 0:
+        return row
+    return Row(**{**vars(row), "prr": (row.perplexity - reference.perplexity) / saved})

@@ -1,0 +1,122 @@
+"""What to measure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from pp_lightning.compilation import CompileMode
+from pp_lightning.errors import UserError
+
+MeasuredDtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class ModelChoice:
+    """The model to measure: random weights in a known shape, or a checkpoint.
+
+    Attributes:
+        shape: ``llama-2-7b``, ``llama-2-13b``, ``llama-3-8b``, ``opt-13b``, or ``llama-2048`` (hidden 2048, MLP 5632,
+            32 heads).
+        layers: number of layers; none takes the shape's own.
+        path: a checkpoint folder or hub id instead of a shape.
+    """
+
+    shape: str = "llama-2048"
+    layers: int | None = None
+    path: str | None = None
+
+
+@dataclass
+class Case:
+    """One size of batch.
+
+    Attributes:
+        rows: B.
+        tokens: S.
+    """
+
+    rows: int
+    tokens: int
+
+
+@dataclass
+class BenchmarkSettings:
+    """What to measure, and how often.
+
+    Attributes:
+        model: shape or checkpoint.
+        cases: batch sizes.
+        dtypes: of the weights.
+        ratios: pruning ratios, fraction removed.
+        variants: which rows to measure; dense eager and dense compiled are always among them.
+        skip_layers: layers left dense.
+        round_to: MLP channels are kept in multiples of this.
+        repeats: timed rounds; every round runs every variant once, on the next batch.
+        warmup: rounds before these, not counted; compiling happens here.
+        batches: different batches, at least 8, that rounds go through in turn.
+        blocks: also time one attention and one MLP block alone.
+        decode: batch sizes to time decoding at; none leaves it out.
+        decode_tokens: tokens decoded per round, after a prompt of 64.
+        memory: also measure each variant's peak memory, in a process of its own.
+        text: a UTF-8 file to cut the batches from; needed with a checkpoint, and gives perplexities too.
+        mode: torch.compile's mode.
+        device: ``cpu``, ``cuda``, ...; none takes an accelerator where there is one.
+        threads: CPU threads; none leaves torch's choice.
+        seed: of random weights and batches.
+    """
+
+    model: ModelChoice = field(default_factory=ModelChoice)
+    cases: list[Case] = field(default_factory=lambda: [Case(20, 128)])
+    dtypes: list[MeasuredDtype] = field(default_factory=lambda: ["float32"])
+    ratios: list[float] = field(default_factory=lambda: [0.4])
+    variants: list[str] = field(default_factory=lambda: ["all"])
+    skip_layers: list[int] = field(default_factory=list)
+    round_to: int = 64
+    repeats: int = 9
+    warmup: int = 2
+    batches: int = 8
+    blocks: bool = True
+    decode: list[int] = field(default_factory=list)
+    decode_tokens: int = 32
+    memory: bool = True
+    text: str | None = None
+    mode: CompileMode = "default"
+    device: str | None = None
+    threads: int | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse what cannot be measured, before any work.
+
+        Raises:
+            UserError: a number is out of range, or a checkpoint comes without a text.
+        """
+        if self.batches < 8:
+            raise UserError(f"batches must be at least 8, not {self.batches}: a cache would flatter the choice")
+        if self.repeats < 1 or self.warmup < 1:
+            raise UserError("repeats and warmup must be at least 1")
+        if any(case.rows < 1 or case.tokens < 2 for case in self.cases) or not self.cases:
+            raise UserError("cases need at least 1 row and 2 tokens each")
+        if self.model.path is not None and self.text is None:
+            raise UserError("a checkpoint is measured on real text: give a file with --text")
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> "BenchmarkSettings":
+        """Settings from nested dictionaries, as a YAML file holds them.
+
+        Raises:
+            UserError: an unknown setting.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known - {"out"})
+        if unknown:
+            raise UserError(f"unknown setting {unknown[0]!r}: choose from {', '.join(sorted(known))}")
+        given = {key: value for key, value in values.items() if key in known}
+        try:
+            if "model" in given:
+                given["model"] = ModelChoice(**given["model"])
+            if "cases" in given:
+                given["cases"] = [Case(**case) for case in given["cases"]]
+        except TypeError as error:
+            raise UserError(f"cannot read the settings: {error}") from error
+        return cls(**given)

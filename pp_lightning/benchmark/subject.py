@@ -1,0 +1,114 @@
+"""What is measured: a model, its copies under every regime, and batches to run them on."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pp_lightning.architectures import shape_of
+from pp_lightning.benchmark.settings import BenchmarkSettings, Case, MeasuredDtype
+from pp_lightning.benchmark.shapes import random_model
+from pp_lightning.benchmark.variants import Variant, pruned_copy
+from pp_lightning.calibration import calibrate
+from pp_lightning.checkpoints import load_model, load_tokenizer
+from pp_lightning.errors import UserError
+from pp_lightning.pruning import prune_
+from pp_lightning.statistics import Statistics
+
+_CALIBRATION_ROWS = 4
+
+
+class Subject:
+    """A dense model with the statistics and batches that all its variants share.
+
+    Args:
+        settings: the benchmark's.
+        dtype: of the weights.
+        ratio: pruning ratio.
+
+    Raises:
+        UserError: no such shape or checkpoint, or a text that is too short.
+    """
+
+    def __init__(self, settings: BenchmarkSettings, dtype: MeasuredDtype, ratio: float) -> None:
+        self.settings = settings
+        self.ratio = ratio
+        self.device = chosen_device(settings)
+        torch.manual_seed(settings.seed)
+        self.longest = max([case.tokens for case in settings.cases] + ([256] if settings.decode else []))
+        model = settings.model
+        if model.path is None:
+            self.model = random_model(model.shape, model.layers, self.longest, getattr(torch, dtype), self.device)
+            self._text: Tensor | None = None
+        else:
+            self.model = load_model(model.path, dtype).to(self.device)
+            assert settings.text is not None
+            self._text = _tokens(model.path, settings.text)
+        self.model.requires_grad_(False)
+        self.statistics = self._calibrated()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether batches are real text."""
+        return self._text is not None
+
+    def batches(self, case: Case) -> list[Tensor]:
+        """Different batches (B, S) of token ids: successive stretches of the text, or independent draws."""
+        shape = (self.settings.batches, case.rows, case.tokens)
+        if self._text is None:
+            generator = torch.Generator().manual_seed(self.settings.seed + 1)
+            ids = torch.randint(0, shape_of(self.model.config).vocabulary, shape, generator=generator)
+        else:
+            need = shape[0] * shape[1] * shape[2]
+            if len(self._text) < need:
+                raise UserError(f"the text has {len(self._text)} tokens, {need} are needed: use a longer one")
+            ids = self._text[:need].view(shape)
+        return list(ids.to(self.device))
+
+    def variant(self, variant: Variant) -> PreTrainedModel:
+        """A copy under a regime; it shares what it can with the dense model."""
+        skip, multiple = self.settings.skip_layers, self.settings.round_to
+        return pruned_copy(
+            self.model, variant, self.statistics, pruning_ratio=self.ratio, skip_layers=skip, round_to=multiple
+        )
+
+    def only(self, variant: Variant) -> PreTrainedModel:
+        """The model itself under a regime, nothing kept beside it: for measuring memory."""
+        if variant.method is not None:
+            prune_(
+                self.model,
+                variant.method,
+                self.statistics if variant.method.needs_statistics else None,
+                pruning_ratio=self.ratio,
+                skip_layers=self.settings.skip_layers,
+                round_to=self.settings.round_to,
+                keep_dense=False,
+                release_stats=True,
+                pack_slices=variant.packs,
+            )
+        del self.statistics
+        return self.model
+
+    def _calibrated(self) -> Statistics:
+        rows = _CALIBRATION_ROWS
+        if self._text is None:
+            ids = torch.randint(0, shape_of(self.model.config).vocabulary, (rows, self.longest))
+        else:
+            ids = self._text[-rows * self.longest :].view(rows, self.longest)  # the end: batches are from the start
+        return calibrate(self.model, [{"input_ids": ids.to(self.device)}], progress=False)
+
+
+def chosen_device(settings: BenchmarkSettings) -> torch.device:
+    """The device of the settings; an accelerator where none is named and one is there."""
+    if settings.device is not None:
+        return torch.device(settings.device)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
+def _tokens(model: str, text: str) -> Tensor:
+    if not Path(text).is_file():
+        raise UserError(f"no text file at {text}: give the path of an existing file")
+    ids: list[int] = load_tokenizer(model)(Path(text).read_text(encoding="utf-8"))["input_ids"]
+    return torch.tensor(ids)

@@ -1,0 +1,99 @@
+"""The rows of the table: one model under many regimes, all of them on the same weights."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from pp_lightning.errors import UserError
+from pp_lightning.methods import FullBatchProbing, ProbePruning, PruningMethod, StaticPPsp
+from pp_lightning.pruning import prune_
+from pp_lightning.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the model.
+
+    Attributes:
+        method: how it is pruned; None is dense.
+        compiled: whether its layers are compiled. It stands against the dense model that is, or is not, compiled too.
+        packs: whether slices stay between batches (``prune_(..., pack_slices=True)``).
+    """
+
+    method: PruningMethod | None
+    compiled: bool
+    packs: bool = False
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "dense": Variant(None, compiled=False),
+    "dense, compiled": Variant(None, compiled=True),
+    "static PPsp": Variant(StaticPPsp(), compiled=False),
+    "static PPsp, compiled": Variant(StaticPPsp(), compiled=True),
+    "PP": Variant(ProbePruning(), compiled=False),
+    "PP, compiled": Variant(ProbePruning(), compiled=True),
+    "PP, packed slices": Variant(ProbePruning(), compiled=False, packs=True),
+    "PP, packed slices, compiled": Variant(ProbePruning(), compiled=True, packs=True),
+    "PP, best()": Variant(ProbePruning.best(), compiled=False),
+    "PP, best(), compiled": Variant(ProbePruning.best(), compiled=True),
+    "PP, parallel probing": Variant(ProbePruning(probe_source="previous"), compiled=False),
+    "PP, parallel probing, compiled": Variant(ProbePruning(probe_source="previous"), compiled=True),
+    "Full-Batch Probing": Variant(FullBatchProbing(), compiled=False),
+    "Full-Batch Probing, compiled": Variant(FullBatchProbing(), compiled=True),
+}
+
+
+def chosen_variants(names: Sequence[str]) -> dict[str, Variant]:
+    """The named variants, in the table's order, and the two dense ones.
+
+    Raises:
+        UserError: there is no such variant.
+    """
+    unknown = sorted(set(names) - set(VARIANTS) - {"all"})
+    if unknown:
+        raise UserError(f"unknown variant {unknown[0]!r}: choose from all, {'; '.join(VARIANTS)}")
+    return {
+        name: variant for name, variant in VARIANTS.items() if "all" in names or name in names or variant.method is None
+    }
+
+
+def reference_of(variant: Variant) -> str:
+    """The dense row that a variant stands against."""
+    return "dense, compiled" if variant.compiled else "dense"
+
+
+def pruned_copy(
+    model: PreTrainedModel,
+    variant: Variant,
+    statistics: Statistics,
+    *,
+    pruning_ratio: float,
+    skip_layers: Sequence[int],
+    round_to: int,
+) -> PreTrainedModel:
+    """A copy of a dense model, pruned as the variant says. What pruning does not change is shared with the original.
+
+    A dynamic method lays output matrices out by columns, so these are copied, and the original keeps its own layout.
+    """
+    shared = {id(weight): weight for weight in model.parameters()}
+    copied = copy.deepcopy(model, shared)
+    if variant.method is None:
+        return copied
+    for module in copied.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(module.weight.data, requires_grad=False)
+    needed = statistics if variant.method.needs_statistics else None
+    prune_(
+        copied,
+        variant.method,
+        needed,
+        pruning_ratio=pruning_ratio,
+        skip_layers=skip_layers,
+        round_to=round_to,
+        keep_dense=False,
+        pack_slices=variant.packs,
+    )
+    return copied

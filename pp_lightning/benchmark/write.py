@@ -1,0 +1,41 @@
+"""Results for eyes and for machines."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from pp_lightning.benchmark.rows import Row, comma_separated, markdown
+from pp_lightning.benchmark.settings import BenchmarkSettings
+from pp_lightning.benchmark.subject import chosen_device
+from pp_lightning.records import environment, write_json, write_text
+
+
+def write_results(rows: Sequence[Row], settings: BenchmarkSettings, out: Path) -> str:
+    """Write ``results.json``, ``results.csv`` and ``results.md``.
+
+    Returns:
+        The Markdown.
+    """
+    machine = environment(chosen_device(settings), 1)
+    text = f"{caption(settings)}\n\n{markdown(rows)}"
+    write_text(out / "results.csv", comma_separated(rows))
+    write_text(out / "results.md", text)
+    record = {"settings": asdict(settings), "environment": machine, "rows": [row.as_dict() for row in rows]}
+    write_json(out / "results.json", record)
+    return text
+
+
+def caption(settings: BenchmarkSettings) -> str:
+    """What a table must say about itself."""
+    machine = environment(chosen_device(settings), 1)
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items() if name in _NAMED)
+    model = settings.model.path or f"{settings.model.shape}, random weights"
+    layers = "" if settings.model.layers is None else f", {settings.model.layers} layers"
+    return (
+        f"{model}{layers}; {machine['device_name']}, {machine['threads']} threads; {versions}; {settings.repeats} "
+        f"rounds over {settings.batches} different batches, all variants interleaved; time ratios are medians of the "
+        "ratios within each round, against the dense model compiled where the variant is"
+    )
+
+
+_NAMED = ("torch", "transformers")

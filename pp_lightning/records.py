@@ -1,0 +1,54 @@
+"""Files that results are written to, and what they say about the machine."""
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "safetensors", "jsonargparse")
+
+
+def environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """Machine and versions, without anything that names a person or a path."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": device.type,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "processes": world_size,
+        "python": platform.python_version(),
+        "versions": {package: found for package in PACKAGES if (found := _version(package)) is not None},
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a whole file or none."""
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
