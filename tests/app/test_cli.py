@@ -180,7 +180,7 @@ def test_fit_writes_a_checkpoint_that_test_reads(type_in, arguments, place, tmp_
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_parses(path, monkeypatch, capsys):
-    command = path.stem if path.stem in ("compare", "fit") else "test"
+    command = path.stem if path.stem in ("compare", "fit", "ablate") else "test"
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr(sys, "argv", ["pp-lightning", command, "--config", str(path), "--print_config"])
     with pytest.raises(SystemExit) as stop:
