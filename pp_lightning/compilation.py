@@ -133,7 +133,7 @@ class _TwoGraphs:
     """
 
     def __init__(self, function: Callable[..., Any], mode: CompileMode, compilation: Compilation) -> None:
-        exact, dynamic = _with_own_code(function), _with_own_code(function)
+        exact, dynamic = with_own_code(function), with_own_code(function)
         compilation.watch(exact, dynamic)
         settings: dict[str, Any] = {"fullgraph": True, "mode": None if mode == "default" else mode}
         self._exact = torch.compile(exact, dynamic=False, **settings)
@@ -170,7 +170,7 @@ def _widths(layer: nn.Module) -> tuple[int, ...]:
     return tuple(size for weight in layer.parameters() for size in weight.shape)
 
 
-def _with_own_code(function: Callable[..., Any]) -> FunctionType:
+def with_own_code(function: Callable[..., Any]) -> FunctionType:
     """A copy of a function with a code object of its own.
 
     Dynamo keeps graphs with the code object: with the original one, all models of a process would share them, and their
