@@ -26,6 +26,7 @@ from pp_lightning.pruned.slices import SlicedBlock, restore_block, slice_block
 from pp_lightning.statistics import BlockKey, Statistics
 
 _ATTRIBUTE = "_pp_lightning"
+COMPILED = "_pp_lightning_compiled"  # where compile_ leaves its record
 _SOURCES = {
     Statistics: "calibration statistics: pass the result of calibrate()",
     Importances: "importances: pass the result of taylor_importances() or lora_importances()",
@@ -115,6 +116,7 @@ def prune_(
     architecture, shape = architecture_of(model.config), shape_of(model.config)
     if hasattr(model, _ATTRIBUTE):
         raise UserError("the model is pruned already: unprune_ it first")
+    _check_not_compiled(model)
     plan = make_plan(
         shape,
         method,
@@ -143,6 +145,7 @@ def unprune_(model: PreTrainedModel) -> None:
         UserError: the model is not pruned, or its dense weights were given up (``keep_dense=False``).
     """
     pruning = pruning_of(model)
+    _check_not_compiled(model)
     if not pruning._can_undo:
         raise UserError("the dense weights were given up with keep_dense=False: load the model again")
     layers = architecture_of(model.config).layers_of(model)
@@ -154,6 +157,11 @@ def unprune_(model: PreTrainedModel) -> None:
     for hook in pruning._hooks:
         hook.remove()
     delattr(model, _ATTRIBUTE)
+
+
+def _check_not_compiled(model: PreTrainedModel) -> None:
+    if hasattr(model, COMPILED):
+        raise UserError("the model is compiled: uncompile_ it first")
 
 
 def kept_units(model: PreTrainedModel) -> dict[int, KeptUnits]:
