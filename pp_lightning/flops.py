@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pp_lightning.architectures import ModelShape
-from pp_lightning.blocks import AttentionUnit, Block
+from pp_lightning.blocks import AttentionUnit, Block, units_of
+from pp_lightning.functional.budget import one_projection_is_cheaper
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.pruning import Pruning
 from pp_lightning.statistics import BlockKey
@@ -64,7 +65,7 @@ def pruned_flops(shape: ModelShape, pruning: Pruning, rows: int, tokens: int) ->
             whole = heads == shape.num_heads
             blocks[layer, block] = attention_flops(shape, rows, tokens, heads, keys)
         if isinstance(pruning.method, DynamicMethod) and not whole:
-            probe += probe_flops(shape, block, *pruning.method.probe_sizes(rows, tokens))
+            probe += choosing_flops(shape, block, pruning.method, pruning.plan.unit, keep, rows, tokens)
             probe += compensation_flops(shape, block) if pruning.method.restores_means else 0
     return Flops(blocks, probe, dense.vocabulary)
 
@@ -97,6 +98,33 @@ def probe_flops(shape: ModelShape, block: Block, rows: int, tokens: int) -> int:
     if block is Block.MLP:
         return mlp_front_flops(shape, rows, tokens, shape.mlp_width)
     return attention_front_flops(shape, rows, tokens, shape.num_heads, shape.num_key_value_heads)
+
+
+def choosing_flops(
+    shape: ModelShape, block: Block, method: DynamicMethod, unit: AttentionUnit, keep: int, rows: int, tokens: int
+) -> int:
+    """What choosing for a (B, S) batch adds to one pruned block: its probe, or what a shared projection does too much.
+
+    Args:
+        shape: the model's sizes.
+        block: which block.
+        method: says how large the probe is, and where it is taken from.
+        unit: what is pruned in attention.
+        keep: units that stay.
+        rows: B.
+        tokens: S.
+    """
+    probe = method.probe_sizes(rows, tokens)
+    number = units_of(shape, block, unit).number
+    shared = one_projection_is_cheaper(probe[0] * probe[1], rows * tokens, keep, number)
+    if not shared or method.probe_source == "previous":
+        return probe_flops(shape, block, *probe)
+    if block is Block.MLP:
+        return mlp_front_flops(shape, rows, tokens, shape.mlp_width) - mlp_front_flops(shape, rows, tokens, keep)
+    heads, keys = kept_head_counts(shape, unit, keep)
+    left_out = shape.num_heads - heads + 2 * (shape.num_key_value_heads - keys)
+    projections = _linear(rows * tokens, shape.hidden_size, left_out * shape.head_size)
+    return projections + 2 * 2 * probe[0] * shape.num_heads * probe[1] ** 2 * shape.head_size
 
 
 def compensation_flops(shape: ModelShape, block: Block) -> int:

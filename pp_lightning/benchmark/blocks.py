@@ -63,13 +63,13 @@ def meetings(model: PreTrainedModel, index: int, batches: Sequence[Tensor]) -> l
 def attention_function(pruner: LayerPruner, met: Sequence[Meeting], *, compiled: bool) -> BlockFunction:
     """The attention block of a pruner, as a function of the batch's number."""
     run = _compiled(_run_block) if compiled else _run_block
-    return lambda index: run(pruner.attention, met[index].hidden, met[index].around, pruner.attention.keep)
+    return lambda index: run(pruner.attention, met[index].hidden, met[index].around)
 
 
 def mlp_function(pruner: LayerPruner, met: Sequence[Meeting], *, compiled: bool) -> BlockFunction:
     """The MLP block of a pruner, as a function of the batch's number."""
     run = _compiled(_run_block) if compiled else _run_block
-    return lambda index: run(pruner.mlp, met[index].middle, met[index].around.of_mlp(), pruner.mlp.keep)
+    return lambda index: run(pruner.mlp, met[index].middle, met[index].around.of_mlp())
 
 
 def held_function(
@@ -85,8 +85,9 @@ def chooses(method: object) -> bool:
     return isinstance(method, DynamicMethod)
 
 
-def _run_block(block: PrunedBlock, residual: Tensor, around: Surroundings, keep: int) -> Tensor:
-    return residual + block(residual, residual, around, keep)[0]
+def _run_block(block: PrunedBlock, residual: Tensor, around: Surroundings) -> Tensor:
+    how = block.how_to_run(residual.shape[0], residual.shape[1], parallel=False)
+    return residual + block(residual, residual, around, how)[0]
 
 
 def _run_held(block: PrunedBlock, residual: Tensor, around: Surroundings) -> Tensor:

@@ -22,10 +22,10 @@ from pp_lightning.blocks import Block
 from pp_lightning.compilation import compile_, uncompile_
 from pp_lightning.flops import (
     attention_flops,
+    choosing_flops,
     decoding_flops,
     dense_flops,
     mlp_flops,
-    probe_flops,
     pruned_flops,
 )
 from pp_lightning.methods.dynamic import DynamicMethod
@@ -197,7 +197,8 @@ class _Case:
         pruning, rows, tokens = pruning_of(self.models[name]), self.case.rows, self.case.tokens
         flops = pruned_flops(self.shape, pruning, rows, tokens).blocks[layer, block]
         if isinstance(pruning.method, DynamicMethod):
-            flops += probe_flops(self.shape, block, *pruning.method.probe_sizes(rows, tokens))
+            keep = pruning.keep[layer, block]
+            flops += choosing_flops(self.shape, block, pruning.method, pruning.plan.unit, keep, rows, tokens)
         shape = self.shape
         dense = (
             attention_flops(shape, rows, tokens, shape.num_heads, shape.num_key_value_heads)

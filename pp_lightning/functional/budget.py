@@ -59,6 +59,16 @@ def probe_rows(num_rows: int, row_ratio: float) -> int:
     return min(num_rows, max(1, _ceil(row_ratio * num_rows)))
 
 
+def one_projection_is_cheaper(probe_places: int, batch_places: int, kept: int, number: int) -> bool:
+    """Whether probe and batch should come from one projection of the batch with all weights.
+
+    Projecting the probe with all weights and then the batch with the kept ones costs ``p + k`` times as much, where p
+    is the probe's share of the batch and k the kept units'. That is 1 or more in a batch of one row, where the probe is
+    half of it, and wherever the whole batch is the probe.
+    """
+    return probe_places * number + batch_places * kept >= batch_places * number
+
+
 def _ceil(value: float) -> int:
     """Ceiling of a product that may sit one rounding error above an integer (0.05 * 140 is 7.000000000000001)."""
     return math.ceil(value - 1e-9)

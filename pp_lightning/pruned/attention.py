@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pp_lightning.functional.attention import attend, join_heads, rotate, split_heads
-from pp_lightning.pruned.block import PrunedBlock, Surroundings, Weights
+from pp_lightning.pruned.block import PrunedBlock, Surroundings
 
 
 class PrunedAttention(PrunedBlock):
@@ -35,18 +35,16 @@ class PrunedAttention(PrunedBlock):
         # Single query heads of a group: keys and values are computed whole, then picked for each query head.
         self.shares_keys = queries_per_key > 1 and self.units.channels == head_size
 
-    def states(self, normed: Tensor, weights: Weights, around: Surroundings) -> Tensor:
-        """(B, S, D) to the input of the output projection, (B, S, K * d)."""
-        query, key, value = (
-            split_heads(weights.apply(role, normed), self.head_size) for role in ("query", "key", "value")
-        )
+    def mix(self, projected: Mapping[str, Tensor], around: Surroundings, kept: Tensor | None) -> Tensor:
+        """Queries, keys and values (B, S, heads * d) to the input of the output projection, (B, S, K * d)."""
+        query, key, value = (split_heads(projected[role], self.head_size) for role in ("query", "key", "value"))
         query, key = self._normed("query_norm", query), self._normed("key_norm", key)
         if around.rotation is not None:
             query, key = rotate(query, *around.rotation), rotate(key, *around.rotation)
         if around.cache is not None:
             key, value = around.cache.update(key, value, self.layer_index)
-        if self.shares_keys and weights.kept is not None:
-            heads = weights.kept // self.queries_per_key
+        if self.shares_keys and kept is not None:
+            heads = kept // self.queries_per_key
             key, value = key.index_select(1, heads), value.index_select(1, heads)
         return join_heads(attend(query, key, value, around.mask, self.scale))
 

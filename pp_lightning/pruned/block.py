@@ -1,7 +1,7 @@
 """What a pruned attention and a pruned MLP block have in common: choose, slice, run, remember."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pp_lightning.blocks import BlockModules, Units
+from pp_lightning.functional.budget import one_projection_is_cheaper
 from pp_lightning.functional.compensation import channel_mean, restored_mean, update_mean_
+from pp_lightning.functional.linear import linear
 from pp_lightning.functional.moments import Places, placed_second_moment, second_moment, update_history_
 from pp_lightning.functional.probe import Probe
 from pp_lightning.functional.selection import keep_best, store_by_columns, take_rows, unit_channels
@@ -59,7 +61,7 @@ class Weights:
 
     def apply(self, role: str, states: Tensor) -> Tensor:
         """The linear map ``role`` of (..., in)."""
-        return nn.functional.linear(states, *self.projections[role])
+        return linear(states, *self.projections[role])
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,18 @@ class Choice(NamedTuple):
     restored: Tensor | None = None
 
 
+class HowToRun(NamedTuple):
+    """How a batch is run: Python constants, known from its shape.
+
+    Attributes:
+        keep: K, the units that stay.
+        shares: whether probe and batch come from one projection.
+    """
+
+    keep: int
+    shares: bool
+
+
 class PrunedBlock(nn.Module, ABC):
     """One block of one layer under a dynamic method.
 
@@ -197,25 +211,39 @@ class PrunedBlock(nn.Module, ABC):
         """The block's modules inside the layer."""
         return self._modules_of_layer[0]
 
-    @abstractmethod
     def states(self, normed: Tensor, weights: Weights, around: Surroundings) -> Tensor:
         """The front half: from the normalised input (B, S, D) to the input of the output matrix (B, S, C or K * d)."""
+        return self.mix(self.project(normed, weights), around, weights.kept)
+
+    def project(self, normed: Tensor, weights: Weights) -> dict[str, Tensor]:
+        """The input projections of (B, S, D), by role: all of the front half that has weights."""
+        return {role: weights.apply(role, normed) for role in self.parts.inputs}
+
+    @abstractmethod
+    def mix(self, projected: Mapping[str, Tensor], around: Surroundings, kept: Tensor | None) -> Tensor:
+        """The rest of the front half: attention, or activation and gate. May overwrite what it is given.
+
+        Args:
+            projected: by role, (B, S, ...), whole or of the kept units.
+            around: mask, positions and cache.
+            kept: (K,) the kept units; None where all are there.
+        """
 
     @property
     @abstractmethod
     def widths(self) -> Mapping[str, int]:
         """Rows (of ``output``: columns) that a unit has in each projection. What is not named stays whole."""
 
-    def slices(self, kept: Tensor, memory: Memory) -> Mapping[str, Projection]:
-        """The block's projections reduced to the kept units (K,), written into ``memory``."""
+    def slices(self, kept: Tensor, memory: Memory, roles: Sequence[str]) -> Mapping[str, Projection]:
+        """The block's projections, those of ``roles`` reduced to the kept units (K,) and written into ``memory``."""
         sliced = dict(self.dense().projections)
-        for role, width in self.widths.items():
+        for role in roles:
             whole = sliced[role]
-            sliced[role] = (whole.of_inputs if role == "output" else whole.of_outputs)(kept, width, memory)
+            sliced[role] = (whole.of_inputs if role == "output" else whole.of_outputs)(kept, self.widths[role], memory)
         return sliced
 
     def forward(
-        self, residual: Tensor, probed: Tensor, around: Surroundings, keep: int
+        self, residual: Tensor, probed: Tensor, around: Surroundings, how: HowToRun
     ) -> tuple[Tensor, Choice | None]:
         """Choose for a new batch, run it on the choice and remember it. Traces into one graph.
 
@@ -223,51 +251,88 @@ class PrunedBlock(nn.Module, ABC):
             residual: (B, S, D) entering the block.
             probed: the residual that the probe is taken from; ``residual`` itself unless probing runs in parallel.
             around: mask, positions and cache.
-            keep: K. An argument, so that layers of different widths can share a graph with dynamic sizes.
+            how: from :meth:`how_to_run`.
 
         Returns:
             The block's output (B, S, D), to be added to the residual, and the choice; None where all units stay.
         """
         normed = self.parts.norm(residual)
         if not self.chooses:
-            return self._output(normed, self.dense(), around), None
+            return self._finish(self.states(normed, self.dense(), around), self.dense(), around), None
         source = normed if probed is residual else self.parts.norm(probed)
-        choice = self.choose(source, probed, around, keep)
-        return self.run(normed, choice, around), choice
-
-    @torch.no_grad()
-    def choose(self, source: Tensor, probed: Tensor, around: Surroundings, keep: int) -> Choice:
-        """The units to keep for this batch, and what the others contribute to it on average.
-
-        Args:
-            source: (B, S, D), the normalised ``probed``.
-            probed: (B, S, D), the residual that the probe is taken from.
-            around: mask and positions.
-            keep: K.
-        """
-        places = around.places
-        real = None if places is None else places.real
-        lots = None if around.lots is None else around.lots[0 if self.mixes_tokens else 1]
-        probe = self.method.select(probed, source, real, around.probe_sizes, lots=lots, mixes_tokens=self.mixes_tokens)
+        probe = self.probe(source, probed, around)
+        if how.shares:
+            return self._run_shared(normed, probe, around, how.keep)
         if probe is None:
             states = self.states(source, self.dense(), replace(around, cache=None))
         else:
             states = self.states(probe.take(source), self.dense(), around.of_probe(probe))
-        energy, means = self.method.observe(states, probe, places, self.history, self.mean)
+        choice = self.choose(states, probe, around, how.keep)
+        return self.run(normed, choice, around), choice
+
+    def how_to_run(self, num_rows: int, num_tokens: int, *, parallel: bool) -> HowToRun:
+        """How a batch of (B, S) is run: the same for all batches of one shape."""
+        rows, tokens = self.method.probe_sizes(num_rows, num_tokens)
+        shares = one_projection_is_cheaper(rows * tokens, num_rows * num_tokens, self.keep, self.units.number)
+        return HowToRun(self.keep, shares and not parallel)
+
+    @torch.no_grad()
+    def probe(self, source: Tensor, probed: Tensor, around: Surroundings) -> AnyProbe | None:
+        """The part of the batch that runs ahead; None is all of it.
+
+        Args:
+            source: (B, S, D), the normalised ``probed``.
+            probed: (B, S, D), the residual that the probe is taken from.
+            around: positions, sizes and lots.
+        """
+        real = None if around.places is None else around.places.real
+        lots = None if around.lots is None else around.lots[0 if self.mixes_tokens else 1]
+        return self.method.select(probed, source, real, around.probe_sizes, lots=lots, mixes_tokens=self.mixes_tokens)
+
+    @torch.no_grad()
+    def choose(self, states: Tensor, probe: AnyProbe | None, around: Surroundings, keep: int) -> Choice:
+        """The units to keep for this batch, and what the others contribute to it on average.
+
+        Args:
+            states: (b, s, C), what the probe's front half gives.
+            probe: where in the batch that is.
+            around: positions.
+            keep: K.
+        """
+        energy, means = self.method.observe(states, probe, around.places, self.history, self.mean)
         kept = keep_best(self.method.unit_scores(energy, self.weight_norm, self.units.channels), keep)
         if means is None:
             return Choice(kept)
         return Choice(kept, restored_mean(self.parts.output_weight, means, unit_channels(kept, self.units.channels)))
 
+    def _run_shared(
+        self, normed: Tensor, probe: AnyProbe | None, around: Surroundings, keep: int
+    ) -> tuple[Tensor, Choice]:
+        """Probe and batch from one projection with all weights."""
+        projected = self.project(normed, self.dense())
+        if self.mixes_tokens:
+            ahead = projected if probe is None else {role: probe.take(states) for role, states in projected.items()}
+            inside = replace(around, cache=None) if probe is None else around.of_probe(probe)
+            choice = self.choose(self.mix(ahead, inside, None), probe, around, keep)
+            states = self.mix(self._of_units(projected, choice.kept), around, choice.kept)
+        else:  # token by token: the probe's states are among the batch's
+            whole = self.mix(projected, around, None)
+            choice = self.choose(whole if probe is None else probe.take(whole), probe, around, keep)
+            states = whole.index_select(-1, unit_channels(choice.kept, self.units.channels))
+        return self._finish(states, self._weights(choice, ["output"]), around), choice
+
+    def _of_units(self, projected: Mapping[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
+        """Whole projections (B, S, U * w) reduced to the kept units."""
+        reduced = dict(projected)
+        for role in projected.keys() & self.widths.keys():
+            heads = projected[role].unflatten(-1, (-1, self.widths[role]))
+            reduced[role] = heads.index_select(2, kept).flatten(2)
+        return reduced
+
     def run(self, normed: Tensor, choice: Choice, around: Surroundings) -> Tensor:
         """The output (B, S, D) of the whole batch on the choice; the history moves."""
-        if self.packed is not None and not torch.is_grad_enabled():
-            self.packed.replace(self._rows(), self.widths, choice.kept)
-            weights = self._packed_weights(self.packed)
-        else:
-            memory = self.workspace.begin(self.parts.output_weight, self.slice_size)
-            weights = Weights(self.slices(choice.kept, memory), choice.kept)
-        return self._output(normed, weights.restoring(choice.restored), around)
+        weights = self._weights(choice, list(self.widths))
+        return self._finish(self.states(normed, weights, around), weights, around)
 
     def decode(self, residual: Tensor, around: Surroundings) -> Tensor:
         """The output (B, S, D) of tokens that continue a batch, on the choice made for it; the history stays."""
@@ -275,7 +340,8 @@ class PrunedBlock(nn.Module, ABC):
             weights = self.dense()
         else:
             weights = self._held = self._held or self._weights_to_hold()
-        return self._output(self.parts.norm(residual), weights, replace(around, remember=False))
+        states = self.states(self.parts.norm(residual), weights, around)
+        return self._finish(states, weights, replace(around, remember=False))
 
     def hold(self, choice: Choice) -> None:
         """Note the choice of the batch, for decoding and for whoever asks."""
@@ -283,23 +349,35 @@ class PrunedBlock(nn.Module, ABC):
         if self.restored is not None and choice.restored is not None:
             self.restored.copy_(choice.restored)
 
-    def prepare(self) -> None:
+    def prepare(self, how: HowToRun) -> None:
         """Before a new batch: give up slices held for decoding, and start a packed slice where there is none yet."""
         self._held = None  # before slicing again, so that two never exist at once
-        if self.packs and self.packed is None and self.chooses and not torch.is_grad_enabled():
-            self.packed = PackedSlice(self._rows(), self.widths, self.kept)
+        if not (self.packs and self.chooses) or torch.is_grad_enabled():
+            return
+        roles = ["output"] if how.shares else list(self.widths)
+        if self.packed is None or list(self.packed.rows) != roles:
+            self.packed = None  # before the next one is made
+            self.packed = PackedSlice(self._rows(roles), self.widths, self.kept)
+
+    def _weights(self, choice: Choice, roles: Sequence[str]) -> Weights:
+        """Slices of these projections for a new batch; the others whole."""
+        if self.packed is not None and not torch.is_grad_enabled():
+            self.packed.replace(self._rows(roles), self.widths, choice.kept)
+            return self._packed_weights(self.packed).restoring(choice.restored)
+        memory = self.workspace.begin(self.parts.output_weight, self.slice_size)
+        return Weights(self.slices(choice.kept, memory, roles), choice.kept).restoring(choice.restored)
 
     def _weights_to_hold(self) -> Weights:
-        if self.packed is not None:
-            weights = self._packed_weights(self.packed)
-        else:
-            weights = Weights(self.slices(self.kept, fresh_memory), self.kept)
-        return weights.restoring(self.restored)
+        """Slices for decoding."""
+        roles = list(self.widths)
+        if self.packed is not None and list(self.packed.rows) == roles:
+            return self._packed_weights(self.packed).restoring(self.restored)
+        return Weights(self.slices(self.kept, fresh_memory, roles), self.kept).restoring(self.restored)
 
-    def _rows(self) -> dict[str, Tensor]:
+    def _rows(self, roles: Sequence[str]) -> dict[str, Tensor]:
         """Of each projection that is sliced, the units' rows, contiguous."""
         whole = self.dense().projections
-        return {role: whole[role].weight.t() if role == "output" else whole[role].weight for role in self.widths}
+        return {role: whole[role].weight.t() if role == "output" else whole[role].weight for role in roles}
 
     def _packed_weights(self, packed: PackedSlice) -> Weights:
         projections = dict(self.dense().projections)
@@ -312,8 +390,8 @@ class PrunedBlock(nn.Module, ABC):
             )
         return Weights(projections, packed.slots)
 
-    def _output(self, normed: Tensor, weights: Weights, around: Surroundings) -> Tensor:
-        states = self.states(normed, weights, around)
+    def _finish(self, states: Tensor, weights: Weights, around: Surroundings) -> Tensor:
+        """Move the history by the batch's states (B, S, C or K * d), and apply the output matrix to them."""
         if self.history is not None and around.remember:
             assert weights.kept is not None
             with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pp_lightning.pruned.attention import PrunedAttention
-from pp_lightning.pruned.block import Choice, Surroundings
+from pp_lightning.pruned.block import Choice, HowToRun, Surroundings
 from pp_lightning.pruned.context import BatchContext
 from pp_lightning.pruned.mlp import PrunedMLP
 
@@ -47,16 +47,18 @@ class LayerPruner(nn.Module):
             around = Surroundings(mask, rotation, cache=cache)
             middle = hidden + self.attention.decode(hidden, around)
             return middle + self.mlp.decode(middle, around)
-        self.attention.prepare()
-        self.mlp.prepare()
+        rows, tokens = hidden.shape[:2]
+        blocks = (self.attention, self.mlp)
+        how = tuple(block.how_to_run(rows, tokens, parallel=self.parallel) for block in blocks)
+        for block, own in zip(blocks, how, strict=True):
+            block.prepare(own)
         if cache is not None:
             context.mark(cache)
-        sizes = self.attention.method.probe_sizes(*hidden.shape[:2])
+        sizes = self.attention.method.probe_sizes(rows, tokens)
         lots = context.lots_of(self.attention.layer_index)
         around = Surroundings(mask, rotation, context.places(mask), sizes, lots, remember=not context.frozen)
         earlier = context.earlier if self.parallel else None
-        keep = (self.attention.keep, self.mlp.keep)
-        result = self.run_batch(self, hidden, earlier, around, keep, cache is not None)
+        result = self.run_batch(self, hidden, earlier, around, how, cache is not None)
         for block, choice in ((self.attention, result.attention_choice), (self.mlp, result.mlp_choice)):
             if choice is not None:
                 block.hold(choice)
@@ -89,7 +91,7 @@ def run_batch(
     hidden: Tensor,
     earlier: Tensor | None,
     around: Surroundings,
-    keep: tuple[int, int],
+    how: tuple[HowToRun, HowToRun],
     caching: bool,
 ) -> BatchResult:
     """A layer on a new batch: probe, score, choose, slice, run and remember, for both blocks.
@@ -101,14 +103,14 @@ def run_batch(
         hidden: (B, S, D) entering the layer.
         earlier: the residual that the attention probe is taken from in parallel probing, where there is one.
         around: mask and positions.
-        keep: units that stay in attention and in the MLP.
+        how: to run attention and MLP.
         caching: whether keys and values are wanted.
     """
     seen = SeenKeysAndValues()
     around = replace(around.of_batch(hidden.shape[1]), cache=seen if caching else None)
-    attended, heads = pruner.attention(hidden, hidden if earlier is None else earlier, around, keep[0])
+    attended, heads = pruner.attention(hidden, hidden if earlier is None else earlier, around, how[0])
     middle = hidden + attended
-    transformed, channels = pruner.mlp(middle, hidden if pruner.parallel else middle, around.of_mlp(), keep[1])
+    transformed, channels = pruner.mlp(middle, hidden if pruner.parallel else middle, around.of_mlp(), how[1])
     return BatchResult(middle + transformed, middle, heads, channels, seen.keys_and_values)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from pp_lightning.pruned.block import PrunedBlock, Surroundings, Weights
+from pp_lightning.pruned.block import PrunedBlock, Surroundings
 
 _CAN_WORK_IN_PLACE: Mapping[type[nn.Module], Callable[..., Tensor]] = {
     SiLUActivation: nn.functional.silu,
@@ -20,12 +20,11 @@ class PrunedMLP(PrunedBlock):
 
     mixes_tokens = False
 
-    def states(self, normed: Tensor, weights: Weights, around: Surroundings) -> Tensor:
-        """(B, S, D) to the input of the down projection, (B, S, K)."""
-        up = weights.apply("up", normed)
-        if "gate" not in self.parts.inputs:
-            return self._activated(up)
-        gate = self._activated(weights.apply("gate", normed))
+    def mix(self, projected: Mapping[str, Tensor], around: Surroundings, kept: Tensor | None) -> Tensor:
+        """Projections (B, S, F or K) to the input of the down projection."""
+        if "gate" not in projected:
+            return self._activated(projected["up"])
+        gate, up = self._activated(projected["gate"]), projected["up"]
         return gate * up if torch.is_grad_enabled() else gate.mul_(up)
 
     def _activated(self, states: Tensor) -> Tensor:
