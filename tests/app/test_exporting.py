@@ -60,7 +60,9 @@ print(float(torch.tensor(total / count).exp()))
     return run
 
 
-@pytest.mark.parametrize("method", ["WandaSP", pytest.param("FLAP", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["WandaSP", *(pytest.param(m, marks=pytest.mark.slow) for m in ("FLAP", "LLMPruner"))]
+)
 def test_what_is_exported_is_what_test_evaluates(method, type_in, chosen, tmp_path, capsys, stock_perplexity):  # noqa: F811
     given = {**chosen, "--model.method": method}
     assert type_in("export", given, extra=["--out", tmp_path / "model"]) == 0
