@@ -1,0 +1,175 @@
+"""Compiled layers: full graphs, one for all layers of a shape, that choose, compute and remember what eager ones do."""
+
+import copy
+
+import pytest
+import torch
+
+from pp_lightning import UserError, compile_, kept_units, prune_, uncompile_, unprune_
+from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, StaticPPsp
+from pp_lightning.pruned.layer import run_batch
+from pp_lightning.pruning import pruners_of
+from tests.models import GROUPED, MODELS, SETTINGS, choices, histories, ids, padded, statistics, tiny
+
+PROBE = {"row_ratio": 0.3}
+
+
+def pair(name, method=None, mode="default", **settings):
+    """The same model pruned twice, the second one compiled."""
+    eager, compiled = tiny(name), tiny(name)
+    if method is not None:
+        for model in (eager, compiled):
+            needed = statistics(name) if method.needs_statistics else None
+            prune_(model, method, needed, **{**SETTINGS, **settings})
+    return eager, compiled, compile_(compiled, mode=mode)
+
+
+@torch.inference_mode()
+def agree(eager, compiled, batch):
+    """Same choices, logits within 1e-5, same histories."""
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    expected, found = (model(**batch, use_cache=False).logits[real] for model in (eager, compiled))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    if pruners_of(eager):
+        assert choices(kept_units(compiled)) == choices(kept_units(eager))
+        for key, history in histories(eager).items():
+            torch.testing.assert_close(histories(compiled)[key], history, rtol=1e-5, atol=1e-6)
+
+
+def test_one_graph_without_breaks():
+    """What dynamo itself says about a layer's batch: one graph, no break. And it would say so of a break."""
+    model = tiny("llama")
+    prune_(model, ProbePruning(**PROBE), statistics("llama"), **SETTINGS)
+    seen = {}
+
+    def explain(*arguments):
+        seen["result"] = torch._dynamo.explain(run_batch)(*arguments)
+        return run_batch(*arguments)
+
+    pruner = next(iter(pruners_of(model).values()))
+    pruner.run_batch = explain
+    with torch.inference_mode():
+        model(input_ids=ids(), use_cache=False)
+    assert (seen["result"].graph_count, seen["result"].graph_break_count) == (1, 0)
+
+    def broken(x):
+        return x * 2 if x.sum() > 0 else x
+
+    assert torch._dynamo.explain(broken)(torch.ones(2)).graph_break_count > 0
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
+def test_batches_of_one_shape_and_all_layers_share_one_graph(name):
+    eager, compiled, compilation = pair(name, ProbePruning(**PROBE))
+    agree(eager, compiled, {"input_ids": ids(seed=0)})
+    made = len(compilation.graphs)
+    assert made == 2, "one for the pruned layers, one for the skipped ones"
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (1, 2, 3):
+            agree(eager, compiled, {"input_ids": ids(seed=seed)})
+    assert len(compilation.graphs) == made
+    assert compilation.seconds > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_equals_eager(name):
+    eager, compiled, _ = pair(name, ProbePruning(**PROBE))
+    for batch in (
+        {"input_ids": ids(seed=1)},
+        {"input_ids": ids(seed=2)},
+        padded(ids(seed=3), left=3),
+        padded(ids(seed=4), left=3),
+    ):
+        agree(eager, compiled, batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GROUPED[:1])
+@pytest.mark.parametrize(
+    "method",
+    [
+        ProbePruning(attention_unit="query_head", **PROBE),
+        ProbePruning(probe_source="previous", **PROBE),
+        ProbePruning.best(),
+        FullBatchProbing(),
+        StaticPPsp(),
+    ],
+    ids=["query_head", "parallel", "best", "full_batch", "static"],
+)
+def test_other_methods_compile_too(name, method):
+    eager, compiled, _ = pair(name, method)
+    for seed in (1, 2):
+        agree(eager, compiled, {"input_ids": ids(seed=seed)})
+
+
+@pytest.mark.slow
+def test_packed_slices_compile_too():
+    eager, compiled, _ = pair("llama", ProbePruning(**PROBE), pack_slices=True)
+    for seed in (1, 2, 3):
+        agree(eager, compiled, {"input_ids": ids(seed=seed)})
+
+
+@pytest.mark.slow
+def test_other_sizes_share_one_more_graph():
+    eager, compiled, compilation = pair("llama", ProbePruning(**PROBE))
+    agree(eager, compiled, {"input_ids": ids(4, 24)})
+    made = len(compilation.graphs)
+    agree(eager, compiled, {"input_ids": ids(5, 22)})
+    assert len(compilation.graphs) == made + 2, "one for pruned layers and one for skipped ones"
+    agree(eager, compiled, {"input_ids": ids(6, 28)})
+    assert len(compilation.graphs) == made + 2
+    assert compilation.as_dict()["graphs"] == made + 2
+
+
+@pytest.mark.slow
+def test_layers_of_different_widths_share_graphs():
+    eager, compiled, compilation = pair("llama", FLAP(), round_to=1)
+    agree(eager, compiled, {"input_ids": ids(seed=1)})
+    shapes = {
+        tuple(weight.shape for weight in layer.parameters()) for layer in compiled.model.layers if layer is not None
+    }
+    assert len(shapes) > 3
+    made = len(compilation.graphs)
+    agree(eager, compiled, {"input_ids": ids(seed=2)})
+    assert len(compilation.graphs) == made
+
+
+@pytest.mark.slow
+def test_half_precision_keeps_what_eager_keeps():
+    models = [tiny("llama").bfloat16() for _ in range(2)]
+    from pp_lightning import calibrate
+    from tests.models import calibration_batches
+
+    stats = calibrate(copy.deepcopy(models[0]), calibration_batches(), progress=False)
+    for model in models:
+        prune_(model, ProbePruning(**PROBE), copy.deepcopy(stats), **SETTINGS)
+    compile_(models[1])
+    for seed in (1, 2):
+        with torch.inference_mode():
+            expected, found = (model(ids(seed=seed), use_cache=False).logits.float() for model in models)
+        assert (found - expected).abs().mean() < 0.02 * expected.abs().mean()
+    assert all(h.dtype == torch.float32 for h in histories(models[1]).values())
+
+
+def test_generation_goes_on_from_a_compiled_prompt():
+    eager, compiled, _ = pair("llama", ProbePruning(**PROBE))
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(compiled.generate(ids(2, 12), **settings), eager.generate(ids(2, 12), **settings))
+
+
+def test_it_can_be_undone():
+    dense, compiled, _ = pair("llama", ProbePruning(**PROBE))
+    with pytest.raises(UserError, match="uncompile_ it first"):
+        unprune_(compiled)
+    with pytest.raises(UserError, match="compiled already"):
+        compile_(compiled)
+    uncompile_(compiled)
+    with pytest.raises(UserError, match="compile_ it first"):
+        uncompile_(compiled)
+    unprune_(compiled)
+    unprune_(dense)
+    assert all("forward" not in vars(layer) for layer in compiled.model.layers)
+    compile_(compiled)
+    with pytest.raises(UserError, match="uncompile_ it first"):
+        prune_(compiled, FullBatchProbing(), **SETTINGS)
