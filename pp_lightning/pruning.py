@@ -123,8 +123,10 @@ def prune_(
     if isinstance(method, DynamicMethod):
         pruning = _prune_dynamic(model, architecture, shape, method, plan, keep, stats, release_stats, pack_slices)
     else:
-        assert isinstance(method, StaticMethod) and stats is not None
-        pruning = _prune_static(model, architecture, shape, method, plan, keep, stats, keep_dense)
+        assert isinstance(method, StaticMethod)
+        pruning = _prune_static(
+            model, architecture, shape, method, plan, keep, stats or Statistics(model=""), keep_dense
+        )
     setattr(model, _ATTRIBUTE, pruning)
 
 

@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -63,6 +64,14 @@ class PruningMethod(ABC):
     def allocates(self) -> bool:
         """Whether the method itself counts what stays in each layer."""
         return False
+
+    def with_uniform_counts(self) -> Self:
+        """The method with the same counts in every pruned layer."""
+        if self.allocation == "uniform":
+            return self
+        method = copy(self)
+        method.allocation = "uniform"
+        return method
 
     def settings(self) -> dict[str, object]:
         """The settings by name, in plain types, for result files."""
