@@ -14,6 +14,7 @@ from export.costs import Costs
 from export.folder import RECORD
 from export.graph import Graph
 from export.verify import Agreement
+from pp_lightning.evidence import Evidence
 from pp_lightning.pruning import is_pruned, pruning_of
 from pp_lightning.statistics import Statistics
 
@@ -43,14 +44,16 @@ def pruning_record(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def calibration_record(statistics: Statistics) -> dict[str, Any]:
+def calibration_record(evidence: Evidence) -> dict[str, Any]:
     """What tells one calibration from another."""
-    return {
-        "model": statistics.model,
-        "batches": statistics.num_batches,
-        "batches_digest": statistics.batches_digest,
-        "positions": statistics.num_positions,
-    }
+    record: dict[str, Any] = {"evidence": evidence.called, "model": evidence.model}
+    if isinstance(evidence, Statistics):
+        record |= {
+            "batches": evidence.num_batches,
+            "batches_digest": evidence.batches_digest,
+            "positions": evidence.num_positions,
+        }
+    return record
 
 
 def graph_record(graph: Graph, runs_in: str) -> dict[str, Any]:

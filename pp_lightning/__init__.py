@@ -5,10 +5,13 @@ The library needs torch and transformers only; Lightning and the command line ar
 
 from pp_lightning.calibration import calibrate
 from pp_lightning.errors import UserError
+from pp_lightning.gradients import taylor_importances
+from pp_lightning.importances import Importances
 from pp_lightning.pruning import KeptUnits, frozen_history, kept_units, prune_, unprune_
 from pp_lightning.statistics import Statistics
 
 __all__ = [
+    "Importances",
     "KeptUnits",
     "Statistics",
     "UserError",
@@ -16,5 +19,6 @@ __all__ = [
     "frozen_history",
     "kept_units",
     "prune_",
+    "taylor_importances",
     "unprune_",
 ]

@@ -1,6 +1,6 @@
 """Prune a transformers model in place, look at its choices, and undo it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +14,8 @@ from pp_lightning.allocation import spread
 from pp_lightning.architectures import Architecture, ModelShape, architecture_of, shape_of
 from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, block_modules
 from pp_lightning.errors import UserError
+from pp_lightning.evidence import Evidence
+from pp_lightning.importances import Importances
 from pp_lightning.methods.base import AllocationName, BlockToPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import Plan, make_plan
@@ -24,6 +26,10 @@ from pp_lightning.pruned.slices import SlicedBlock, restore_block, slice_block
 from pp_lightning.statistics import BlockKey, Statistics
 
 _ATTRIBUTE = "_pp_lightning"
+_SOURCES = {
+    Statistics: "calibration statistics: pass the result of calibrate()",
+    Importances: "importances: pass the result of taylor_importances() or lora_importances()",
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Pruning:
         keep: units that stay, for every pruned block (FLAP's differ from layer to layer).
         context: shared by the layers of a dynamically pruned model; None for a static method.
         choices: the kept units of a static method.
+        biases: what it added to the outputs of its blocks, where anything.
     """
 
     method: PruningMethod
@@ -56,6 +63,7 @@ class Pruning:
     keep: dict[BlockKey, int]
     context: BatchContext | None = None
     choices: dict[BlockKey, Tensor] = field(default_factory=dict)
+    biases: dict[BlockKey, Tensor] = field(default_factory=dict)
     _sliced: dict[BlockKey, SlicedBlock] = field(default_factory=dict)
     _hooks: list[RemovableHandle] = field(default_factory=list)
     _can_undo: bool = True
@@ -64,7 +72,7 @@ class Pruning:
 def prune_(
     model: PreTrainedModel,
     method: PruningMethod,
-    stats: Statistics | None = None,
+    evidence: Evidence | None = None,
     *,
     pruning_ratio: float,
     skip_layers: Sequence[int] = (0, 1, 2),
@@ -84,7 +92,8 @@ def prune_(
     Args:
         model: LLaMA, Mistral, Qwen2, Qwen3 or OPT, with SDPA (or eager) attention.
         method: one of :mod:`pp_lightning.methods`.
-        stats: from :func:`calibrate`; may be None where the method needs none.
+        evidence: what ``method.evidence`` says: statistics from :func:`calibrate` for most methods, importances for
+            LLM-Pruner and LoRAPrune; may be None where the method needs none.
         pruning_ratio: fraction of units removed over the whole model, in [0, 1).
         skip_layers: layers left dense; the others lose more to make up for them. With ``allocation="global"`` they
             only say, through the uniform plan, how much is saved: no layer is skipped by rule.
@@ -95,13 +104,13 @@ def prune_(
             over the units of all layers decides at the same FLOPs; None takes the method's own.
         floor: fraction of its units that every block keeps under ``global``.
         keep_dense: keep a static method's dense weights for :func:`unprune_`. False saves their memory.
-        release_stats: empty ``stats`` while pruning, so that a history never exists twice.
+        release_stats: empty a dynamic method's statistics while pruning, so that a history never exists twice.
         pack_slices: with a dynamic method, keep every block's slice between batches and copy only what the next choice
             changes: faster for small batches on a CPU, and costs the memory of all slices.
 
     Raises:
-        UserError: the model is not supported or already pruned, the ratios leave nothing, or ``stats`` are missing, of
-            another model, or do not cover what is needed.
+        UserError: the model is not supported or already pruned, the ratios leave nothing, or ``evidence`` is missing,
+            of another kind or model, or does not cover what is needed.
     """
     architecture, shape = architecture_of(model.config), shape_of(model.config)
     if hasattr(model, _ATTRIBUTE):
@@ -115,18 +124,15 @@ def prune_(
         skip_layers=skip_layers,
         round_to=round_to,
     )
-    if method.needs_statistics:
-        if stats is None:
-            raise UserError(f"{type(method).__name__} needs calibration statistics: pass the result of calibrate()")
-        stats.check_model(model)
+    _check_evidence(model, method, evidence)
+    stats = evidence if isinstance(evidence, Statistics) else None
     plan, keep = spread(plan, method, _output_weights(model, architecture), stats, allocation, floor)
     if isinstance(method, DynamicMethod):
         pruning = _prune_dynamic(model, architecture, shape, method, plan, keep, stats, release_stats, pack_slices)
     else:
         assert isinstance(method, StaticMethod)
-        pruning = _prune_static(
-            model, architecture, shape, method, plan, keep, stats or Statistics(model=""), keep_dense
-        )
+        found = Statistics(model="") if evidence is None else evidence
+        pruning = _prune_static(model, architecture, shape, method, plan, keep, found, keep_dense)
     setattr(model, _ATTRIBUTE, pruning)
 
 
@@ -209,6 +215,41 @@ def pruners_of(model: PreTrainedModel) -> dict[int, LayerPruner]:
     return {i: p for i, layer in enumerate(layers) if isinstance(p := getattr(layer, "pruner", None), LayerPruner)}
 
 
+def blocks_to_prune(
+    model: PreTrainedModel, plan: Plan, keep: Mapping[BlockKey, int] | None = None
+) -> list[BlockToPrune]:
+    """What a static method has to choose in, layer by layer: the blocks that lose something.
+
+    Args:
+        model: dense.
+        plan: layers and ratios.
+        keep: units that stay in each block; None takes the plan's uniform counts.
+
+    Raises:
+        UserError: single query heads of grouped ones are asked for.
+    """
+    if shape_of(model.config).grouped and plan.unit is AttentionUnit.QUERY_HEAD:
+        raise UserError("static methods remove whole key/value groups of this model: use attention_unit=kv_group")
+    architecture = architecture_of(model.config)
+    layers = architecture.layers_of(model)
+    return [
+        BlockToPrune(index, block, block_modules(architecture, layers[index], block.block).output_weight)
+        for index in plan.layers
+        for block in (plan.blocks if keep is None else _counted(plan, keep, index))
+        if block.ratio > 0
+    ]
+
+
+def _check_evidence(model: PreTrainedModel, method: PruningMethod, evidence: Evidence | None) -> None:
+    """Refuse evidence that is missing, or of another kind or model."""
+    if not method.needs_statistics:
+        return
+    if not isinstance(evidence, method.evidence):
+        name, wanted = type(method).__name__, method.evidence
+        raise UserError(f"{name} needs {_SOURCES.get(wanted, wanted.called)}")
+    evidence.check_model(model)
+
+
 def _prune_dynamic(
     model: PreTrainedModel,
     architecture: Architecture,
@@ -257,7 +298,7 @@ def _output_weights(model: PreTrainedModel, architecture: Architecture) -> dict[
     return {(i, b): block_modules(architecture, layer, b).output_weight for i, layer in layers for b in Block}
 
 
-def _counted(plan: Plan, keep: dict[BlockKey, int], layer: int) -> tuple[BlockPlan, BlockPlan]:
+def _counted(plan: Plan, keep: Mapping[BlockKey, int], layer: int) -> tuple[BlockPlan, BlockPlan]:
     """The plan of a layer's attention and of its MLP block, with the counts of that layer."""
     attention, mlp = (replace(block, keep=keep[layer, block.block]) for block in plan.blocks)
     return attention, mlp
@@ -270,27 +311,21 @@ def _prune_static(
     method: StaticMethod,
     plan: Plan,
     keep: dict[BlockKey, int],
-    stats: Statistics,
+    evidence: Evidence,
     keep_dense: bool,
 ) -> Pruning:
-    if shape.grouped and plan.unit is AttentionUnit.QUERY_HEAD:
-        raise UserError("static methods remove whole key/value groups of this model: use attention_unit=kv_group")
     layers = architecture.layers_of(model)
     pruning = Pruning(method, plan, {}, _can_undo=keep_dense)
-    todo = []
     for index in plan.layers:
-        for block in _counted(plan, keep, index):
-            if block.ratio > 0:
-                todo.append(
-                    BlockToPrune(index, block, block_modules(architecture, layers[index], block.block).output_weight)
-                )
-            else:
-                pruning.choices[index, block.block] = torch.arange(block.units.number)
+        whole = [block for block in plan.blocks if block.ratio == 0]
+        pruning.choices |= {(index, block.block): torch.arange(block.units.number) for block in whole}
     with torch.no_grad():
-        for target, choice in method.choose(todo, stats):
+        for target, choice in method.choose(blocks_to_prune(model, plan, keep), evidence):
             layer = layers[target.layer]
             sliced = slice_block(layer, architecture, shape, target.plan, choice)
             pruning.choices[target.key] = choice.kept
+            if choice.bias is not None:
+                pruning.biases[target.key] = choice.bias
             if keep_dense:
                 pruning._sliced[target.key] = sliced
     pruning.keep = {key: len(kept) for key, kept in pruning.choices.items()}

@@ -1,22 +1,18 @@
 """Calibration statistics: sums over a calibration set, kept as a file of safetensors."""
 
-import hashlib
-import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
+from pp_lightning.evidence import Evidence, fingerprint
 
-FORMAT = "pp-lightning statistics 2"
-_SAMPLES_PER_WEIGHT = 64
+__all__ = ["BlockKey", "BlockSums", "Statistics", "fingerprint"]
+
 _NO_MEANS = "these statistics have no means, which this method needs: calibrate(..., means=True)"
 
 BlockKey = tuple[int, Block]
@@ -36,7 +32,7 @@ class BlockSums:
 
 
 @dataclass
-class Statistics:
+class Statistics(Evidence):
     """What one dense pass over a calibration set leaves behind.
 
     Attributes:
@@ -47,6 +43,10 @@ class Statistics:
         num_batches: batches seen.
         batches_digest: SHA-256 (hex) over the batches seen, in order.
     """
+
+    called: ClassVar[str] = "statistics"
+    verb: ClassVar[str] = "calibrate"
+    form: ClassVar[str] = "pp-lightning statistics 2"
 
     model: str
     counts: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -106,17 +106,6 @@ class Statistics:
         """E[x^2] summed over positions: (C,) float32."""
         return (self._of(layer, block).squares / self.counts.clamp(min=1.0)[:, None]).sum(0)
 
-    def check_model(self, model: PreTrainedModel) -> None:
-        """Refuse statistics of another model.
-
-        Raises:
-            UserError: the fingerprints differ.
-        """
-        if self.model != fingerprint(model):
-            raise UserError(
-                "these statistics were collected on another model, or on this one in another dtype: calibrate it"
-            )
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file; an existing one is replaced only when the new one is complete."""
         tensors = {"counts": self.counts}
@@ -126,11 +115,7 @@ class Statistics:
                 tensors[f"{layer}.{block.value}.values"] = sums.values
             tensors[f"{layer}.{block.value}.residual"] = self.residuals[layer, block]
         header = {"model": self.model, "num_batches": self.num_batches, "batches_digest": self.batches_digest}
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".{target.name}.unfinished")
-        save_file(tensors, unfinished, metadata={"format": FORMAT, "statistics": json.dumps(header)})
-        os.replace(unfinished, target)
+        self._write(path, header, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Statistics":
@@ -139,15 +124,8 @@ class Statistics:
         Raises:
             UserError: there is no such file, or it is not one of ours.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise UserError(f"{path} is not a statistics file of this version: calibrate again")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read statistics from {path}: {error}") from error
-        statistics = cls(counts=tensors.pop("counts"), **json.loads(metadata["statistics"]))
+        header, tensors = cls._read(path)
+        statistics = cls(counts=tensors.pop("counts"), **header)
         for key in [key for key in tensors if key.endswith(".squares")]:
             layer, block, _ = key.split(".")
             sums = BlockSums(tensors[key], tensors.get(f"{layer}.{block}.values"))
@@ -160,14 +138,3 @@ class Statistics:
             return self.sums[layer, block]
         except KeyError:
             raise UserError(f"these statistics do not cover the {block.value} block of layer {layer}") from None
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """A digest that tells models apart: SHA-256 over every weight's name, shape, dtype and a sample of its values."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        step = max(1, flat.numel() // _SAMPLES_PER_WEIGHT)
-        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        digest.update(flat[::step][:_SAMPLES_PER_WEIGHT].float().cpu().numpy().tobytes())
-    return digest.hexdigest()

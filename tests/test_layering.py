@@ -15,23 +15,26 @@ LAYERS = [
     {"errors"},
     {"records", "functional"},
     {"architectures", "blocks"},
+    {"evidence"},
     {"statistics"},
+    {"importances"},
     {"methods"},
     {"plan"},
     {"allocation"},
     {"pruned"},
     {"pruning"},
     {"freezing"},
-    {"calibration"},
+    {"calibration", "gradients"},
     {"compilation"},
     {"flops", "checkpoints"},
     {"benchmark"},
     {"data"},
     {"commonsense"},
+    {"recovery"},
     {"app"},
 ]
 # Above the library proper: these may import it, it may not import them, and may import heavy packages.
-TOP = {"data", "commonsense", "app"}
+TOP = {"data", "commonsense", "recovery", "app"}
 HEAVY = {
     "datasets",
     "jsonargparse",

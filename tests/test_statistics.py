@@ -76,7 +76,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("pp_lightning.statistics.save_file", fail)
+    monkeypatch.setattr("pp_lightning.evidence.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         small().save(path)
     assert path.read_bytes() == before
@@ -105,7 +105,7 @@ def test_truncated_file(tmp_path):
 def test_some_other_safetensors_file(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match="is not a statistics file of this version: calibrate again"):
+    with pytest.raises(UserError, match="holds no statistics of this version: calibrate again"):
         Statistics.load(path)
 
 

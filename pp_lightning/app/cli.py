@@ -20,6 +20,7 @@ from pp_lightning.app.progress import EvaluationProgress
 from pp_lightning.app.report import comma_separated, grids, markdown, plot, show
 from pp_lightning.app.results import Comparison
 from pp_lightning.app.trainer import PruningTrainer
+from pp_lightning.app.training import train_recovery
 from pp_lightning.commonsense import CommonsenseData
 from pp_lightning.data import LanguageModelling
 from pp_lightning.data.base import EvaluationData
@@ -33,6 +34,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_checkpointing": False,
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # the data module shares out whole batches itself, none twice
+    "inference_mode": False,  # its tensors could not be trained on in the next row of a comparison
 }
 
 
@@ -41,7 +43,7 @@ COMMANDS = {
     "compare": "Evaluate the dense model and several methods and ratios in one run: one table, one plot.",
     "export": "Write a pruned model as a checkpoint or a graph that unmodified tools load, and check that they do.",
     "ablate": "Answer questions about the method, each by variants that differ in one thing, over several seeds.",
-    "fit": "Train a causal language model on --data.train and write it as a transformers checkpoint.",
+    "fit": "Train on --data.train: a dense model, or with --model.recovery the adapters of a pruned one.",
 }
 
 DATA = {
@@ -146,11 +148,22 @@ class PruningCLI(LightningCLI):
             ablation_report.plot(question, own, caption, self.out / f"ablation-{name}.png")
         show(grids, f"{caption}\nwritten to {self.out}/ablation.json, .csv, .md and a picture a question")
 
+    def fit(self, model: PrunedLM, datamodule: EvaluationData, **options: Any) -> None:
+        """Train: the dense model, or adapters of a pruned one; an interrupted recovery goes on from its ``--out``."""
+        if model.recovery is not None:
+            train_recovery(self.trainer, model, datamodule)
+        else:
+            self.trainer.fit(model, datamodule=datamodule, **options)
+
     def after_fit(self) -> None:
-        """Write the trained model as a transformers checkpoint in bfloat16."""
-        if self.trainer.is_global_zero:
+        """Write the trained model as a transformers checkpoint in bfloat16; adapters are written already."""
+        if not self.trainer.is_global_zero:
+            return
+        if self.model.recovery is None:
             self.model.model.bfloat16().save_pretrained(self.out)
             self.model.tokenizer.save_pretrained(self.out)
+        else:
+            print(f"written to {self.out}: evaluate it with pp-lightning test --model.recovered {self.out}")
 
     def _write(self, rows: list[Comparison]) -> None:
         if not self.trainer.is_global_zero:
@@ -261,3 +274,5 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*treespec.*is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's business
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")

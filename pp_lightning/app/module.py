@@ -1,15 +1,19 @@
 """The LightningModule: a causal language model, trained dense or evaluated pruned."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
+from pp_lightning.app.evidence import importances_for
+from pp_lightning.app.recovery import RecoveryRun, described, recovery_callbacks
 from pp_lightning.app.results import Evaluation
 from pp_lightning.app.scoring import Scoring, scoring_for
 from pp_lightning.architectures import shape_of
@@ -19,12 +23,15 @@ from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import first_batch
 from pp_lightning.data.windows import Batch
 from pp_lightning.errors import UserError
+from pp_lightning.evidence import Evidence
 from pp_lightning.freezing import choice_for
+from pp_lightning.importances import Importances
 from pp_lightning.methods import DynamicMethod, PruningMethod
 from pp_lightning.methods.base import AllocationName
 from pp_lightning.methods.frozen import FrozenOnHistory
 from pp_lightning.plan import make_plan
 from pp_lightning.pruning import is_pruned, prune_, pruning_of, unprune_
+from pp_lightning.recovery import Adapters, Recovered, Recovery
 from pp_lightning.statistics import Statistics
 
 FrozenOn = Literal["history", "text"]
@@ -82,6 +89,10 @@ class PrunedLM(L.LightningModule):
         learning_rate: peak learning rate of ``fit`` (AdamW, linear warm-up, cosine decay).
         warmup_steps: optimiser steps of linear warm-up.
         weight_decay: AdamW's decoupled weight decay.
+        recovery: fine-tune the model pruned by a static ``method`` with low-rank adapters, instead of training all
+            weights of the dense model; with settings of its own. Needs peft.
+        recovered: a folder that ``fit`` with ``recovery`` wrote: evaluate that model, adapters merged. It brings its
+            method and ratios.
     """
 
     def __init__(
@@ -105,6 +116,8 @@ class PrunedLM(L.LightningModule):
         learning_rate: float = 1e-3,
         warmup_steps: int = 100,
         weight_decay: float = 0.1,
+        recovery: Recovery | None = None,
+        recovered: str | None = None,
     ) -> None:
         super().__init__()
         self.path = path
@@ -122,13 +135,24 @@ class PrunedLM(L.LightningModule):
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay
+        self.recovery = recovery
+        self.recovered: Recovered | None = None
         self.reuse = False
         self.label = "dense" if method is None else method.label
         self.tokenizer = load_tokenizer(path, pad_token)
         self.model = new_model(path) if from_scratch else load_model(path, dtype, allow_pickle=allow_pickle)
         self.evaluation: Evaluation | None = None
         self._statistics: Statistics | None = None
+        self._importances: dict[PruningMethod, Importances] = {}
         self._scoring: Scoring | None = None
+        self._adapters: Adapters | None = None
+        if recovery is not None:
+            recovery.check()
+        self._run: RecoveryRun | None = None
+        if recovered is not None:
+            if method is not None:
+                raise UserError("recovered brings its own method: leave out --model.method")
+            self.use_recovered(Recovered.load(recovered))
 
     @property
     def data(self) -> EvaluationData:
@@ -140,6 +164,8 @@ class PrunedLM(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Get ready for the trainer's data."""
         self.prepare(self.data)
+        if stage == "fit" and self.recovery is not None:
+            self._start_recovery(self.recovery)
 
     def prepare(self, data: EvaluationData) -> None:
         """Hand the tokenizer to the data module, and check before any work what can be checked."""
@@ -150,6 +176,12 @@ class PrunedLM(L.LightningModule):
             raise UserError(f"{asked} exceed the model's {limit} positions: lower --data.window")
         self.check_plan(self.method, self.pruning_ratio)
 
+    def use_recovered(self, recovered: Recovered) -> None:
+        """Evaluate this recovered model from now on."""
+        self.recovered, self.method, self.label = recovered, recovered.method, recovered.label
+        for name, amount in recovered.amounts.items():
+            setattr(self, name, amount)
+
     def check_plan(self, method: PruningMethod | None, pruning_ratio: float) -> None:
         """Refuse impossible ratios before any work is done.
 
@@ -159,19 +191,22 @@ class PrunedLM(L.LightningModule):
         if method is not None:
             make_plan(shape_of(self.model.config), self._settled(method), **self._amounts(pruning_ratio))
 
-    def prune(self, data: EvaluationData) -> Statistics | None:
-        """Calibrate on ``data``, if the method needs it, and prune; returns the statistics used."""
+    def prune(self, data: EvaluationData) -> Evidence | None:
+        """Prune, with adapters merged where there are some; returns what was chosen from, collected on ``data``."""
         assert self.method is not None
         method, amounts = self._settled(self.method), self._amounts(self.pruning_ratio)
-        statistics = self._calibrated(data) if method.needs_statistics or self._ranks_globally(method) else None
+        evidence = self._evidence(method, data)
         allocation: _Allocation = {"allocation": self._allocation, "floor": self.floor}
         if self.frozen_on == "text" and isinstance(method, DynamicMethod):
-            prune_(self.model, method, statistics, **amounts, **allocation)
+            prune_(self.model, method, evidence, **amounts, **allocation)
             method = choice_for(self.model, first_batch(data))
             unprune_(self.model)
         keep = {"keep_dense": self.reuse, "release_stats": not self.reuse}
-        prune_(self.model, method, statistics, **amounts, **allocation, **keep)
-        return statistics
+        prune_(self.model, method, evidence, **amounts, **allocation, **keep)
+        if self.recovered is not None:
+            self._adapters = self.recovered.attach(self.model)
+            self._adapters.merge()
+        return evidence
 
     def read_statistics(self) -> bool:
         """Take the statistics file as it stands, if there is one: what needs no calibration text at hand.
@@ -186,7 +221,7 @@ class PrunedLM(L.LightningModule):
         return True
 
     def on_test_start(self) -> None:
-        """Calibrate, if the method needs it, and prune."""
+        """Prune, with all that it takes."""
         self.evaluation = None
         if self.method is not None:
             self.prune(self.data)
@@ -209,19 +244,23 @@ class PrunedLM(L.LightningModule):
             pruning_ratio=self.pruning_ratio if self.method else 0.0,
             flops=self._scoring.flops_ratios(),
             kept=self._kept_counts(),
-            settings={} if self.method is None else self.method.settings(),
+            settings=self._settings(),
             **self._scoring.figures(),
         )
         self.log_dict(self.evaluation.single_numbers(), rank_zero_only=True)
 
     def on_test_end(self) -> None:
         """Leave the dense model behind where more rows follow."""
+        if self.reuse and self._adapters is not None:
+            self._adapters.detach()
+        self._adapters = None
         if self.reuse and is_pruned(self.model):
             unprune_(self.model)
 
     def forget_statistics(self) -> None:
         """Calibrate anew when statistics are next needed: the data's seed has changed."""
         self._statistics = None
+        self._importances.clear()
 
     def on_fit_start(self) -> None:
         """Train in training mode: checkpoints are loaded for evaluation."""
@@ -239,8 +278,51 @@ class PrunedLM(L.LightningModule):
         predicted = int((batch["labels"][:, 1:] >= 0).sum())
         self.log("val_loss", loss, prog_bar=True, batch_size=predicted, sync_dist=True)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """With recovery: the steps that it takes, and a checkpoint to go on from."""
+        return [] if self.recovery is None else recovery_callbacks(self.run, self.out, self.recovery)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With recovery, a checkpoint has adapters and masks only; they are in its callback's state."""
+        if self.recovery is not None:
+            checkpoint["state_dict"] = {}
+
+    @property
+    def out(self) -> Path:
+        """The output folder."""
+        return Path(self.trainer.default_root_dir)
+
+    def run(self) -> RecoveryRun:
+        """The recovery training that is under way."""
+        assert self._run is not None, "only while fit runs with recovery"
+        return self._run
+
+    def end_recovery(self, save: bool) -> None:
+        """Give the dense model back, after writing the result if it is complete.
+
+        Raises:
+            UserError: the training stopped before its end.
+        """
+        run, self._run, done = self._run, None, self.trainer.global_step
+        if run is None:
+            return
+        try:
+            if save and done < run.total_steps:
+                raise UserError(f"the training stopped at step {done} of {run.total_steps}: run it again to go on")
+            if save and self.trainer.is_global_zero:
+                run.save()
+        finally:
+            run.leave()
+
+    def recovery_settings(self, recovery: Recovery, steps: int) -> dict[str, dict[str, Any]]:
+        """What a recovery with the present method and ratios would keep about itself, in plain types."""
+        assert self.method is not None
+        return described(self.method, dict(self._amounts(self.pruning_ratio)), recovery, steps)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with decay on matrices only; linear warm-up, then cosine to zero at the last step."""
+        """With recovery its own; else AdamW with decay on matrices only, linear warm-up, then cosine to zero."""
+        if self._run is not None:
+            return self._run.optimizer()
         decayed = [p for p in self.model.parameters() if p.requires_grad and p.dim() >= 2]
         plain = [p for p in self.model.parameters() if p.requires_grad and p.dim() < 2]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -272,6 +354,53 @@ class PrunedLM(L.LightningModule):
         if self.frozen_on == "history" and isinstance(method, DynamicMethod):
             method = FrozenOnHistory(method)
         return method
+
+    def _start_recovery(self, recovery: Recovery) -> None:
+        """Prune, or get ready to, and attach adapters: before the optimiser is made and a checkpoint is read."""
+        if self.allocation == "global":
+            raise UserError("recovery has the same ratio in every layer: leave out --model.allocation")
+        limit = self.model.config.max_position_embeddings
+        if self.data.train_window > limit:
+            asked = f"training windows of {self.data.train_window} tokens"
+            raise UserError(f"{asked} exceed the model's {limit} positions: lower the window of --data.train")
+        self.model.to(self.trainer.strategy.root_device)
+        self.strict_loading = False  # a checkpoint has no dense weights
+        self._run = RecoveryRun(
+            self.model,
+            self.method,
+            dict(self._amounts(self.pruning_ratio)),
+            recovery,
+            partial(self._evidence, data=self.data),
+            self.out,
+            total_steps=self.trainer.max_steps,
+            seed=self.data.seed,
+        )
+
+    def _evidence(self, method: PruningMethod, data: EvaluationData) -> Evidence | None:
+        """What the method chooses from: the same in every process."""
+        if self.recovered is not None:
+            return self.recovered.choices
+        if method.evidence is Importances:
+            return self._gradient_importances(method, data)
+        return self._calibrated(data) if method.needs_statistics or self._ranks_globally(method) else None
+
+    def _gradient_importances(self, method: PruningMethod, data: EvaluationData) -> Importances:
+        if method not in self._importances:
+            found: Importances | None = None
+            if self.trainer.is_global_zero:
+                plan = make_plan(shape_of(self.model.config), method, **self._amounts(self.pruning_ratio))
+                shown = self.trainer.progress_bar_callback is not None
+                found = importances_for(method, self.model, data, plan.layers, shown)
+            found = self.trainer.strategy.broadcast(found)
+            assert found is not None
+            self._importances[method] = found
+        return self._importances[method]
+
+    def _settings(self) -> dict[str, object]:
+        if self.recovered is not None:
+            about = self.recovered.choices.about
+            return {**about["settings"], "recovery": about["recovery"]}
+        return {} if self.method is None else self.method.settings()
 
     def _calibrated(self, data: EvaluationData) -> Statistics:
         """Statistics for the method: from this run, from the file, or from a new pass over the calibration text."""

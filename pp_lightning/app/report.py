@@ -21,6 +21,13 @@ NAMES = {
     "ppsp": "static PPsp",
     "flap": "FLAP",
     "wanda_sp": "Wanda-sp",
+    "llm_pruner": "LLM-Pruner",
+    "lora_prune": "LoRAPrune",
+    "ppsp_lora": "static PPsp, LoRA",
+    "flap_lora": "FLAP, LoRA",
+    "wanda_sp_lora": "Wanda-sp, LoRA",
+    "llm_pruner_lora": "LLM-Pruner, LoRA",
+    "lora_prune_lora": "LoRAPrune, LoRA",
 }
 
 HEADINGS = (

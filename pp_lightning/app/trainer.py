@@ -11,21 +11,29 @@ from pp_lightning.app.ablation.questions import QUESTIONS
 from pp_lightning.app.ablation.runner import Bench, checked_questions, measure
 from pp_lightning.app.exporting import ExportSettings, Format, export_pruned
 from pp_lightning.app.module import PrunedLM
-from pp_lightning.app.results import Comparison, Evaluation
+from pp_lightning.app.results import Comparison
+from pp_lightning.app.training import check_same, train_recovery
 from pp_lightning.checkpoints import Dtype
 from pp_lightning.data.base import EvaluationData
+from pp_lightning.data.training import Packed
 from pp_lightning.errors import UserError
-from pp_lightning.methods import METHODS, PruningMethod, method_named
+from pp_lightning.importances import Importances
+from pp_lightning.methods import METHODS, PruningMethod, StaticMethod, method_named
+from pp_lightning.recovery import Recovered, Recovery
 
-ALL_METHODS = list(METHODS)
+# By default what needs no gradients: LoRAPrune's need an extra package, and recovery needs to know its length.
+ALL_METHODS = [label for label, method in METHODS.items() if method.evidence is not Importances]
+RECOVERED = {f"{label}_lora": method for label, method in METHODS.items() if issubclass(method, StaticMethod)}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a comparison still to be evaluated."""
+    """One row of a comparison still to be evaluated: a method, at a ratio, with or without recovery."""
 
-    method: PruningMethod | None
-    pruning_ratio: float
+    label: str
+    method: PruningMethod | None = None
+    pruning_ratio: float = 0.0
+    recovery: Recovery | None = None
 
 
 class PruningTrainer(L.Trainer):
@@ -34,7 +42,7 @@ class PruningTrainer(L.Trainer):
     def compare(
         self,
         model: PrunedLM,
-        datamodule: L.LightningDataModule,
+        datamodule: EvaluationData,
         methods: list[str] = ALL_METHODS,
         ratios: list[float] = [0.2, 0.4],  # noqa: B006 (the command line's help shows it; never changed)
         variants: dict[str, PruningMethod] | None = None,
@@ -44,23 +52,29 @@ class PruningTrainer(L.Trainer):
         Args:
             model: the module; its own ``method`` and ``pruning_ratio`` are not used.
             datamodule: the data; calibration is run once.
-            methods: any of full_batch, pp, best (ours, not the paper's), ppsp, flap, wanda_sp.
+            methods: any of full_batch, pp, best (ours, not the paper's), ppsp, flap, wanda_sp, llm_pruner, lora_prune;
+                ``_lora`` behind a static one (llm_pruner_lora, lora_prune_lora, ...) trains adapters on
+                ``--data.train``, or on the calibration text, for ``--trainer.max_steps``. Models that were trained
+                into the same ``--out`` before are not trained again.
             ratios: fractions removed.
             variants: further rows by name: a method with settings of your own.
 
         Raises:
             UserError: an unknown method, or a ratio that leaves nothing.
         """
-        named = {name: method_named(name) for name in methods} | (variants or {})
-        rows = [Row(None, 0.0)] + [Row(method, ratio) for ratio in ratios for method in named.values()]
+        rows = [Row("dense"), *self._rows(methods, ratios, variants or {}, model.recovery)]
         for row in rows:
             model.check_plan(row.method, row.pruning_ratio)
-        labels = ["dense"] + [name for _ in ratios for name in named]
-        model.reuse = True
+        model.reuse, model.recovery = True, None
         done: list[Comparison] = []
-        for label, row in zip(labels, rows, strict=True):
-            evaluation = self._evaluate(model, datamodule, row, label)
-            done.append(Comparison.of(evaluation, done[0].evaluation if done else evaluation))
+        for row in rows:
+            model.recovered, model.method, model.pruning_ratio = None, row.method, row.pruning_ratio
+            model.label = row.label
+            if row.recovery is not None:
+                model.use_recovered(self._recover(model, datamodule, row.recovery))
+            self.test(model, datamodule=datamodule, verbose=False)
+            assert model.evaluation is not None
+            done.append(Comparison.of(model.evaluation, done[0].evaluation if done else model.evaluation))
         return done
 
     def ablate(
@@ -128,8 +142,54 @@ class PruningTrainer(L.Trainer):
         settings = ExportSettings(format, layout, dtype, kv_cache, overwrite, max_shard_size)
         export_pruned(model, datamodule, self.strategy.root_device, Path(self.default_root_dir), settings)
 
-    def _evaluate(self, model: PrunedLM, datamodule: L.LightningDataModule, row: Row, label: str) -> Evaluation:
-        model.method, model.pruning_ratio, model.label = row.method, row.pruning_ratio, label
-        self.test(model, datamodule=datamodule, verbose=False)
-        assert model.evaluation is not None
-        return model.evaluation
+    def _rows(
+        self,
+        methods: list[str],
+        ratios: list[float],
+        variants: dict[str, PruningMethod],
+        recovery: Recovery | None,
+    ) -> list[Row]:
+        """Every method at every ratio."""
+        named = {n: RECOVERED[n]() if n in RECOVERED else method_named(n) for n in methods} | variants
+        trained = {name: recovery or Recovery() for name in methods if name in RECOVERED}
+        if trained:
+            self._check_can_train()
+        return [Row(name, method, ratio, trained.get(name)) for ratio in ratios for name, method in named.items()]
+
+    def _check_can_train(self) -> None:
+        if self.max_steps < 1:
+            raise UserError("rows with recovery need to know how long to train: set --trainer.max_steps")
+        if self.world_size > 1:
+            raise UserError("compare trains in one process: run fit in several, then test with --model.recovered")
+
+    def _recover(self, model: PrunedLM, datamodule: EvaluationData, recovery: Recovery) -> Recovered:
+        """The recovered model of this row: trained now, or before into the same folder with the same settings."""
+        folder = Path(self.default_root_dir) / "recovered" / f"{model.label}-{model.pruning_ratio}"
+        if not Recovered.is_in(folder):
+            model.recovery = recovery
+            datamodule.train = datamodule.train or Packed([datamodule.calibration])
+            train_recovery(self._same_in(folder), model, datamodule)
+            model.recovery = None
+        recovered = Recovered.load(folder)
+        check_same(recovered, model, recovery, self.max_steps, folder)
+        return recovered
+
+    def _same_in(self, folder: Path) -> L.Trainer:
+        """A fresh trainer with this one's settings, for one training into ``folder``."""
+        device = self.strategy.root_device
+        return L.Trainer(
+            accelerator=device.type,
+            devices=1 if device.index is None else [device.index],
+            precision=self.precision,
+            max_steps=self.max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=self.accumulate_grad_batches,
+            gradient_clip_val=self.gradient_clip_val,
+            gradient_clip_algorithm=self.gradient_clip_algorithm,
+            limit_val_batches=0,
+            logger=False,
+            enable_model_summary=False,
+            enable_progress_bar=self.progress_bar_callback is not None,
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+        )

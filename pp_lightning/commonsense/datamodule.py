@@ -13,6 +13,7 @@ from pp_lightning.commonsense.rows import Question
 from pp_lightning.commonsense.tasks import TASK_NAMES, task_named
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.sources import C4, TextSource
+from pp_lightning.data.training import TrainingRows
 from pp_lightning.errors import UserError
 
 
@@ -32,7 +33,8 @@ class CommonsenseData(EvaluationData):
             keeps the order of the data set, as the published code does; dense and static models score the same.
         limit: only the first rows of each task; none takes all.
         calibration_samples: calibration windows. The paper uses 2000.
-        seed: of the calibration windows. Nothing else here is random.
+        seed: of the calibration windows, and of the order of training rows.
+        train: texts or rows that models with recovery are trained on.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class CommonsenseData(EvaluationData):
         limit: int | None = None,
         calibration_samples: int = 2000,
         seed: int = 0,
+        train: list[TextSource] | TrainingRows | None = None,
     ) -> None:
-        super().__init__(calibration or C4(), calibration_samples, 512 if window is None else window, batch_size, seed)
+        length = 512 if window is None else window
+        super().__init__(calibration or C4(), calibration_samples, length, batch_size, seed, train)
         if limit is not None and limit < 1:
             raise UserError("limit must be at least 1")
         self.path = path

@@ -7,8 +7,10 @@ from typing import Any
 import lightning as L
 from transformers import PreTrainedTokenizerBase
 
+from pp_lightning.data.order import Row, ShuffledBatches
 from pp_lightning.data.sources import TextSource
-from pp_lightning.data.windows import batched, document_windows
+from pp_lightning.data.training import Packed, TrainingRows
+from pp_lightning.data.windows import Batch, batched, collate_labelled, document_windows
 from pp_lightning.errors import UserError
 
 
@@ -21,13 +23,20 @@ class EvaluationData(L.LightningDataModule, ABC):
         window: tokens that the model is run on at most, and of a calibration window.
         batch_size: rows per batch.
         seed: of every random draw made here.
+        train: texts or rows to train on.
 
     Raises:
         UserError: a size is impossible.
     """
 
     def __init__(
-        self, calibration: TextSource, calibration_samples: int, window: int, batch_size: int, seed: int
+        self,
+        calibration: TextSource,
+        calibration_samples: int,
+        window: int,
+        batch_size: int,
+        seed: int,
+        train: list[TextSource] | TrainingRows | None = None,
     ) -> None:
         super().__init__()
         if window < 2 or batch_size < 1 or calibration_samples < 1:
@@ -37,25 +46,68 @@ class EvaluationData(L.LightningDataModule, ABC):
         self.window = window
         self.batch_size = batch_size
         self.seed = seed
+        self.train = train if isinstance(train, TrainingRows) else Packed(train) if train else None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._pad_id = 0
+        self._rows: list[Row] | None = None
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Tokenise with ``tokenizer`` from now on; the model that is evaluated brings it."""
+        if tokenizer is not self._tokenizer:
+            self._rows = None
         self._tokenizer = tokenizer
         # Padding is masked everywhere, so any valid id will do where a tokenizer has none.
         self._pad_id = int(tokenizer.pad_token_id or 0)
 
-    def calibration_batches(self) -> Sequence[Mapping[str, Any]]:
+    def calibration_batches(
+        self, samples: int | None = None, window: int | None = None, batch_size: int | None = None
+    ) -> Sequence[Mapping[str, Any]]:
         """All calibration batches: random windows of documents longer than the window, (B, S) each.
+
+        Args:
+            samples: how many windows; None takes ``calibration_samples``.
+            window: their tokens, never more than the data's own window; None takes that.
+            batch_size: rows a batch; None takes the data's.
 
         Raises:
             UserError: no document is long enough.
         """
-        windows = document_windows(
-            self.calibration.documents(), self._encode, self.window, self.calibration_samples, self.seed
+        length = min(window or self.window, self.window)
+        number = samples or self.calibration_samples
+        windows = document_windows(self.calibration.documents(), self._encode, length, number, self.seed)
+        return batched(windows, batch_size or self.batch_size, self._pad_id)
+
+    def train_dataloader(self) -> ShuffledBatches:
+        """This process's share of the training rows, shuffled.
+
+        Raises:
+            UserError: there is no training text, or too little.
+        """
+        rows, (rank, world) = self._training_rows()[self._training().held_out :], self.processes()
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
+        batch_size = self._training().batch_size or self.batch_size
+        needed = batch_size * world * accumulate
+        if len(rows) < needed:
+            raise UserError(f"there are {len(rows)} rows to train on and one step takes {needed}: use more text")
+        return ShuffledBatches(
+            rows, batch_size, self._pad_id, seed=self.seed, rank=rank, world=world, accumulate=accumulate
         )
-        return batched(windows, self.batch_size, self._pad_id)
+
+    def held_out_batches(self) -> list[Batch]:
+        """The training rows that are kept from training, in batches; empty where there are none."""
+        training = self._training()
+        rows = self._training_rows()[: training.held_out]
+        size = training.batch_size or self.batch_size
+        return [collate_labelled(rows[start : start + size], self._pad_id) for start in range(0, len(rows), size)]
+
+    @property
+    def train_window(self) -> int:
+        """Tokens of a training row at most."""
+        return self._training().window or self.window
+
+    def processes(self) -> tuple[int, int]:
+        """Rank of this process, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -66,6 +118,16 @@ class EvaluationData(L.LightningDataModule, ABC):
         """The tokenizer that :meth:`use_tokenizer` was given."""
         assert self._tokenizer is not None, "use_tokenizer comes first"
         return self._tokenizer
+
+    def _training(self) -> TrainingRows:
+        if self.train is None:
+            raise UserError("no training text: name at least one source in --data.train")
+        return self.train
+
+    def _training_rows(self) -> list[Row]:
+        if self._rows is None:
+            self._rows = self._training().rows(self._encode, self.train_window, self.tokenizer.eos_token_id)
+        return self._rows
 
     def _encode(self, text: str) -> list[int]:
         # verbose=False: a text is longer than any context by design; the warning about it would mislead

@@ -1,6 +1,6 @@
 """The LightningDataModule for language modelling: evaluation windows, calibration windows, training windows."""
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.sources import C4, TextSource, WikiText2
-from pp_lightning.data.windows import Batch, batched, collate, contiguous_windows, random_windows
+from pp_lightning.data.training import TrainingRows
+from pp_lightning.data.windows import Batch, batched, contiguous_windows, random_windows
 from pp_lightning.errors import UserError
 
 Protocol = Literal["contiguous", "paper"]
@@ -21,7 +22,8 @@ class LanguageModelling(EvaluationData):
     Args:
         text: the text to evaluate on.
         calibration: the text that the pruning statistics are collected on.
-        train: texts to train on; naming one twice doubles its weight. Only ``fit`` reads them.
+        train: texts to train on, packed end to end (naming one twice doubles its weight), or rows of another kind. Only
+            ``fit`` and rows with recovery read them.
         window: tokens per window; none takes 1024, as the paper does for text.
         batch_size: rows per batch. Dynamic pruning chooses per batch, so this is part of the result.
         calibration_samples: calibration windows. The paper uses 2000.
@@ -35,7 +37,7 @@ class LanguageModelling(EvaluationData):
         self,
         text: TextSource | None = None,
         calibration: TextSource | None = None,
-        train: list[TextSource] | None = None,
+        train: list[TextSource] | TrainingRows | None = None,
         window: int | None = None,
         batch_size: int = 20,
         calibration_samples: int = 2000,
@@ -43,9 +45,9 @@ class LanguageModelling(EvaluationData):
         seed: int = 0,
         limit_tokens: int | None = None,
     ) -> None:
-        super().__init__(calibration or C4(), calibration_samples, 1024 if window is None else window, batch_size, seed)
+        length = 1024 if window is None else window
+        super().__init__(calibration or C4(), calibration_samples, length, batch_size, seed, train)
         self.text = text or WikiText2()
-        self.train = train or []
         self.protocol: Protocol = protocol
         self.limit_tokens = limit_tokens
 
@@ -63,28 +65,14 @@ class LanguageModelling(EvaluationData):
         self._require(len(tokens) >= 2, len(tokens), 1)
         return batched(contiguous_windows(tokens, self.window), self.batch_size, self._pad_id)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled windows over all training texts, each document closed by the end-of-text token."""
-        if not self.train:
-            raise UserError("no training text: name at least one source in --data.train")
-        end = self.tokenizer.eos_token_id
-        ids: list[int] = []
-        for source in self.train:
-            for document in source.documents():
-                ids += [*self._encode(document), *([] if end is None else [end])]
-        windows = [piece for piece in torch.tensor(ids).split(self.window) if len(piece) == self.window]
-        self._require(len(windows) >= self.batch_size, len(ids), self.window * self.batch_size)
-        collate_rows = partial(collate, pad_id=self._pad_id)
-        return DataLoader(windows, self.batch_size, shuffle=True, drop_last=True, collate_fn=collate_rows)  # type: ignore[arg-type]
-
     def val_dataloader(self) -> DataLoader[Batch]:
-        """The evaluation batches: what ``fit`` reports its held-out loss on."""
-        return self.test_dataloader()
+        """What ``fit`` reports its held-out loss on: held-out rows if there are any, else the evaluation text."""
+        held_out = self.held_out_batches()
+        return self._shared_out(held_out) if held_out else self.test_dataloader()
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """This process's share of the evaluation batches: every batch once over all processes, none twice."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return DataLoader(self.test_batches()[rank::world], batch_size=None)  # type: ignore[arg-type]
+        return self._shared_out(self.test_batches())
 
     def describe(self) -> dict[str, Any]:
         """Settings and text digests, for ``results.json``."""
@@ -98,6 +86,10 @@ class LanguageModelling(EvaluationData):
             "text": self.text.describe(),
             "calibration": {"samples": self.calibration_samples, **self.calibration.describe()},
         }
+
+    def _shared_out(self, batches: Sequence[Batch]) -> DataLoader[Batch]:
+        rank, world = self.processes()
+        return DataLoader(batches[rank::world], batch_size=None)  # type: ignore[arg-type]
 
     def _tokens_of(self, source: TextSource) -> Tensor:
         return torch.tensor(self._encode(source.text()))

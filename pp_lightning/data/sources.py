@@ -4,12 +4,14 @@ import gzip
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pp_lightning.data.embedded import Kind, Part, embedded_documents
 from pp_lightning.errors import UserError
+
+T = TypeVar("T")
 
 
 class TextSource(ABC):
@@ -58,22 +60,26 @@ class WikiText2(TextSource):
 
 
 class C4(TextSource):
-    """C4 English: the first tenth of the hub's first training shard, or local json lines.
+    """C4 English: the start of the hub's first training shard, or local json lines.
 
     Args:
         path: a local ``.jsonl`` or ``.jsonl.gz`` file, one ``{"text": ...}`` a line (any data set in this form).
             None loads ``allenai/c4`` from the hub.
+        percent: how much of the hub's first training shard, from its start; not used for a local file.
     """
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | None = None, percent: int = 10) -> None:
+        if not 1 <= percent <= 100:
+            raise UserError(f"percent is how much of C4's first shard to read, 1 to 100, not {percent}")
         self.path = path
+        self.percent = percent
 
     def documents(self) -> Sequence[str]:
         """The documents in file order."""
         if self.path is not None:
             return list(_json_lines(self.path))
         shard = {"train": "en/c4-train.00000-of-01024.json.gz"}
-        return _hub_column("text", "allenai/c4", data_files=shard, split="train[:10%]")
+        return _hub_column("text", "allenai/c4", data_files=shard, split=f"train[:{self.percent}%]")
 
 
 class TextFile(TextSource):
@@ -141,11 +147,24 @@ def _text_field(path: str, number: int, line: str) -> str:
     return text
 
 
+def hub_rows(*args: str, split: str, **kwargs: Any) -> list[dict[str, Any]]:
+    """The rows of a data set of the hub; arguments as ``datasets.load_dataset`` takes them.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    return _hub(lambda rows: list(rows), *args, split=split, **kwargs)
+
+
 def _hub_column(column: str, *args: str, split: str, **kwargs: Any) -> list[str]:
+    return _hub(lambda rows: list(rows[column]), *args, split=split, **kwargs)
+
+
+def _hub(take: Callable[[Any], list[T]], *args: str, split: str, **kwargs: Any) -> list[T]:
     from datasets import load_dataset  # slow to import, and not needed for local files
 
     try:
-        return list(load_dataset(*args, split=split, **kwargs)[column])
+        return take(load_dataset(*args, split=split, **kwargs))
     except Exception as error:  # the hub client raises many unrelated types: offline, gated, renamed, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot load {args[0]} from the hub ({reason}): give a local file with .path") from error

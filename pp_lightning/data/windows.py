@@ -69,10 +69,17 @@ def document_windows(
 
 def collate(windows: Sequence[Tensor], pad_id: int) -> Batch:
     """Stack windows (S_i,) into one right-padded batch; padding is masked out of attention and labels."""
-    ids = torch.nn.utils.rnn.pad_sequence(list(windows), batch_first=True, padding_value=pad_id)
-    lengths = torch.tensor([len(window) for window in windows])
+    return collate_labelled([(window, window) for window in windows], pad_id)
+
+
+def collate_labelled(rows: Sequence[tuple[Tensor, Tensor]], pad_id: int) -> Batch:
+    """The same for rows of ids and labels, (S_i,) each."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([row for row, _ in rows], batch_first=True, padding_value=pad_id)
+    labels = pad([row for _, row in rows], batch_first=True, padding_value=IGNORED_LABEL)
+    lengths = torch.tensor([len(row) for row, _ in rows])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    return Batch(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, IGNORED_LABEL))
+    return Batch(input_ids=ids, attention_mask=mask, labels=labels)
 
 
 def batched(windows: Sequence[Tensor], batch_size: int, pad_id: int, *, drop_last: bool = False) -> list[Batch]:

@@ -7,12 +7,14 @@ from pp_lightning.methods.base import PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.methods.flap import FLAP
 from pp_lightning.methods.full_batch_probing import FullBatchProbing
+from pp_lightning.methods.llm_pruner import LLMPruner
+from pp_lightning.methods.lora_prune import LoRAPrune
 from pp_lightning.methods.probe_pruning import ProbePruning
 from pp_lightning.methods.static_ppsp import StaticPPsp
 from pp_lightning.methods.wanda_sp import WandaSP
 
 METHODS: Mapping[str, type[PruningMethod]] = {
-    method.label: method for method in (FullBatchProbing, ProbePruning, StaticPPsp, FLAP, WandaSP)
+    method.label: method for method in (FullBatchProbing, ProbePruning, StaticPPsp, FLAP, WandaSP, LLMPruner, LoRAPrune)
 }
 
 # Settings of these methods that have a name of their own.
@@ -37,6 +39,8 @@ __all__ = [
     "PRESETS",
     "DynamicMethod",
     "FullBatchProbing",
+    "LLMPruner",
+    "LoRAPrune",
     "ProbePruning",
     "PruningMethod",
     "StaticMethod",

@@ -4,13 +4,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from enum import Enum
+from typing import ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, Units
 from pp_lightning.errors import UserError
+from pp_lightning.evidence import Evidence
+from pp_lightning.functional.budget import rounded_up
 from pp_lightning.functional.selection import keep_best
 from pp_lightning.statistics import BlockKey, Statistics
 
@@ -18,6 +21,7 @@ BlockName = Literal["attention", "mlp"]
 UnitName = Literal["query_head", "kv_group"]
 AllocationName = Literal["uniform", "global"]
 BOTH_BLOCKS: tuple[BlockName, ...] = ("attention", "mlp")
+E = TypeVar("E", bound=Evidence)
 
 
 class PruningMethod(ABC):
@@ -29,12 +33,14 @@ class PruningMethod(ABC):
 
     Attributes:
         label: short name for tables and the command line.
-        needs_statistics: whether :func:`~pp_lightning.prune_` must be given calibration statistics.
+        needs_statistics: whether :func:`~pp_lightning.prune_` must be given something to choose from.
+        evidence: what that is: calibration statistics, or gradient importances.
         allocation: how the removed units are spread over the layers, unless :func:`~pp_lightning.prune_` is told.
     """
 
     label: ClassVar[str]
     needs_statistics: ClassVar[bool] = True
+    evidence: ClassVar[type[Evidence]] = Statistics
     allocation: AllocationName = "uniform"
 
     def __init__(
@@ -75,9 +81,8 @@ class PruningMethod(ABC):
 
     def settings(self) -> dict[str, object]:
         """The settings by name, in plain types, for result files."""
-        plain = dict(vars(self), blocks=[block.value for block in self.blocks])
-        plain["attention_unit"] = None if self.attention_unit is None else self.attention_unit.value
-        return plain
+        plain = {name: value.value if isinstance(value, Enum) else value for name, value in vars(self).items()}
+        return {**plain, "blocks": [block.value for block in self.blocks]}
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,23 @@ class BlockToPrune:
             raise UserError(f"scores of {block} are not finite: check the checkpoint's weights")
         return scores
 
+    def informative(self, scores: Tensor) -> Tensor:
+        """``scores``, or an error: where all are zero, any choice would be arbitrary.
+
+        Raises:
+            UserError: a score is NaN or infinite, or all are zero.
+        """
+        if not self.checked(scores).any():
+            block = f"the {self.plan.block.value} block of layer {self.layer}"
+            raise UserError(f"scores of {block} are all zero, any choice would be arbitrary: use other text or float32")
+        return scores
+
+    def rounded(self, kept: int) -> int:
+        """A count of kept units as it can be: at least one head, channels up to a multiple of ``round_to``."""
+        if self.plan.block is Block.ATTENTION:
+            return max(1, kept)
+        return rounded_up(kept, self.units.number, self.plan.round_to)
+
 
 @dataclass(frozen=True)
 class StaticChoice:
@@ -129,19 +151,17 @@ class StaticChoice:
     bias: Tensor | None = None
 
 
-class StaticMethod(PruningMethod):
-    """Chooses once, from calibration statistics."""
+class StaticMethod(PruningMethod, Generic[E]):
+    """Chooses once, from evidence of one kind: calibration statistics, or gradient importances."""
 
-    def choose(
-        self, blocks: Sequence[BlockToPrune], statistics: Statistics
-    ) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
+    def choose(self, blocks: Sequence[BlockToPrune], evidence: E) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
         """Choose for every block; all are scored before the first choice is given, so that a mistake changes nothing.
 
         The default scores each block with :meth:`unit_scores` and keeps the best ``keep`` of each.
         """
-        choices = [StaticChoice(keep_best(self.unit_scores(block, statistics), block.plan.keep)) for block in blocks]
+        choices = [StaticChoice(keep_best(self.unit_scores(block, evidence), block.plan.keep)) for block in blocks]
         yield from zip(blocks, choices, strict=True)
 
     @abstractmethod
-    def unit_scores(self, block: BlockToPrune, statistics: Statistics) -> Tensor:
+    def unit_scores(self, block: BlockToPrune, evidence: E) -> Tensor:
         """Scores (U,) float32 of a block's units; larger stays."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pp_lightning.blocks import Block
-from pp_lightning.functional.budget import rounded_up
 from pp_lightning.functional.scores import flap_column_scores, standardised, sum_over_units
 from pp_lightning.functional.selection import keep_best, unit_channels
 from pp_lightning.methods.base import (
@@ -22,7 +21,7 @@ from pp_lightning.methods.base import (
 from pp_lightning.statistics import Statistics
 
 
-class FLAP(StaticMethod):
+class FLAP(StaticMethod[Statistics]):
     """Static: removes what fluctuates least, with ratios per layer, and puts the removed channels' mean into a bias.
 
     Each block's metric (squared in attention) is standardised over its own columns; heads take the mean of theirs.
@@ -69,18 +68,18 @@ class FLAP(StaticMethod):
         return method
 
     def choose(
-        self, blocks: Sequence[BlockToPrune], statistics: Statistics
+        self, blocks: Sequence[BlockToPrune], evidence: Statistics
     ) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
         """Scores and counts for all blocks first, then one choice at a time."""
-        scores = [self.unit_scores(block, statistics) for block in blocks]
+        scores = [self.unit_scores(block, evidence) for block in blocks]
         keeps = [block.plan.keep for block in blocks] if self.uniform else global_counts(blocks, scores)
         for block, unit_scores, keep in zip(blocks, scores, keeps, strict=True):
             kept = keep_best(unit_scores, keep)
-            yield block, StaticChoice(kept, self._bias(block, kept, statistics) if self.bias else None)
+            yield block, StaticChoice(kept, self._bias(block, kept, evidence) if self.bias else None)
 
-    def unit_scores(self, block: BlockToPrune, statistics: Statistics) -> Tensor:
+    def unit_scores(self, block: BlockToPrune, evidence: Statistics) -> Tensor:
         """Standardised scores (U,) float32, comparable between blocks."""
-        mean, second = (moment.to(block.weight.device) for moment in statistics.channel_moments(*block.key))
+        mean, second = (moment.to(block.weight.device) for moment in evidence.channel_moments(*block.key))
         columns = flap_column_scores(block.weight, mean, second)
         if block.plan.block is Block.ATTENTION:
             columns = columns.square()
@@ -105,10 +104,4 @@ def global_counts(blocks: Sequence[BlockToPrune], scores: Sequence[Tensor]) -> l
     order = everything.argsort(stable=True)
     removed = order[costs[order].cumsum(0) <= budget]
     lost = torch.bincount(owner[removed], minlength=len(blocks)).tolist()
-    return [_rounded(block, block.units.number - count) for block, count in zip(blocks, lost, strict=True)]
-
-
-def _rounded(block: BlockToPrune, kept: int) -> int:
-    if block.plan.block is Block.ATTENTION:
-        return max(1, kept)
-    return rounded_up(kept, block.units.number, block.plan.round_to)
+    return [block.rounded(block.units.number - count) for block, count in zip(blocks, lost, strict=True)]

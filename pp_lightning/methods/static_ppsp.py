@@ -9,7 +9,7 @@ from pp_lightning.methods.base import BlockToPrune, StaticMethod
 from pp_lightning.statistics import Statistics
 
 
-class StaticPPsp(StaticMethod):
+class StaticPPsp(StaticMethod[Statistics]):
     """Static: units score ``||E[x_c^2] W_ic^2||_2`` over the calibration set; uniform ratios (01-method, section 1).
 
     Args:
@@ -19,7 +19,7 @@ class StaticPPsp(StaticMethod):
 
     label: ClassVar[str] = "ppsp"
 
-    def unit_scores(self, block: BlockToPrune, statistics: Statistics) -> Tensor:
+    def unit_scores(self, block: BlockToPrune, evidence: Statistics) -> Tensor:
         """Scores (U,) float32 of a block's units."""
-        energy = statistics.energy(*block.key).to(block.weight.device)
+        energy = evidence.energy(*block.key).to(block.weight.device)
         return block.checked(ppsp_unit_scores(energy, ppsp_weight_norm(block.weight), block.units.channels))

@@ -9,7 +9,7 @@ from pp_lightning.methods.base import BlockToPrune, StaticMethod
 from pp_lightning.statistics import Statistics
 
 
-class WandaSP(StaticMethod):
+class WandaSP(StaticMethod[Statistics]):
     """Static: a column scores ``sum_i |W_ic| sqrt(E[x_c^2])``, a head the sum of its columns; uniform ratios.
 
     Args:
@@ -19,7 +19,7 @@ class WandaSP(StaticMethod):
 
     label: ClassVar[str] = "wanda_sp"
 
-    def unit_scores(self, block: BlockToPrune, statistics: Statistics) -> Tensor:
+    def unit_scores(self, block: BlockToPrune, evidence: Statistics) -> Tensor:
         """Scores (U,) float32 of a block's units."""
-        columns = wanda_column_scores(block.weight, statistics.energy(*block.key).to(block.weight.device))
+        columns = wanda_column_scores(block.weight, evidence.energy(*block.key).to(block.weight.device))
         return block.checked(sum_over_units(columns, block.units.channels))

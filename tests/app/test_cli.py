@@ -180,7 +180,9 @@ def test_fit_writes_a_checkpoint_that_test_reads(type_in, arguments, place, tmp_
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_parses(path, monkeypatch, capsys):
-    command = path.stem if path.stem in ("compare", "fit", "ablate", "export") else "test"
+    trained = path.stem == "fit" or path.stem.endswith("_lora")
+    named = path.stem if path.stem in ("compare", "ablate", "export") else "test"
+    command = "fit" if trained else named
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr(sys, "argv", ["pp-lightning", command, "--config", str(path), "--print_config"])
     with pytest.raises(SystemExit) as stop:
@@ -195,6 +197,7 @@ def test_every_config_parses(path, monkeypatch, capsys):
 def test_all_published_models_have_all_methods():
     for model in ("llama-2-7b", "llama-2-13b", "llama-3-8b", "opt-13b", "tiny"):
         names = {path.stem for path in CONFIGS if path.parent.name == model}
+        assert names >= {"llm_pruner", "llm_pruner_lora", "lora_prune", "lora_prune_lora"}
         assert names >= {"dense", "full_batch_probing", "probe_pruning", "static_ppsp", "flap", "wanda_sp", "compare"}
 
 

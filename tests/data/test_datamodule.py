@@ -82,7 +82,7 @@ def test_training_windows_cover_all_sources(make, tmp_path):
     batch = next(iter(data.train_dataloader()))
     assert batch["input_ids"].shape == (4, 32)
     assert torch.equal(batch["labels"], batch["input_ids"])
-    assert len(data.train_dataloader().dataset) >= 2 * len(once.train_dataloader().dataset)
+    assert len(data.train_dataloader().rows) >= 2 * len(once.train_dataloader().rows)
 
 
 @pytest.mark.parametrize("protocol", ["contiguous", "paper"])

@@ -1,8 +1,9 @@
 import pytest
 
-from pp_lightning import UserError
+from pp_lightning import Statistics, UserError
 from pp_lightning.blocks import AttentionUnit, Block
-from pp_lightning.methods import METHODS, FullBatchProbing, ProbePruning, StaticMethod
+from pp_lightning.importances import Importances
+from pp_lightning.methods import METHODS, FullBatchProbing, LLMPruner, LoRAPrune, ProbePruning, StaticMethod
 
 
 def test_labels():
@@ -12,6 +13,8 @@ def test_labels():
         "ppsp": "StaticPPsp",
         "flap": "FLAP",
         "wanda_sp": "WandaSP",
+        "llm_pruner": "LLMPruner",
+        "lora_prune": "LoRAPrune",
     }
     assert all(method.label == label for label, method in METHODS.items())
 
@@ -24,6 +27,7 @@ class TestEveryMethod:
         assert made.attention_unit is None
         assert made.settings()["blocks"] == ["attention", "mlp"]
         assert made.needs_statistics == (method is not FullBatchProbing)
+        assert made.evidence is (Importances if method in (LLMPruner, LoRAPrune) else Statistics)
 
     def test_settings_are_plain_and_complete(self, method):
         settings = method(blocks=["mlp"], attention_unit="kv_group").settings()

@@ -1,0 +1,79 @@
+"""What methods choose from: something measured on a dense model, kept as a file of safetensors."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pp_lightning.errors import UserError
+
+_SAMPLES_PER_WEIGHT = 64
+
+
+class Evidence:
+    """Something measured on a dense model. It fits that model only.
+
+    Attributes:
+        called: its name in files and messages, in the plural.
+        verb: what a user does to have it: "calibrate", ...
+        form: name and version of its file.
+        model: fingerprint of the model that it was measured on, see :func:`fingerprint`.
+    """
+
+    called: ClassVar[str]
+    verb: ClassVar[str]
+    form: ClassVar[str]
+    model: str
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Refuse what was measured on another model.
+
+        Raises:
+            UserError: the fingerprints differ.
+        """
+        if self.model != fingerprint(model):
+            raise UserError(
+                f"these {self.called} were collected on another model, or on this one in another dtype: {self.verb} it"
+            )
+
+    def _write(self, path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Write the file; an existing one is replaced only when the new one is complete."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f".{target.name}.unfinished")
+        save_file(tensors, unfinished, metadata={"format": self.form, self.called: json.dumps(header)})
+        os.replace(unfinished, target)
+
+    @classmethod
+    def _read(cls, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Header and tensors of a file.
+
+        Raises:
+            UserError: there is no such file, or it holds something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != cls.form:
+                    raise UserError(f"{path} holds no {cls.called} of this version: {cls.verb} again")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {cls.called} from {path}: {error}") from error
+        return json.loads(metadata[cls.called]), tensors
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A digest that tells models apart: SHA-256 over every weight's name, shape, dtype and a sample of its values."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        step = max(1, flat.numel() // _SAMPLES_PER_WEIGHT)
+        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
+        digest.update(flat[::step][:_SAMPLES_PER_WEIGHT].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

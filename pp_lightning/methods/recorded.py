@@ -1,0 +1,100 @@
+"""A choice that was made before and kept in a file: how a model that was fine-tuned after pruning comes back."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from pp_lightning.blocks import Block
+from pp_lightning.errors import UserError
+from pp_lightning.evidence import Evidence
+from pp_lightning.methods.base import BlockName, BlockToPrune, StaticChoice, StaticMethod, UnitName
+from pp_lightning.statistics import BlockKey
+
+
+@dataclass
+class Choices(Evidence):
+    """The units that a static method kept.
+
+    Attributes:
+        model: fingerprint of the dense model.
+        choices: by block.
+        about: plain values to keep with them: method, settings, ratios.
+    """
+
+    called: ClassVar[str] = "choices"
+    verb: ClassVar[str] = "prune"
+    form: ClassVar[str] = "pp-lightning choices 1"
+
+    model: str
+    choices: dict[BlockKey, StaticChoice] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Kept indices and biases by name, on the CPU."""
+        tensors = {}
+        for (layer, block), choice in self.choices.items():
+            tensors[f"{layer}.{block.value}.kept"] = choice.kept.cpu()
+            if choice.bias is not None:
+                tensors[f"{layer}.{block.value}.bias"] = choice.bias.cpu()
+        return tensors
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a safetensors file; an existing one is replaced only when the new one is complete."""
+        self._write(path, {"model": self.model, "about": self.about}, self.tensors())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Choices":
+        """Read a file written by :meth:`save`.
+
+        Raises:
+            UserError: there is no such file, or it is not one of ours.
+        """
+        header, tensors = cls._read(path)
+        choices = {}
+        for name in [name for name in tensors if name.endswith(".kept")]:
+            layer, block, _ = name.split(".")
+            choices[int(layer), Block(block)] = StaticChoice(tensors[name], tensors.get(f"{layer}.{block}.bias"))
+        return cls(header["model"], choices, header["about"])
+
+
+class Recorded(StaticMethod[Choices]):
+    """Static: keeps what :class:`Choices` say.
+
+    Args:
+        blocks: which blocks the recorded method pruned.
+        attention_unit: which units of attention.
+    """
+
+    label: ClassVar[str] = "recorded"
+    evidence: ClassVar[type[Evidence]] = Choices
+
+    def __init__(self, blocks: Sequence[BlockName], attention_unit: UnitName | None = None) -> None:
+        super().__init__(blocks, attention_unit)
+
+    @property
+    def allocates(self) -> bool:
+        """The counts are recorded."""
+        return True
+
+    def choose(self, blocks: Sequence[BlockToPrune], evidence: Choices) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
+        """The recorded choices.
+
+        Raises:
+            UserError: a block has none.
+        """
+        missing = [block.key for block in blocks if block.key not in evidence.choices]
+        if missing:
+            layer, kind = missing[0]
+            raise UserError(f"these choices do not cover the {kind.value} block of layer {layer}: prune it again")
+        for block in blocks:
+            choice, device = evidence.choices[block.key], block.weight.device
+            bias = None if choice.bias is None else choice.bias.to(device)
+            yield block, StaticChoice(choice.kept.to(device), bias)
+
+    def unit_scores(self, block: BlockToPrune, evidence: Choices) -> Tensor:
+        """1 for kept units (U,) float32, 0 for the others."""
+        kept = evidence.choices[block.key].kept.to(block.weight.device)
+        return block.weight.new_zeros(block.units.number).float().index_fill(0, kept, 1.0)

@@ -1,0 +1,181 @@
+"""LoRA adapters on a transformers model, by peft. The model keeps its class; its projections are wrapped in place."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pp_lightning.architectures import architecture_of
+from pp_lightning.blocks import Block, block_modules
+from pp_lightning.errors import UserError
+from pp_lightning.functional.selection import take_columns, take_rows
+from pp_lightning.gradients import OUTPUT, Projection
+from pp_lightning.statistics import BlockKey
+
+_NAME = "default"  # peft's name for an only adapter
+_PREFIX = "base_model.model."  # what peft's own wrapper puts before a module's path in its files
+
+
+class Adapters:
+    """Fresh adapters ``c B A`` (B zero) beside every projection of a model; its own weights stop training.
+
+    Args:
+        model: dense or statically pruned. Changed in place until :meth:`detach`.
+        rank: r.
+        alpha: c is ``alpha / rank``.
+        dropout: on the adapters' inputs, in training mode.
+        seed: of A.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+
+    def __init__(self, model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0.0, seed: int = 0) -> None:
+        peft = _peft()
+        self.model = model
+        self.paths = projection_paths(model)
+        self._bases = {path: model.get_submodule(path) for path in self.paths.values()}
+        self._required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        endings = sorted({path.split(".", maxsplit=_depth(model))[-1] for path in self.paths.values()})
+        self.config = peft.LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=endings, task_type="CAUSAL_LM"
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            peft.get_peft_model(model, self.config)
+
+    def layers(self) -> Iterator[tuple[Projection, Any]]:
+        """Peft's LoRA layers, by block and role."""
+        for projection, path in self.paths.items():
+            yield projection, self.model.get_submodule(path)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All A and B."""
+        return [p for _, layer in self.layers() for p in (down_of(layer), up_of(layer))]
+
+    def state(self) -> dict[str, Tensor]:
+        """All A and B by the names of peft's files."""
+        found = {}
+        for projection, layer in self.layers():
+            down, up = self.names(projection)
+            found[down], found[up] = down_of(layer).detach(), up_of(layer).detach()
+        return found
+
+    def names(self, projection: Projection) -> tuple[str, str]:
+        """The names of a projection's A and B in :meth:`state`."""
+        path = f"{_PREFIX}{self.paths[projection]}"
+        return f"{path}.lora_A.weight", f"{path}.lora_B.weight"
+
+    def sliced_state(self, kept: Mapping[BlockKey, tuple[Tensor, int]]) -> dict[str, Tensor]:
+        """:meth:`state` as it is when the model is pruned: B without the rows, A without the columns that go.
+
+        Args:
+            kept: by block, the kept units (K,) and how many units there are.
+        """
+        state = self.state()
+        for (key, role), _ in self.layers():
+            if key in kept:
+                units, number = kept[key]
+                down, up = self.names((key, role))
+                if role == OUTPUT:
+                    state[down] = take_columns(state[down], units, state[down].shape[1] // number).contiguous()
+                else:
+                    state[up] = take_rows(state[up], units, state[up].shape[0] // number)
+        return state
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over A and B.
+
+        Raises:
+            UserError: they do not fit this model.
+        """
+        own = self.state()
+        strangers = {n for n in own.keys() ^ state.keys()} | {
+            n for n in own if n in state and own[n].shape != state[n].shape
+        }
+        if strangers:
+            raise UserError(
+                f"these adapters are of another model: {sorted(strangers)[0]} does not fit, train them on this one"
+            )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put ``W + c B A`` in place of every wrapped projection; :meth:`detach` still brings W back, bit for bit."""
+        merged = {self.paths[projection]: _merged(layer) for projection, layer in self.layers()}
+        for path, linear in merged.items():
+            self.model.set_submodule(path, linear)
+
+    def detach(self) -> None:
+        """Give the model its own projections back, merged or not."""
+        for path, base in self._bases.items():
+            self.model.set_submodule(path, base)
+        for parameter, required in self._required.items():
+            parameter.requires_grad_(required)
+        del self.model.peft_config
+
+    def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Write a ``state`` into a folder, in peft's own format."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.inference_mode = True
+        self.config.save_pretrained(folder)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def projection_paths(model: PreTrainedModel) -> dict[Projection, str]:
+    """Paths inside the model of all projections of all layers, by block and role."""
+    architecture = architecture_of(model.config)
+    paths: dict[Projection, str] = {}
+    for index, layer in enumerate(architecture.layers_of(model)):
+        for block in Block:
+            for role, name in block_modules(architecture, layer, block).names.items():
+                paths[(index, block), role] = f"{architecture.decoder}.{architecture.layers}.{index}.{name}"
+    return paths
+
+
+def down_of(layer: Any) -> nn.Parameter:
+    """A, (r, in), of a LoRA layer."""
+    weight: nn.Parameter = layer.lora_A[_NAME].weight
+    return weight
+
+
+def up_of(layer: Any) -> nn.Parameter:
+    """B, (out, r), of a LoRA layer."""
+    weight: nn.Parameter = layer.lora_B[_NAME].weight
+    return weight
+
+
+def scale_of(layer: Any) -> float:
+    """C of a LoRA layer."""
+    return float(layer.scaling[_NAME])
+
+
+def _merged(layer: Any) -> nn.Linear:
+    base = layer.get_base_layer()
+    weight = base.weight.float() + layer.get_delta_weight(_NAME).float()
+    linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
+    if base.bias is not None:
+        linear.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
+    return linear.train(base.training)
+
+
+def _depth(model: PreTrainedModel) -> int:
+    """Dots before the part of a projection's path that is the same in every layer."""
+    architecture = architecture_of(model.config)
+    return f"{architecture.decoder}.{architecture.layers}.0".count(".") + 1
+
+
+def _peft() -> Any:
+    try:
+        import peft  # an extra, and slow to import
+    except ImportError as error:
+        raise UserError("LoRA adapters need peft: pip install 'pp-lightning[finetune]'") from error
+    return peft

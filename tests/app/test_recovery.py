@@ -1,0 +1,405 @@
+"""Fine-tuned baselines as a user runs them: fit, test and compare, interruptions and mistakes."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pp_lightning.app.cli import main
+from pp_lightning.app.module import PrunedLM
+from pp_lightning.data.train_tokenizer import train_tokenizer
+from pp_lightning.recovery import Recovered
+from tests.models import tiny
+
+REPOSITORY = Path(__file__).parents[2]
+VOCABULARY = 320
+FOLDER = {"adapter_config.json", "adapter_model.safetensors", "choices.safetensors", "training.csv", "training.png"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A checkpoint with its tokenizer, a text to test on and documents to calibrate and train on."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny("llama", vocab_size=VOCABULARY).save_pretrained(folder / "model")
+    train_tokenizer(VOCABULARY).save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("\n".join(f"line {n} of a text that is long enough to test on" for n in range(60)))
+    words = " ".join(f"word{n}" for n in range(200))
+    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": f"{n} {words}"}) + "\n" for n in range(9)))
+    return folder
+
+
+@pytest.fixture
+def settings(place):
+    """A config to change and ``run``."""
+    documents = {"class_path": "pp_lightning.data.C4", "init_args": {"path": str(place / "documents.jsonl")}}
+    return {
+        "model": {
+            "path": str(place / "model"),
+            "skip_layers": [0, 1],
+            "round_to": 16,
+            "pruning_ratio": 0.4,
+            "recovery": {"learning_rate": 0.01, "warmup_steps": 2, "save_every": 3},
+        },
+        "data": {
+            "window": 32,
+            "batch_size": 4,
+            "calibration_samples": 8,
+            "text": {"class_path": "pp_lightning.data.TextFile", "init_args": {"path": str(place / "text.txt")}},
+            "calibration": documents,
+            "train": {"class_path": "pp_lightning.data.Packed", "init_args": {"sources": [documents], "batch_size": 4}},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "max_steps": 10,
+            "gradient_clip_val": 1.0,
+            "limit_val_batches": 0,
+        },
+    }
+
+
+METHODS = {
+    "llm_pruner": {"class_path": "pp_lightning.methods.LLMPruner"},
+    "lora_prune": {"class_path": "pp_lightning.methods.LoRAPrune", "init_args": {"every": 2, "cooldown": 0.2}},
+}
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run the program with a config in this process; returns its exit code."""
+
+    def program(command, given, out):
+        config = tmp_path / "config.yaml"
+        config.write_text(yaml.safe_dump(given))
+        words = ["pp-lightning", command, "--config", str(config), "--out", str(tmp_path / out)]
+        monkeypatch.setattr(sys, "argv", words)
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return program
+
+
+def fitted(settings, method):
+    settings["model"]["method"] = METHODS[method]
+    return settings
+
+
+def evaluated(settings, **model):
+    """The settings of a ``test`` without training."""
+    kept = {k: v for k, v in settings["model"].items() if k in ("path", "skip_layers", "round_to")}
+    return {"model": kept | model, "data": {k: v for k, v in settings["data"].items() if k != "train"}}
+
+
+def losses(folder):
+    return [float(row["loss"]) for row in csv.DictReader((folder / "training.csv").open())]
+
+
+def adapter(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def row(folder, number=0):
+    return json.loads((folder / "results.json").read_text())["rows"][number]
+
+
+def refused(capsys):
+    """The one line that a mistake leaves on the error stream."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pp-lightning:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fit_writes_a_small_folder_that_test_evaluates(run, settings, tmp_path, method):
+    assert run("fit", fitted(settings, method), "trained") == 0
+    assert {path.name for path in (tmp_path / "trained").iterdir()} == FOLDER
+    curve = losses(tmp_path / "trained")
+    assert len(curve) == 10 and curve[-1] < curve[0] - 0.1
+    assert run("test", evaluated(settings, recovered=str(tmp_path / "trained")), "recovered") == 0
+    plain = evaluated(settings, method=METHODS[method], pruning_ratio=0.4)
+    assert run("test", plain, "pruned") == 0
+    recovered, pruned = row(tmp_path / "recovered"), row(tmp_path / "pruned")
+    assert recovered["method"] == f"{method}_lora"
+    assert recovered["pruning_ratio"] == 0.4
+    assert recovered["kept"] == pruned["kept"] == {"attention": [3, 3], "mlp": [64, 64]}
+    assert recovered["flops_ratio"] == pruned["flops_ratio"]
+    assert recovered["settings"]["recovery"]["steps"] == 10
+    assert recovered["perplexity"] < pruned["perplexity"]
+
+
+def test_llm_pruner_keeps_the_same_units_with_and_without_recovery(run, settings, tmp_path):
+    """And recovery with a learning rate of zero is no recovery: the same perplexity."""
+    settings["model"]["recovery"]["learning_rate"] = 0.0
+    assert run("fit", fitted(settings, "llm_pruner"), "trained") == 0
+    assert run("test", evaluated(settings, recovered=str(tmp_path / "trained")), "recovered") == 0
+    assert run("test", evaluated(settings, method=METHODS["llm_pruner"], pruning_ratio=0.4), "pruned") == 0
+    perplexity = row(tmp_path / "pruned")["perplexity"]
+    assert row(tmp_path / "recovered")["perplexity"] == pytest.approx(perplexity, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_interrupted_fit_goes_on_as_if_nothing_had_happened(
+    run, settings, tmp_path, monkeypatch, method, accumulate
+):
+    settings["trainer"]["accumulate_grad_batches"] = accumulate
+    assert run("fit", fitted(settings, method), "whole") == 0
+    real = PrunedLM.training_step
+
+    def until_the_power_goes(module, batch, index):
+        if module.trainer.global_step == 7:
+            raise RuntimeError("power cut")
+        return real(module, batch, index)
+
+    monkeypatch.setattr(PrunedLM, "training_step", until_the_power_goes)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run("fit", settings, "halves")
+    monkeypatch.setattr(PrunedLM, "training_step", real)
+    assert {path.name for path in (tmp_path / "halves").iterdir()} == {"unfinished.ckpt"}
+    saved = torch.load(tmp_path / "halves" / "unfinished.ckpt", weights_only=True)
+    assert (saved["global_step"], saved["state_dict"]) == (6, {})
+    assert run("fit", settings, "halves") == 0
+    assert {path.name for path in (tmp_path / "halves").iterdir()} == FOLDER
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    whole, halves = adapter(tmp_path / "whole"), adapter(tmp_path / "halves")
+    assert all(torch.equal(halves[name], tensor) for name, tensor in whole.items())
+    settings["data"]["seed"] = 1
+    assert run("fit", settings, "other") == 0
+    assert losses(tmp_path / "other") != losses(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_another_model_is_refused(run, settings, tmp_path, monkeypatch, capsys):
+    real = PrunedLM.training_step
+    monkeypatch.setattr(
+        PrunedLM,
+        "training_step",
+        lambda module, batch, i: 1 / (module.trainer.global_step < 4) * real(module, batch, i),
+    )
+    with pytest.raises(ZeroDivisionError):
+        run("fit", fitted(settings, "llm_pruner"), "out")
+    monkeypatch.setattr(PrunedLM, "training_step", real)
+    before = (tmp_path / "out" / "unfinished.ckpt").read_bytes()
+    settings["model"]["pruning_ratio"] = 0.2
+    assert run("fit", settings, "out") == 2
+    assert "has other settings: remove it or name another folder" in refused(capsys)
+    assert (tmp_path / "out" / "unfinished.ckpt").read_bytes() == before
+
+
+def test_gradients_that_are_not_finite_skip_the_step_visibly(run, settings, tmp_path, monkeypatch, capsys):
+    def spoil(module):
+        if module.trainer.global_step == 4:
+            module.run().adapters.parameters()[3].grad[0, 0] = float("inf")
+
+    monkeypatch.setattr(PrunedLM, "on_after_backward", spoil)
+    assert run("fit", fitted(settings, "lora_prune"), "out") == 0
+    assert "step 5 skipped: its gradients are not finite (1 skipped so far)" in capsys.readouterr().out
+    about = Recovered.load(tmp_path / "out").choices.about
+    assert about["skipped_steps"] == 1
+    assert all(tensor.isfinite().all() for tensor in adapter(tmp_path / "out").values())
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(run, settings, tmp_path, monkeypatch, capsys):
+    real = PrunedLM.training_step
+
+    def diverge(module, batch, index):
+        return real(module, batch, index) * (float("nan") if module.trainer.global_step == 7 else 1.0)
+
+    monkeypatch.setattr(PrunedLM, "training_step", diverge)
+    assert run("fit", fitted(settings, "llm_pruner"), "out") == 2
+    message = refused(capsys)
+    assert "the loss is not finite at step 8" in message and "unfinished.ckpt has the last good state" in message
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"unfinished.ckpt"}
+    monkeypatch.setattr(PrunedLM, "training_step", real)
+    assert run("fit", settings, "out") == 0
+    assert len(losses(tmp_path / "out")) == 10
+
+
+def test_accumulation_is_a_larger_batch(run, settings, tmp_path):
+    settings["model"]["recovery"]["dropout"] = 0.0
+    assert run("fit", fitted(settings, "llm_pruner"), "one") == 0
+    settings["trainer"]["accumulate_grad_batches"] = 2
+    settings["data"]["train"]["init_args"]["batch_size"] = 2
+    assert run("fit", settings, "two") == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(run, settings, tmp_path):
+    assert run("fit", fitted(settings, "lora_prune"), "kept") == 0
+    settings["model"]["recovery"]["gradient_checkpointing"] = True
+    assert run("fit", settings, "recomputed") == 0
+    assert losses(tmp_path / "recomputed") == pytest.approx(losses(tmp_path / "kept"), rel=1e-5)
+
+
+def test_mixed_precision(run, settings, tmp_path):
+    assert run("fit", fitted(settings, "lora_prune"), "full") == 0
+    settings["trainer"]["precision"] = "bf16-mixed"
+    assert run("fit", settings, "mixed") == 0
+    full, mixed = losses(tmp_path / "full"), losses(tmp_path / "mixed")
+    assert full != mixed
+    assert mixed == pytest.approx(full, rel=0.05)
+    assert {tensor.dtype for tensor in adapter(tmp_path / "mixed").values()} == {torch.float32}
+
+
+def comparison(settings, methods):
+    lora = {"class_path": "pp_lightning.methods.LoRAPrune", "init_args": {"every": 2, "cooldown": 0.2}}
+    return {**settings, "methods": methods, "ratios": [0.4], "variants": {"another": lora}}
+
+
+def test_compare_lists_them_beside_the_others(run, settings, tmp_path, monkeypatch):
+    del settings["model"]["pruning_ratio"]
+    methods = ["pp", "llm_pruner", "llm_pruner_lora", "wanda_sp_lora", "lora_prune", "wanda_sp"]
+    given = comparison(settings, methods)
+    assert run("compare", given, "out") == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [r["method"] for r in rows] == ["dense", *methods, "another"]
+    by = {r["method"]: r for r in rows}
+    assert by["llm_pruner_lora"]["perplexity"] < by["llm_pruner"]["perplexity"]
+    assert by["wanda_sp_lora"]["perplexity"] < by["wanda_sp"]["perplexity"]
+    assert by["another"]["perplexity"] == by["lora_prune"]["perplexity"]
+    assert {r["flops_ratio"] for r in rows[2:]} == {by["wanda_sp"]["flops_ratio"]}
+    assert "LLM-Pruner, LoRA" in (tmp_path / "out" / "results.md").read_text()
+    assert {path.name for path in (tmp_path / "out" / "recovered").iterdir()} == {
+        "llm_pruner_lora-0.4",
+        "wanda_sp_lora-0.4",
+    }
+
+    assert run("compare", {**given, "methods": ["pp", "wanda_sp"]}, "plain") == 0  # training left the model as it was
+    for number, name in enumerate(("dense", "pp", "wanda_sp")):
+        assert row(tmp_path / "plain", number)["perplexity"] == by[name]["perplexity"]
+
+    monkeypatch.setattr(PrunedLM, "training_step", None)  # what is trained is not trained again
+    assert run("compare", {**given, "methods": ["llm_pruner_lora"]}, "out") == 0
+    assert row(tmp_path / "out", 1)["perplexity"] == by["llm_pruner_lora"]["perplexity"]
+
+
+def test_compare_trains_lora_prune_on_the_calibration_text(run, settings, tmp_path):
+    del settings["data"]["train"]
+    settings["trainer"]["max_steps"] = 20  # the default schedule removes units every ten steps
+    assert run("compare", comparison(settings, ["lora_prune", "lora_prune_lora"]), "out") == 0
+    assert row(tmp_path / "out", 2)["method"] == "lora_prune_lora"
+    assert row(tmp_path / "out", 2)["kept"] == row(tmp_path / "out", 1)["kept"]
+    assert len(losses(tmp_path / "out" / "recovered" / "lora_prune_lora-0.4")) == 20
+
+
+def test_compare_refuses_models_trained_otherwise(run, settings, tmp_path, capsys):
+    given = comparison(settings, ["llm_pruner_lora"])
+    assert run("compare", given, "out") == 0
+    settings["model"]["recovery"]["rank"] = 4
+    assert run("compare", given, "out") == 2
+    assert "was trained with other recovery: remove it or name another --out" in refused(capsys)
+
+
+def change(settings, *path, to):
+    *into, last = path
+    for key in into:
+        settings = settings[key]
+    settings[last] = to
+
+
+MISTAKES = {
+    "no length": (("trainer", "max_steps"), -1, "set --trainer.max_steps"),
+    "schedule too short": (("trainer", "max_steps"), 1, "reaches 0% of its ratio in 1 steps"),
+    "dynamic method": (("model", "method"), "pp_lightning.methods.ProbePruning", "choose a static --model.method"),
+    "no method": (("model", "method"), None, "choose a static --model.method"),
+    "no text": (("data", "train"), None, "no training text"),
+    "rows too long": (
+        ("data", "train", "init_args", "window"),
+        200,
+        "training windows of 200 tokens exceed the model's 128",
+    ),
+    "too few rows": (("data", "train", "init_args", "batch_size"), 4000, "one step takes 4000: use more text"),
+    "rank of zero": (("model", "recovery", "rank"), 0, "rank"),
+    "too few documents": (
+        ("data", "train"),
+        {"class_path": "pp_lightning.data.FirstWindows", "init_args": {"documents": 20}},
+        "documents have more than 32 tokens and 20 are asked for",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(mistake, run, settings, tmp_path, capsys):
+    path, value, message = MISTAKES[mistake]
+    fitted(settings, "lora_prune")
+    if mistake == "too few documents":
+        value["init_args"]["source"] = settings["data"]["calibration"]
+    change(settings, *path, to=value)
+    assert run("fit", settings, "out") == 2
+    assert message in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_another_model(run, settings, place, tmp_path, capsys):
+    assert run("fit", fitted(settings, "llm_pruner"), "trained") == 0
+    other = tiny("llama", vocab_size=VOCABULARY)
+    other.model.layers[2].mlp.up_proj.weight.data.add_(0.01)
+    other.save_pretrained(tmp_path / "other")
+    train_tokenizer(VOCABULARY).save_pretrained(tmp_path / "other")
+    given = evaluated(settings, recovered=str(tmp_path / "trained"))
+    assert run("test", {**given, "model": {**given["model"], "path": str(tmp_path / "other")}}, "out") == 2
+    assert "these choices were collected on another model" in refused(capsys)
+    assert run("test", {**given, "model": {**given["model"], "recovered": str(place)}}, "out") == 2
+    assert "has no choices.safetensors: give the folder that a finished fit" in refused(capsys)
+    assert run("test", {**given, "model": {**given["model"], "method": METHODS["llm_pruner"]}}, "out") == 2
+    assert "recovered brings its own method" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_needs_a_length(run, settings, tmp_path, capsys):
+    settings["trainer"]["max_steps"] = -1
+    assert run("compare", comparison(settings, ["llm_pruner_lora"]), "out") == 2
+    assert "set --trainer.max_steps" in refused(capsys)
+
+
+def started(settings, tmp_path, out, *words):
+    """The program in a process of its own."""
+    config = tmp_path / f"{out}.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "cli", "fit", "--config", str(config), "--out", str(tmp_path / out), *words]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.slow
+def test_a_killed_fit_ends_as_the_uninterrupted_one(run, settings, tmp_path):
+    settings["trainer"]["max_steps"] = 200
+    settings["model"]["recovery"]["save_every"] = 10
+    assert run("fit", fitted(settings, "lora_prune"), "whole") == 0
+    process, deadline = started(settings, tmp_path, "halves"), time.monotonic() + 240
+    while not (tmp_path / "halves" / "unfinished.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "halves" / "choices.safetensors").exists()  # it was in the middle of it
+    assert run("fit", settings, "halves") == 0
+    assert losses(tmp_path / "halves")[-1] == pytest.approx(losses(tmp_path / "whole")[-1], abs=1e-4)
+    assert len(losses(tmp_path / "halves")) == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_train_the_weights_of_one(run, settings, tmp_path, method):
+    settings["model"]["recovery"]["dropout"] = 0.0  # each process draws its own
+    settings["trainer"]["accumulate_grad_batches"] = 2
+    assert run("fit", fitted(settings, method), "one") == 0
+    settings["data"]["train"]["init_args"]["batch_size"] = 2
+    process = started(settings, tmp_path, "two", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output.decode()
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+    first, second = (Recovered.load(tmp_path / out).choices.tensors() for out in ("one", "two"))
+    assert all(torch.equal(second[name], kept) for name, kept in first.items())
+    assert any(bool(tensor.any()) for name, tensor in one.items() if "lora_B" in name)
