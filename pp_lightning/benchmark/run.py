@@ -33,6 +33,8 @@ from pp_lightning.pruning import is_pruned, pruners_of, pruning_of
 
 Tell = Callable[[str], None]
 
+_DECODED = ("PP", "PP, packed slices")  # of the dynamic variants; the others hold a choice as these do
+
 
 def run_benchmark(settings: BenchmarkSettings, tell: Tell = print) -> list[Row]:
     """Measure everything that the settings ask for.
@@ -108,8 +110,8 @@ class _Case:
     def _blocks(self) -> list[Row]:
         """One layer's blocks; the layer is the last one, on what it meets inside the eager PP model."""
         layer = self.shape.num_layers - 1
-        eager = next((n for n, v in self.variants.items() if _is_plain_probe(v) and not v.compiled), None)
-        if eager is None or layer in self.settings.skip_layers:
+        eager = "PP"
+        if eager not in self.models or layer in self.settings.skip_layers:
             return []
         met = meetings(self.models[eager], layer, self.batches)
         rows = []
@@ -216,14 +218,14 @@ def _decoding(
     batch: int,
     tell: Tell,
 ) -> list[Row]:
-    """Eager variants only: decoding a held choice is not compiled. Full-Batch Probing decodes as PP does."""
+    """Eager variants only: decoding a held choice is not compiled."""
     settings, shape = subject.settings, shape_of(subject.model.config)
     case = Case(batch, PROMPT_TOKENS)
     prompts = subject.batches(case)
     names = [
         name
         for name, variant in variants.items()
-        if not variant.compiled and (not isinstance(variant.method, DynamicMethod) or _is_plain_probe(variant))
+        if not variant.compiled and (name in _DECODED or not isinstance(variant.method, DynamicMethod))
     ]
     runners = {name: decoding_runner(models[name], prompts, settings.decode_tokens) for name in names}
     tell(f"{dtype}, decoding {settings.decode_tokens} tokens at batch {batch}: {settings.repeats} rounds")
@@ -254,11 +256,6 @@ def _decoding(
             )
         )
     return rows
-
-
-def _is_plain_probe(variant: Variant) -> bool:
-    """The published Probe Pruning, slices gathered anew for every batch."""
-    return variant.method in (VARIANTS["PP"].method, VARIANTS["PP, compiled"].method) and not variant.packs
 
 
 @torch.inference_mode()

@@ -314,12 +314,16 @@ class PrunedBlock(nn.Module, ABC):
             ahead = projected if probe is None else {role: probe.take(states) for role, states in projected.items()}
             inside = replace(around, cache=None) if probe is None else around.of_probe(probe)
             choice = self.choose(self.mix(ahead, inside, None), probe, around, keep)
-            states = self.mix(self._of_units(projected, choice.kept), around, choice.kept)
+            weights = self._weights(choice, ["output"])
+            assert weights.kept is not None  # the kept units in the order of the slices
+            states = self.mix(self._of_units(projected, weights.kept), around, weights.kept)
         else:  # token by token: the probe's states are among the batch's
             whole = self.mix(projected, around, None)
             choice = self.choose(whole if probe is None else probe.take(whole), probe, around, keep)
-            states = whole.index_select(-1, unit_channels(choice.kept, self.units.channels))
-        return self._finish(states, self._weights(choice, ["output"]), around), choice
+            weights = self._weights(choice, ["output"])
+            assert weights.kept is not None
+            states = whole.index_select(-1, unit_channels(weights.kept, self.units.channels))
+        return self._finish(states, weights, around), choice
 
     def _of_units(self, projected: Mapping[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
         """Whole projections (B, S, U * w) reduced to the kept units."""
