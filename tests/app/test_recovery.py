@@ -390,7 +390,7 @@ def test_a_killed_fit_ends_as_the_uninterrupted_one(run, settings, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_train_the_weights_of_one(run, settings, tmp_path, method):
-    settings["model"]["recovery"]["dropout"] = 0.0  # each process draws its own
+    settings["model"]["recovery"] |= {"dropout": 0.0, "learning_rate": 1e-4}  # each process draws its own dropout
     settings["trainer"]["accumulate_grad_batches"] = 2
     assert run("fit", fitted(settings, method), "one") == 0
     settings["data"]["train"]["init_args"]["batch_size"] = 2
@@ -402,4 +402,5 @@ def test_two_processes_train_the_weights_of_one(run, settings, tmp_path, method)
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
     first, second = (Recovered.load(tmp_path / out).choices.tensors() for out in ("one", "two"))
     assert all(torch.equal(second[name], kept) for name, kept in first.items())
-    assert any(bool(tensor.any()) for name, tensor in one.items() if "lora_B" in name)
+    moved = max(float(tensor.abs().max()) for name, tensor in one.items() if "lora_B" in name)  # from zero
+    assert moved > 4e-4, "a tolerance that tells nothing"
