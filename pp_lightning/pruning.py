@@ -132,8 +132,9 @@ def prune_(
     if isinstance(method, DynamicMethod):
         pruning = _prune_dynamic(model, architecture, shape, method, plan, keep, stats, release_stats, pack_slices)
     else:
-        assert isinstance(method, StaticMethod) and evidence is not None
-        pruning = _prune_static(model, architecture, shape, method, plan, keep, evidence, keep_dense)
+        assert isinstance(method, StaticMethod)
+        found = Statistics(model="") if evidence is None else evidence
+        pruning = _prune_static(model, architecture, shape, method, plan, keep, found, keep_dense)
     setattr(model, _ATTRIBUTE, pruning)
 
 

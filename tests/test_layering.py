@@ -23,6 +23,7 @@ LAYERS = [
     {"allocation"},
     {"pruned"},
     {"pruning"},
+    {"freezing"},
     {"calibration", "gradients"},
     {"compilation"},
     {"flops", "checkpoints"},
@@ -127,8 +128,49 @@ def test_layers_import_torch_and_transformers_only(name):
     assert {i.split(".")[0] for i in imports(name)} <= allowed
 
 
+EXPORT = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "export").rglob("*.py"))}
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_by(tree: ast.Module) -> set[str]:
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return names | {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("path", EXPORT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_export_stands_on_the_library_alone(path):
+    """No Lightning, no data, no command line; onnx and its runtime only inside the functions that need them."""
+    allowed = {PACKAGE, "export", "torch", "transformers", "safetensors", "huggingface_hub"}
+    allowed |= {"onnxruntime", "onnxscript"}
+    names = imported_by(EXPORT[path])
+    assert {name.split(".")[0] for name in names} <= allowed | sys.stdlib_module_names
+    assert not {name for name in names if name.split(".")[0] == PACKAGE and set(name.split(".")[1:2]) & TOP}
+    at_top = {name for node in EXPORT[path].body for name in imported_by(ast.Module([node], []))}
+    functions = (ast.FunctionDef, ast.ClassDef)
+    inside = [node for node in EXPORT[path].body if isinstance(node, functions)]
+    lazily = {name for node in inside for name in imported_by(ast.Module([node], []))}
+    assert not {name for name in at_top - lazily if name.split(".")[0] in HEAVY}
+
+
+def test_the_library_does_not_know_export():
+    users = {name for name in MODULES if any(i.split(".")[0] == "export" for i in imports(name))}
+    assert users and {name.split(".")[0] for name in users} == {"app"}
+
+
+def test_bundled_code_needs_transformers_only():
+    for path in (ROOT / "export" / "bundled").glob("*.py"):
+        assert {name.split(".")[0] for name in imported_by(EXPORT[path])} <= {"torch", "transformers"}
+
+
 def test_no_cycles():
     graph = {name: {i for i in own(name) if i in MODULES and i != name} for name in MODULES}
+    graph |= {
+        _dotted(path): {i for i in imported_by(tree) if i in map(_dotted, EXPORT) and i != _dotted(path)}
+        for path, tree in EXPORT.items()
+    }
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
@@ -151,7 +193,7 @@ def test_the_reader_of_imports_sees_what_is_there():
 
 def test_import_leaves_lightning_and_cuda_alone():
     code = (
-        "import sys, pp_lightning, pp_lightning.methods, torch\n"
+        "import sys, pp_lightning, pp_lightning.methods, export, torch\n"
         f"print(sorted(set({sorted(HEAVY)!r}) & set(sys.modules)), torch.cuda.is_initialized())"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -24,7 +24,7 @@ def test_the_python_lines_run():
 
 def test_files_and_commands_that_it_names_exist():
     root = Path(__file__).parents[1]
-    for path in re.findall(r"(?:configs|benchmarks|pp_lightning|tests)/[\w/.-]+\w", README):
+    for path in re.findall(r"(?:configs|benchmarks|export|pp_lightning|tests)/[\w/.-]+\w", README):
         assert (root / path).exists(), path
     for command in re.findall(r"^pp-lightning (\S+)", README, re.MULTILINE):
-        assert command in ("test", "compare", "fit", "lm-eval")
+        assert command in ("test", "compare", "export", "fit", "lm-eval")

@@ -41,6 +41,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 COMMANDS = {
     "test": "Evaluate one model: dense, or pruned with --model.method.",
     "compare": "Evaluate the dense model and several methods and ratios in one run: one table, one plot.",
+    "export": "Write a pruned model as a checkpoint or a graph that unmodified tools load, and check that they do.",
     "ablate": "Answer questions about the method, each by variants that differ in one thing, over several seeds.",
     "fit": "Train on --data.train: a dense model, or with --model.recovery the adapters of a pruned one.",
 }
@@ -64,6 +65,8 @@ examples:
     pp-lightning compare --model.path DIR --data commonsense --data.path DIR3 --methods [pp] --out DIR2
   any task of lm-evaluation-harness, its own options
     pp-lightning lm-eval --tasks hellaswag --batch_size 20 --model_args path=DIR,method=pp,pruning_ratio=0.4
+  a static choice as a transformers folder, checked after writing
+    pp-lightning export --model.path DIR --model.method WandaSP --model.pruning_ratio 0.4 --out DIR2
   all settings as a file to edit
     pp-lightning test --print_config > my.yaml
 """
@@ -74,7 +77,7 @@ class ExamplesFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class PruningCLI(LightningCLI):
-    """``pp-lightning fit | test | compare | ablate``."""
+    """``pp-lightning fit | test | compare | ablate | export``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -83,6 +86,7 @@ class PruningCLI(LightningCLI):
             "test": _FILLED_IN | {"ckpt_path"},
             "compare": _FILLED_IN,
             "ablate": _FILLED_IN,
+            "export": _FILLED_IN,
             "fit": _FILLED_IN,
         }
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
 import lightning as L
 import torch
@@ -20,16 +20,21 @@ from pp_lightning.architectures import shape_of
 from pp_lightning.calibration import calibrate
 from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer, new_model
 from pp_lightning.data.base import EvaluationData
+from pp_lightning.data.datamodule import first_batch
 from pp_lightning.data.windows import Batch
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence
+from pp_lightning.freezing import choice_for
 from pp_lightning.importances import Importances
-from pp_lightning.methods import PruningMethod
+from pp_lightning.methods import DynamicMethod, PruningMethod
 from pp_lightning.methods.base import AllocationName
+from pp_lightning.methods.frozen import FrozenOnHistory
 from pp_lightning.plan import make_plan
 from pp_lightning.pruning import is_pruned, prune_, pruning_of, unprune_
 from pp_lightning.recovery import Adapters, Recovered, Recovery
 from pp_lightning.statistics import Statistics
+
+FrozenOn = Literal["history", "text"]
 
 
 @runtime_checkable
@@ -50,6 +55,13 @@ class _Amounts(TypedDict):
     round_to: int
 
 
+class _Allocation(TypedDict):
+    """How the units are spread over the layers."""
+
+    allocation: AllocationName | None
+    floor: float
+
+
 class PrunedLM(L.LightningModule):
     """A causal language model and how to prune it.
 
@@ -64,6 +76,10 @@ class PrunedLM(L.LightningModule):
         allocation: ``uniform`` or ``global``: one ranking over the units of all layers, none skipped, at the FLOPs that
             uniform ratios would leave; none takes the method's own.
         floor: fraction of its units that every block keeps under ``global``.
+        uniform: keep the same number of units in every layer: no layer is skipped and no method ranks over layers. What
+            ``export`` writes by default.
+        frozen_on: make the choice of a dynamic method once and keep it: from the calibration ``history``, or for the
+            first batch of ``--data.text``; none chooses per batch.
         statistics: a safetensors file of calibration statistics: read if it exists, else written (and resumed after an
             interruption).
         dtype: dtype of the weights; ``auto`` keeps the checkpoint's own.
@@ -90,6 +106,8 @@ class PrunedLM(L.LightningModule):
         round_to: int = 64,
         allocation: AllocationName | None = None,
         floor: float = 0.25,
+        uniform: bool = False,
+        frozen_on: FrozenOn | None = None,
         statistics: str | None = None,
         dtype: Dtype = "float32",
         pad_token: str | None = None,
@@ -111,6 +129,8 @@ class PrunedLM(L.LightningModule):
         self.round_to = round_to
         self.allocation = allocation
         self.floor = floor
+        self.uniform = uniform
+        self.frozen_on: FrozenOn | None = frozen_on
         self.statistics_file = statistics
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
@@ -142,15 +162,19 @@ class PrunedLM(L.LightningModule):
         return data
 
     def setup(self, stage: str) -> None:
-        """Hand the tokenizer to the data module, and check before any work what can be checked."""
-        self.data.use_tokenizer(self.tokenizer)
-        limit = self.model.config.max_position_embeddings
-        if self.data.window > limit:
-            asked = f"windows of {self.data.window} tokens"
-            raise UserError(f"{asked} exceed the model's {limit} positions: lower --data.window")
-        self.check_plan(self.method, self.pruning_ratio)
+        """Get ready for the trainer's data."""
+        self.prepare(self.data)
         if stage == "fit" and self.recovery is not None:
             self._start_recovery(self.recovery)
+
+    def prepare(self, data: EvaluationData) -> None:
+        """Hand the tokenizer to the data module, and check before any work what can be checked."""
+        data.use_tokenizer(self.tokenizer)
+        limit = self.model.config.max_position_embeddings
+        if data.window > limit:
+            asked = f"windows of {data.window} tokens"
+            raise UserError(f"{asked} exceed the model's {limit} positions: lower --data.window")
+        self.check_plan(self.method, self.pruning_ratio)
 
     def use_recovered(self, recovered: Recovered) -> None:
         """Evaluate this recovered model from now on."""
@@ -165,26 +189,36 @@ class PrunedLM(L.LightningModule):
             UserError: the model is not supported, or the ratios leave nothing.
         """
         if method is not None:
-            make_plan(shape_of(self.model.config), method, **self._amounts(pruning_ratio))
+            make_plan(shape_of(self.model.config), self._settled(method), **self._amounts(pruning_ratio))
 
     def prune(self, data: EvaluationData) -> Evidence | None:
         """Prune, with adapters merged where there are some; returns what was chosen from, collected on ``data``."""
         assert self.method is not None
-        evidence = self._evidence(self.method, data)
-        prune_(
-            self.model,
-            self.method,
-            evidence,
-            **self._amounts(self.pruning_ratio),
-            allocation=self.allocation,
-            floor=self.floor,
-            keep_dense=self.reuse,
-            release_stats=not self.reuse,
-        )
+        method, amounts = self._settled(self.method), self._amounts(self.pruning_ratio)
+        evidence = self._evidence(method, data)
+        allocation: _Allocation = {"allocation": self._allocation, "floor": self.floor}
+        if self.frozen_on == "text" and isinstance(method, DynamicMethod):
+            prune_(self.model, method, evidence, **amounts, **allocation)
+            method = choice_for(self.model, first_batch(data))
+            unprune_(self.model)
+        keep = {"keep_dense": self.reuse, "release_stats": not self.reuse}
+        prune_(self.model, method, evidence, **amounts, **allocation, **keep)
         if self.recovered is not None:
             self._adapters = self.recovered.attach(self.model)
             self._adapters.merge()
         return evidence
+
+    def read_statistics(self) -> bool:
+        """Take the statistics file as it stands, if there is one: what needs no calibration text at hand.
+
+        Raises:
+            UserError: it is of another model.
+        """
+        if self.statistics_file is None or not Path(self.statistics_file).exists():
+            return False
+        self._statistics = Statistics.load(self.statistics_file)
+        self._statistics.check_model(self.model)
+        return True
 
     def on_test_start(self) -> None:
         """Prune, with all that it takes."""
@@ -302,9 +336,24 @@ class PrunedLM(L.LightningModule):
             "pruning_ratio": pruning_ratio,
             "attention_ratio": self.attention_ratio,
             "mlp_ratio": self.mlp_ratio,
-            "skip_layers": self.skip_layers,
+            "skip_layers": () if self.uniform else self.skip_layers,
             "round_to": self.round_to,
         }
+
+    @property
+    def _allocation(self) -> AllocationName | None:
+        return "uniform" if self.uniform else self.allocation
+
+    def _ranks_globally(self, method: PruningMethod) -> bool:
+        return (self._allocation or method.allocation) == "global"
+
+    def _settled(self, method: PruningMethod) -> PruningMethod:
+        """The method as ``uniform`` and ``frozen_on`` want it."""
+        if self.uniform:
+            method = method.with_uniform_counts()
+        if self.frozen_on == "history" and isinstance(method, DynamicMethod):
+            method = FrozenOnHistory(method)
+        return method
 
     def _start_recovery(self, recovery: Recovery) -> None:
         """Prune, or get ready to, and attach adapters: before the optimiser is made and a checkpoint is read."""
@@ -353,21 +402,19 @@ class PrunedLM(L.LightningModule):
             return {**about["settings"], "recovery": about["recovery"]}
         return {} if self.method is None else self.method.settings()
 
-    def _ranks_globally(self, method: PruningMethod) -> bool:
-        return (self.allocation or method.allocation) == "global"
-
     def _calibrated(self, data: EvaluationData) -> Statistics:
         """Statistics for the method: from this run, from the file, or from a new pass over the calibration text."""
         if self._statistics is not None:
             return self._statistics
         assert self.method is not None
         shared = self.reuse or self.statistics_file is not None  # then other methods will want to use them too
-        plan = make_plan(shape_of(self.model.config), self.method, **self._amounts(self.pruning_ratio))
+        method = self._settled(self.method)
+        plan = make_plan(shape_of(self.model.config), method, **self._amounts(self.pruning_ratio))
         statistics = calibrate(
             self.model,
             data.calibration_batches(),
-            means=shared or self.method.needs_means,
-            layers=None if shared or self._ranks_globally(self.method) else plan.layers,
+            means=shared or method.needs_means,
+            layers=None if shared or self._ranks_globally(method) else plan.layers,
             save_to=self.statistics_file if self.trainer.is_global_zero else None,
             progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None,
         )

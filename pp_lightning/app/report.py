@@ -72,15 +72,20 @@ def grids(rows: Sequence[Comparison]) -> list[Grid]:
 def show(grids: Sequence[Grid], caption: str) -> None:
     """Print the tables to the terminal, whole even where it is narrow: cut numbers are worse than wrapped lines."""
     for grid in grids:
-        table = Table(title=grid.title or None, title_justify="left")
-        for index, heading in enumerate(grid.headings):
-            table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
-        for cells in grid.rows:
-            table.add_row(*cells)
-        widest = Console(width=1000)
-        needed = Measurement.get(widest, widest.options, table).maximum
-        Console(width=max(Console().width, needed)).print(table)
+        show_grid(grid)
     Console().print(caption, highlight=False)
+
+
+def show_grid(grid: Grid) -> None:
+    """Print one table, as wide as it needs."""
+    table = Table(title=grid.title or None, title_justify="left")
+    for index, heading in enumerate(grid.headings):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
+    for cells in grid.rows:
+        table.add_row(*cells)
+    widest = Console(width=1000)
+    needed = Measurement.get(widest, widest.options, table).maximum
+    Console(width=max(Console().width, needed)).print(table)
 
 
 def markdown(grids: Sequence[Grid], caption: str) -> str:

@@ -1,16 +1,19 @@
-"""The Trainer with one more verb: compare."""
+"""The Trainer with two more verbs: compare and export."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
 
+from export import Layout
 from pp_lightning.app.ablation.answers import Answer
 from pp_lightning.app.ablation.questions import QUESTIONS
 from pp_lightning.app.ablation.runner import Bench, checked_questions, measure
+from pp_lightning.app.exporting import ExportSettings, Format, export_pruned
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.results import Comparison
 from pp_lightning.app.training import check_same, train_recovery
+from pp_lightning.checkpoints import Dtype
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.training import Packed
 from pp_lightning.errors import UserError
@@ -34,7 +37,7 @@ class Row:
 
 
 class PruningTrainer(L.Trainer):
-    """A Lightning Trainer that can also evaluate several methods and ratios in one run."""
+    """A Lightning Trainer that can also evaluate several methods and ratios in one run, and export a choice."""
 
     def compare(
         self,
@@ -104,6 +107,40 @@ class PruningTrainer(L.Trainer):
                     model.check_plan(variant.method(seeds[0]), ratio)
         assert isinstance(datamodule, EvaluationData)
         return measure(Bench(self, model, datamodule), asked, ratios, seeds)
+
+    def export(
+        self,
+        model: PrunedLM,
+        datamodule: EvaluationData,
+        format: Format = "safetensors",
+        layout: Layout | None = None,
+        dtype: Dtype | None = None,
+        kv_cache: bool = True,
+        overwrite: bool = False,
+        max_shard_size: str = "5GB",
+    ) -> None:
+        """Write the pruned model as a checkpoint or a graph that unmodified tools load, load it and compare.
+
+        Args:
+            model: the module; its method makes the choice.
+            datamodule: the data to calibrate on; not read where ``--model.statistics`` names a finished file. Graphs of
+                dynamic methods are for batches of its ``batch_size`` and ``window``.
+            format: ``safetensors`` is a transformers folder; ``onnx`` and ``pt2`` (torch.export) are graphs;
+                ``compiled`` adds kernels for this machine to ``pt2`` (AOTInductor).
+            layout: of a transformers folder. ``uniform`` (the default) chooses the same counts in every layer and
+                writes a stock class; ``per-layer`` keeps a count of its own in every layer and brings a modelling file;
+                ``padded`` fills up to the widest layer.
+            dtype: of the weights written; none takes that of ``--model.dtype``.
+            kv_cache: whether the graph of a static choice takes and gives keys and values.
+            overwrite: replace an earlier export.
+            max_shard_size: of a weights file.
+
+        Raises:
+            UserError: whatever stands in the way; nothing is left behind.
+        """
+        model.trainer = self
+        settings = ExportSettings(format, layout, dtype, kv_cache, overwrite, max_shard_size)
+        export_pruned(model, datamodule, self.strategy.root_device, Path(self.default_root_dir), settings)
 
     def _rows(
         self,

@@ -99,3 +99,14 @@ class LanguageModelling(EvaluationData):
             raise UserError(
                 f"the text has {have} tokens and needs more than {need}: use a longer text or a smaller window"
             )
+
+
+def first_batch(data: EvaluationData) -> Batch:
+    """The first evaluation batch of a text.
+
+    Raises:
+        UserError: the data is not a text.
+    """
+    if not isinstance(data, LanguageModelling):
+        raise UserError("this data has no text to freeze a choice on: use --data text")
+    return data.test_batches()[0]

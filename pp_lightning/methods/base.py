@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,6 +70,14 @@ class PruningMethod(ABC):
     def allocates(self) -> bool:
         """Whether the method itself counts what stays in each layer."""
         return False
+
+    def with_uniform_counts(self) -> Self:
+        """The method with the same counts in every pruned layer."""
+        if self.allocation == "uniform":
+            return self
+        method = copy(self)
+        method.allocation = "uniform"
+        return method
 
     def settings(self) -> dict[str, object]:
         """The settings by name, in plain types, for result files."""

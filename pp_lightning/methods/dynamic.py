@@ -63,6 +63,11 @@ class DynamicMethod(PruningMethod):
         """Whether each pruned block also carries a running mean, started from the statistics."""
         return False
 
+    @property
+    def centres(self) -> bool:
+        """Whether scores are of deviations from a mean, so that a history of second moments alone gives none."""
+        return False
+
     @abstractmethod
     def probe_sizes(self, num_rows: int, num_tokens: int) -> tuple[int, int]:
         """Rows and tokens of the probe of a (B, S) batch: what FLOPs are counted from."""

@@ -1,7 +1,8 @@
 """FLAP: fluctuation metric, one standardised ranking over all layers, bias compensation (02-baselines, section 4)."""
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from copy import copy
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -57,6 +58,14 @@ class FLAP(StaticMethod[Statistics]):
     def allocates(self) -> bool:
         """Unless its ratios are uniform."""
         return not self.uniform
+
+    def with_uniform_counts(self) -> Self:
+        """The same without the ranking over layers."""
+        if self.uniform:
+            return self
+        method = copy(self)
+        method.uniform = True
+        return method
 
     def choose(
         self, blocks: Sequence[BlockToPrune], evidence: Statistics

@@ -115,6 +115,11 @@ class ProbePruning(DynamicMethod):
         """Whether calibration must collect means: to start a running mean from, or to allocate by what is restored."""
         return self.restores_means
 
+    @property
+    def centres(self) -> bool:
+        """As the score says."""
+        return SCORES[self.score].centred
+
     def probe_sizes(self, num_rows: int, num_tokens: int) -> tuple[int, int]:
         """Rows and tokens of the probe of a (B, S) batch."""
         return probe_rows(num_rows, self.row_ratio), probe_tokens(num_tokens, self.token_ratio)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pp_lightning.blocks import BlockModules, Units
 from pp_lightning.functional.budget import one_projection_is_cheaper
 from pp_lightning.functional.compensation import channel_mean, restored_mean, update_mean_
+from pp_lightning.functional.linear import linear
 from pp_lightning.functional.moments import Places, placed_second_moment, second_moment, update_history_
 from pp_lightning.functional.probe import Probe
 from pp_lightning.functional.selection import keep_best, store_by_columns, take_rows, unit_channels
@@ -60,7 +61,7 @@ class Weights:
 
     def apply(self, role: str, states: Tensor) -> Tensor:
         """The linear map ``role`` of (..., in)."""
-        return nn.functional.linear(states, *self.projections[role])
+        return linear(states, *self.projections[role])
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,8 @@ def test_fit_writes_a_checkpoint_that_test_reads(type_in, arguments, place, tmp_
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_parses(path, monkeypatch, capsys):
     trained = path.stem == "fit" or path.stem.endswith("_lora")
-    command = "fit" if trained else path.stem if path.stem in ("compare", "ablate") else "test"
+    named = path.stem if path.stem in ("compare", "ablate", "export") else "test"
+    command = "fit" if trained else named
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr(sys, "argv", ["pp-lightning", command, "--config", str(path), "--print_config"])
     with pytest.raises(SystemExit) as stop:
@@ -383,5 +384,5 @@ def test_help_teaches(monkeypatch, capsys):
         main()
     text = capsys.readouterr().out
     assert "examples:" in text and "pp-lightning compare --config configs/tiny/compare.yaml" in text
-    for command in ("test", "compare", "fit"):
+    for command in ("test", "compare", "export", "fit"):
         assert command in text

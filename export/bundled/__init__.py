@@ -1,0 +1,1 @@
+"""Modelling files that travel with exported checkpoints. They import transformers only."""

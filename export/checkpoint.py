@@ -1,0 +1,107 @@
+"""A statically pruned model as a transformers folder."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from export.costs import Costs, costs_of
+from export.entries import entries_of
+from export.folder import appearing, check_free, check_space
+from export.layouts import BUNDLED, Layout, Target, target_for
+from export.record import pruning_record, write_card, write_record
+from export.sizes import PrunedSizes
+from export.verify import Agreement, Behaviour, verify
+from export.weights import check_shard_size, write_weights
+
+
+def export_checkpoint(
+    model: PreTrainedModel,
+    out: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    layout: Layout = "uniform",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    provenance: Mapping[str, Any] | None = None,
+    release: bool = False,
+) -> tuple[Costs, Agreement]:
+    """Write a pruned model as a folder that transformers loads, and prove that it does.
+
+    The folder appears whole or not at all. Weights are written shard by shard; with ``release`` the memory never
+    exceeds the loaded model and one shard, the check included.
+
+    Args:
+        model: pruned by a static method (or dense), on any device.
+        out: the folder.
+        tokenizer: written beside the model.
+        layout: see :mod:`export.layouts`.
+        dtype: of the weights written; None keeps the model's. Another one changes ``model`` too.
+        overwrite: replace an earlier export at ``out``.
+        max_shard_size: of a weights file, such as ``5GB``.
+        provenance: for ``pruning.json``: ``base_model`` (its name), and whatever else is worth knowing.
+        release: give up the model's weights before the folder is loaded for the check. ``model`` is empty afterwards.
+
+    Returns:
+        What was written, and how closely the reloaded folder follows the model.
+
+    Raises:
+        UserError: the layout cannot hold the model, a weight is not finite, the disk is full, ``out`` is taken, or the
+            check failed. Nothing is left behind.
+    """
+    check_free(out, overwrite)
+    check_shard_size(max_shard_size)
+    sizes = PrunedSizes.of(model)
+    target = target_for(layout, sizes)
+    if dtype is not None:
+        cast_weights(model, dtype)
+    model.eval()
+    costs, pruning, device = costs_of(model, target), pruning_record(model), model.device
+    given = dict(provenance or {})
+    base = {"name": given.pop("base_model", "a model in memory"), "model_type": model.config.model_type}
+    check_space(out, costs.bytes)
+    expected = Behaviour.of_model(model)
+    with appearing(out, overwrite) as folder:
+        _write_small_files(folder, model, tokenizer, target)
+        write_weights(entries_of(model, sizes, target), folder, max_shard_size)
+        if release:
+            model.to("meta")
+        agreement = verify(folder, expected, device, bundled_code=target.code is not None)
+        record = {
+            "base_model": base,
+            "pruning": pruning,
+            "written": asdict(costs),
+            "check": asdict(agreement),
+            **given,
+        }
+        write_record(folder, record)
+        write_card(folder, base, pruning, costs, agreement)
+    return costs, agreement
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Change the dtype of the weights only.
+
+    Buffers such as rotary frequencies stay in float32, as they do in a model that is loaded.
+    """
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def _write_small_files(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, target: Target
+) -> None:
+    config = dict(target.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if model.generation_config is not None:
+        model.generation_config.to_json_file(folder / "generation_config.json")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if target.code is not None:
+        (folder / f"{BUNDLED}.py").write_text(target.code, encoding="utf-8")

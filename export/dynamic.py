@@ -1,0 +1,106 @@
+"""Dynamic pruning as one graph: probe, choice, slices and history inside, the history going in and out."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from export.graph import Graph, attention_for_graphs, traced
+from pp_lightning.architectures import architecture_of
+from pp_lightning.errors import UserError
+from pp_lightning.methods import DynamicMethod
+from pp_lightning.pruning import pruners_of, pruning_of
+
+_MOVING = ("history", "mean")
+
+
+def trace_dynamic(model: PreTrainedModel, rows: int, tokens: int) -> Graph:
+    """Trace a dynamically pruned model for batches of one size.
+
+    The graph takes ``input_ids`` and ``attention_mask``, both (B, S), and a history (P_max, C) for every block that
+    chooses (with some methods a running mean (C,) too). It gives ``logits`` (B, S, V), the histories after the batch,
+    and the units (K,) that each block kept. It holds no state: whoever forgets to feed a history back runs every batch
+    on the calibrated one.
+
+    Args:
+        model: pruned by a dynamic method; left as it is.
+        rows: B, at least 2.
+        tokens: S, at least 2. The probe's size follows from both, so that they are part of the graph.
+
+    Raises:
+        UserError: the model is not pruned by a dynamic method, or the batch does not fit its histories.
+    """
+    pruning = pruning_of(model)
+    context = pruning.context
+    if context is None or not isinstance(pruning.method, DynamicMethod):
+        raise UserError("the choice is static: export the graph of a static choice")
+    if context.num_positions is not None and tokens > context.num_positions:
+        raise UserError(f"batches of {tokens} tokens are longer than the {context.num_positions} calibrated positions")
+    if pruning.method.lots_needed(rows, tokens):
+        raise UserError("a probe that is drawn anew for every batch fits no graph: rank it by residual or input")
+    state = PrunedState(model)
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device=model.device)
+    start = [state.buffers[name].clone() for name in state.moving]
+    choice = context.choice
+    with attention_for_graphs(model):
+        program = traced(_WithHistory(state), (ids, torch.ones_like(ids), start), None)
+    context.choice = choice
+    return Graph(
+        program,
+        leading=2,
+        inputs=("input_ids", "attention_mask", *labels(state.moving)),
+        outputs=("logits", *(f"new_{label}" for label in labels(state.moving)), *labels(state.choices)),
+    )
+
+
+class PrunedState:
+    """A pruned model's buffers that change from batch to batch, by their names in the model.
+
+    Attributes:
+        moving: histories and running means, which the next batch starts from.
+        choices: the units kept for the last batch.
+        buffers: these, and what else a batch writes.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        architecture = architecture_of(model.config)
+        prefix = f"{architecture.decoder}.{architecture.layers}"
+        blocks = [
+            (f"{prefix}.{layer}.pruner.{name}", block)
+            for layer, pruner in pruners_of(model).items()
+            for name, block in (("attention", pruner.attention), ("mlp", pruner.mlp))
+            if block.chooses
+        ]
+        self.moving = [
+            f"{path}.{kind}" for path, block in blocks for kind in _MOVING if getattr(block, kind) is not None
+        ]
+        self.choices = [f"{path}.kept" for path, _ in blocks]
+        restored = [f"{path}.restored" for path, block in blocks if block.restored is not None]
+        written = {*self.moving, *self.choices, *restored}
+        self.buffers = {name: buffer for name, buffer in model.named_buffers() if name in written}
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """``history.3.mlp`` for the buffer of layer 3's MLP block."""
+    return [f"{parts[-1]}.{parts[-4]}.{parts[-2]}" for parts in (name.split(".") for name in names)]
+
+
+class _WithHistory(nn.Module):
+    """Tensors in, tensors out: the buffers are swapped for arguments while the model runs."""
+
+    def __init__(self, state: PrunedState) -> None:
+        super().__init__()
+        self.model = state.model
+        self._state = (state,)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, before: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Logits, what the next batch starts from, kept units."""
+        state = self._state[0]
+        swapped = {name: buffer.clone() for name, buffer in state.buffers.items()}
+        swapped |= dict(zip(state.moving, (tensor.clone() for tensor in before), strict=True))
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        output = functional_call(self.model, swapped, (), inputs)
+        return (output.logits, *(swapped[name] for name in (*state.moving, *state.choices)))

@@ -1,0 +1,142 @@
+"""Files that hold a graph: ONNX, and PyTorch's own exported program with or without compiled kernels."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.graph import Graph
+from pp_lightning.errors import UserError
+
+# Runs a graph on its inputs in order, flat; gives its outputs in order, on the CPU.
+Session = Callable[[Sequence[Tensor]], list[Tensor]]
+
+_LARGEST_PROTOBUF = 2 * 1000**3  # bytes; the format ends at 2 GiB
+
+
+@dataclass(frozen=True)
+class GraphFormat:
+    """How a graph is written and run again.
+
+    Attributes:
+        write: into a folder; the number of bytes of the weights is told.
+        load: from the folder, in the runtime that its users have.
+        check: refuse what is missing on this machine, before any work is done.
+        runs_in: for people.
+        copies: of the weights on disk.
+    """
+
+    write: Callable[[Graph, Path, int], None]
+    load: Callable[[Path, Graph], Session]
+    check: Callable[[], None]
+    runs_in: str
+    copies: int = 1
+
+
+def _write_onnx(graph: Graph, folder: Path, size: int) -> None:
+    assert graph.program is not None
+    with _quiet():
+        torch.onnx.export(
+            graph.program,
+            (),
+            folder / "model.onnx",
+            dynamo=True,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            external_data=size > _LARGEST_PROTOBUF,
+            verbose=False,
+        )
+
+
+def _load_onnx(folder: Path, graph: Graph) -> Session:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    wanted = {entry.name for entry in session.get_inputs()}
+    missing = set(graph.inputs) - wanted
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        feeds = dict(zip(graph.inputs, inputs, strict=True))
+        found = session.run(list(graph.outputs), {n: t.numpy() for n, t in feeds.items() if n not in missing})
+        return [torch.from_numpy(array) for array in found]
+
+    return run
+
+
+def _check_onnx() -> None:
+    try:
+        import onnxruntime  # noqa: F401 (only whether it is there)
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"ONNX needs {error.name}: pip install 'pp-lightning[onnx]'") from error
+
+
+def _write_program(graph: Graph, folder: Path, size: int) -> None:
+    assert graph.program is not None
+    torch.export.save(graph.program, folder / "model.pt2")
+
+
+def _load_program(folder: Path, graph: Graph) -> Session:
+    return _in_arguments(torch.export.load(folder / "model.pt2").module(), graph)
+
+
+def _write_compiled(graph: Graph, folder: Path, size: int) -> None:
+    assert graph.program is not None
+    _write_program(graph, folder, size)
+    torch._inductor.aoti_compile_and_package(graph.program, package_path=str(folder / "model.compiled.pt2"))
+
+
+def _load_compiled(folder: Path, graph: Graph) -> Session:
+    return _in_arguments(torch._inductor.aoti_load_package(str(folder / "model.compiled.pt2")), graph)
+
+
+def _in_arguments(program: Callable[..., Sequence[Tensor]], graph: Graph) -> Session:
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            laid_out = [tensor.contiguous() for tensor in inputs]  # compiled kernels take the strides for granted
+            return [out.cpu() for out in program(*laid_out[: graph.leading], laid_out[graph.leading :])]
+
+    return run
+
+
+def _nothing() -> None:
+    """PyTorch is there."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks about packages that no language model needs."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+GRAPH_FORMATS: Mapping[str, GraphFormat] = {
+    "onnx": GraphFormat(_write_onnx, _load_onnx, _check_onnx, "ONNX Runtime"),
+    "pt2": GraphFormat(_write_program, _load_program, _nothing, "torch.export.load"),
+    "compiled": GraphFormat(
+        _write_compiled,
+        _load_compiled,
+        _nothing,
+        "torch.export.load; torch._inductor.aoti_load_package on this machine",
+    ),
+}
+
+
+def check_format(form: str) -> None:
+    """Refuse a format whose packages are missing.
+
+    Raises:
+        UserError: what to install.
+    """
+    GRAPH_FORMATS[form].check()

@@ -1,0 +1,148 @@
+"""A pruned model as one traced graph whose sizes of batch, text and cache stay open."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as tracing
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from export.sizes import PrunedSizes
+
+_ATTENTION = "pp_lightning_graph"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced model.
+
+    Attributes:
+        program: takes ``leading`` inputs and then the rest as one list.
+        leading: number of inputs that are arguments of their own.
+        inputs: names.
+        outputs: names.
+        caches: key/value heads of every layer, for graphs with a cache.
+        head_size: d.
+    """
+
+    program: ExportedProgram | None
+    leading: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    caches: tuple[int, ...] = ()
+    head_size: int = 0
+
+    def without_program(self) -> "Graph":
+        """The names alone: what is left once the program is on disk, so that its weights can go."""
+        return replace(self, program=None)
+
+
+def trace(model: PreTrainedModel, *, kv_cache: bool) -> Graph:
+    """Trace a statically pruned (or dense) model.
+
+    With a cache the graph takes ``input_ids`` (B, S), ``attention_mask`` (B, P + S), ``position_ids`` (B, S) and, for
+    every layer i, ``past_key_values.i.key`` and ``.value`` (B, G_i, P, d); P is 0 at the start. It gives ``logits``
+    (B, S, V) and ``present.i.key`` and ``.value`` (B, G_i, P + S, d). Without one it takes the first three, P being 0,
+    and gives the logits.
+
+    Args:
+        model: left as it is.
+        kv_cache: with a cache going in and out.
+    """
+    sizes = PrunedSizes.of(model)
+    heads = tuple(widths.groups for widths in sizes.layers) if kv_cache else ()
+    past = [
+        torch.zeros(2, count, 4, sizes.shape.head_size, dtype=model.dtype, device=model.device)
+        for count in heads
+        for _ in range(2)
+    ]
+    tokens, held = 3, 4 if kv_cache else 0
+    ids = torch.zeros(2, tokens, dtype=torch.long, device=model.device)
+    mask = torch.ones(2, held + tokens, dtype=torch.long, device=model.device)
+    positions = torch.arange(held, held + tokens, device=model.device).expand(2, tokens).contiguous()
+    open_text = {0: Dim.AUTO, 1: Dim.AUTO}
+    shapes: tuple[Any, ...] = (open_text, open_text, open_text, [{0: Dim.AUTO, 2: Dim.AUTO} for _ in past])
+    with attention_for_graphs(model):
+        program = traced(_WithCache(model), (ids, mask, positions, past), shapes)
+    names = ("input_ids", "attention_mask", "position_ids")
+    return Graph(
+        program,
+        leading=len(names),
+        inputs=(*names, *_cache_names("past_key_values", len(heads))),
+        outputs=("logits", *_cache_names("present", len(heads))),
+        caches=heads,
+        head_size=sizes.shape.head_size,
+    )
+
+
+def traced(module: nn.Module, arguments: tuple[Any, ...], shapes: tuple[Any, ...] | None) -> ExportedProgram:
+    """``torch.export`` without taking sizes of 0 and 1 for special cases; without shapes, all sizes are fixed."""
+    with torch.no_grad(), tracing.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        return torch.export.export(module.eval(), arguments, dynamic_shapes=shapes, strict=False)
+
+
+class _WithCache(nn.Module):
+    """Tensors in, tensors out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Logits, then keys and values of all layers where there were some."""
+        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True))) if past else None
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        if cache is None:
+            return (output.logits,)
+        return (output.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+
+
+@contextmanager
+def attention_for_graphs(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model compute attention in a way that does not look at sizes.
+
+    The stock one asks whether there is a single query, and a graph remembers the answer.
+    """
+    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of (B, H, S, d) to (B, G, T, d) under a mask, in the form that transformers calls: (B, S, H, d)."""
+    sharing = query.shape[1] // key.shape[1]
+    if sharing > 1:
+        key, value = key.repeat_interleave(sharing, dim=1), value.repeat_interleave(sharing, dim=1)
+    assert attention_mask is not None, "a graph is traced with a mask"
+    attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def _cache_names(prefix: str, layers: int) -> tuple[str, ...]:
+    return tuple(f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value"))

@@ -1,0 +1,190 @@
+"""A pruned model as a folder with one graph in it, checked in the runtime that its users have."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from export.dynamic import PrunedState, labels, trace_dynamic
+from export.dynamic_check import DynamicBehaviour
+from export.folder import appearing, check_free, check_space
+from export.formats import GRAPH_FORMATS, GraphFormat, Session
+from export.graph import Graph, trace
+from export.record import graph_record, pruning_record, write_record
+from export.verify import Agreement, Behaviour, Runner, compare, model_runner, positions_of
+from pp_lightning.errors import UserError
+
+# Rows and tokens of the prompts that a graph is checked on: none of them are those it was traced with.
+_SHAPES = ((2, 24), (1, 7), (3, 33), (1, 1))
+
+
+def export_graph(
+    model: PreTrainedModel,
+    out: Path,
+    *,
+    form: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    kv_cache: bool = True,
+    overwrite: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+    release: bool = False,
+) -> Agreement:
+    """Write a model as a graph, load it in its runtime and compare it with the model at several shapes.
+
+    Args:
+        model: pruned by a static method (or dense). Layers may have widths of their own.
+        out: the folder; it appears whole or not at all.
+        form: ``onnx``, ``pt2`` or ``compiled``.
+        tokenizer: written beside the graph.
+        kv_cache: take and give keys and values; without, the graph gives logits of whole texts.
+        overwrite: replace an earlier export at ``out``.
+        provenance: for ``pruning.json``.
+        release: give up the model's weights before the graph is loaded for the check.
+
+    Raises:
+        UserError: a package or disk space is missing, ``out`` is taken, or the check failed. Nothing is left behind.
+    """
+    chosen = _ready(form, model, out, overwrite)
+    dtype, layers = model.dtype, model.config.num_hidden_layers
+    longest = model.config.max_position_embeddings - 8
+    runner, vocabulary = model_runner(model), model.config.vocab_size
+    expected = [Behaviour.of(runner, vocabulary, rows, min(tokens, longest)) for rows, tokens in _SHAPES]
+
+    def check(session: Session, graph: Graph) -> Agreement:
+        run = cached_runner(session, graph, dtype)
+        checks = [compare(e, _asked_like(e, run), dtype, layers) for e in expected]
+        return max(checks, key=lambda one: one.largest_difference)
+
+    return _write(
+        model,
+        out,
+        lambda: trace(model, kv_cache=kv_cache),
+        chosen,
+        check,
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        record={"pruning": pruning_record(model), **(provenance or {})},
+        release=release,
+    )
+
+
+def export_dynamic_graph(
+    model: PreTrainedModel,
+    out: Path,
+    *,
+    form: str,
+    rows: int,
+    tokens: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+    release: bool = False,
+) -> Agreement:
+    """Write a dynamically pruned model as a graph, with its histories as inputs and outputs, and check it over batches.
+
+    The calibrated histories to start from go into ``history.safetensors``, under the names of the graph's inputs.
+
+    Args:
+        model: pruned by a dynamic method.
+        out: the folder; it appears whole or not at all.
+        form: ``onnx``, ``pt2`` or ``compiled``.
+        rows: of a batch. A smaller batch is filled up with rows that the mask marks as padding.
+        tokens: of a row; a shorter one is padded.
+        tokenizer: written beside the graph.
+        overwrite: replace an earlier export at ``out``.
+        provenance: for ``pruning.json``.
+        release: give up the model's weights before the graph is loaded for the check.
+
+    Raises:
+        UserError: as :func:`export_graph`, or the batch does not fit the histories.
+    """
+    chosen = _ready(form, model, out, overwrite)
+    expected = DynamicBehaviour.of(model, rows, tokens)
+    dtype, layers, state = model.dtype, model.config.num_hidden_layers, PrunedState(model)
+    start = {n: state.buffers[p].cpu().clone() for n, p in zip(labels(state.moving), state.moving, strict=True)}
+    return _write(
+        model,
+        out,
+        lambda: trace_dynamic(model, rows, tokens),
+        chosen,
+        lambda session, _: expected.check(session, list(start.values()), dtype, layers),
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        record={"pruning": pruning_record(model), "batch": {"rows": rows, "tokens": tokens}, **(provenance or {})},
+        release=release,
+        histories=start,
+    )
+
+
+def cached_runner(session: Session, graph: Graph, dtype: torch.dtype) -> Runner:
+    """Run a graph as models are run: with its cache, if it has one."""
+
+    def run(prompt: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        if cache is None:
+            rows, size = len(prompt), graph.head_size
+            cache = [torch.zeros(rows, heads, 0, size, dtype=dtype) for heads in graph.caches for _ in range(2)]
+        outputs = session([prompt, mask, positions_of(mask, prompt.shape[1]), *cache])
+        return outputs[0].float(), outputs[1:] or None
+
+    return run
+
+
+def _ready(form: str, model: PreTrainedModel, out: Path, overwrite: bool) -> GraphFormat:
+    """The format, if nothing stands in its way."""
+    chosen = GRAPH_FORMATS[form]
+    chosen.check()
+    check_free(out, overwrite)
+    model.eval()
+    check_space(out, chosen.copies * _bytes(model))
+    return chosen
+
+
+def _write(
+    model: PreTrainedModel,
+    out: Path,
+    traced: Callable[[], Graph],
+    chosen: GraphFormat,
+    check: Callable[[Session, Graph], Agreement],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    overwrite: bool,
+    record: Mapping[str, Any],
+    release: bool,
+    histories: Mapping[str, Tensor] | None = None,
+) -> Agreement:
+    size = _bytes(model)
+    with appearing(out, overwrite) as folder:
+        graph = traced()
+        chosen.write(graph, folder, size)
+        graph = graph.without_program()
+        if histories:
+            save_file(dict(histories), folder / "history.safetensors")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if release:
+            model.to("meta")
+        agreement = check(_loaded(chosen, folder, graph), graph)
+        described = {"graph": graph_record(graph, chosen.runs_in), "check": vars(agreement)}
+        write_record(folder, {**record, **described})
+    return agreement
+
+
+def _loaded(chosen: GraphFormat, folder: Path, graph: Graph) -> Session:
+    try:
+        return chosen.load(folder, graph)
+    except Exception as error:  # whatever the runtime raises about it, a user would meet it too
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"the export failed its check: it cannot be loaded: {reason}") from error
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    return sum(weight.nbytes for weight in model.parameters())
+
+
+def _asked_like(expected: Behaviour, run: Runner) -> Behaviour:
+    rows, tokens = expected.prompt.shape
+    return Behaviour.of(run, expected.logits.shape[-1], rows, tokens)

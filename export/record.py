@@ -1,0 +1,127 @@
+"""What an export says about itself: ``pruning.json`` for machines, a model card for people."""
+
+import json
+import platform
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from export.costs import Costs
+from export.folder import RECORD
+from export.graph import Graph
+from export.verify import Agreement
+from pp_lightning.evidence import Evidence
+from pp_lightning.pruning import is_pruned, pruning_of
+from pp_lightning.statistics import Statistics
+
+FORMAT = "pp-lightning export 1"
+PACKAGES = ("torch", "transformers", "safetensors", "pp-lightning")
+
+
+def pruning_record(model: PreTrainedModel) -> dict[str, Any]:
+    """Method, ratios and kept units of a pruned model; empty for one that is not."""
+    if not is_pruned(model):
+        return {}
+    pruning = pruning_of(model)
+    kept = {
+        str(layer): {
+            block.block.value: pruning.choices[layer, block.block].tolist()
+            for block in pruning.plan.blocks
+            if (layer, block.block) in pruning.choices
+        }
+        for layer in pruning.plan.layers
+    }
+    return {
+        "method": pruning.method.label,
+        "settings": pruning.method.settings(),
+        "attention_unit": pruning.plan.unit.value,
+        "ratio_in_pruned_layers": {block.block.value: block.ratio for block in pruning.plan.blocks},
+        "kept": kept,
+    }
+
+
+def calibration_record(evidence: Evidence) -> dict[str, Any]:
+    """What tells one calibration from another."""
+    record: dict[str, Any] = {"evidence": evidence.called, "model": evidence.model}
+    if isinstance(evidence, Statistics):
+        record |= {
+            "batches": evidence.num_batches,
+            "batches_digest": evidence.batches_digest,
+            "positions": evidence.num_positions,
+        }
+    return record
+
+
+def graph_record(graph: Graph, runs_in: str) -> dict[str, Any]:
+    """How a graph is called."""
+    return {
+        "inputs": list(graph.inputs),
+        "outputs": list(graph.outputs),
+        "key_value_heads": list(graph.caches),
+        "head_size": graph.head_size,
+        "runs_in": runs_in,
+    }
+
+
+def base_model_name(path: str | None) -> str:
+    """How the base model is called in public: a hub id, or the last part of a folder's path."""
+    if path is None:
+        return "the model that comes with pp-lightning"
+    return Path(path).resolve().name if Path(path).exists() else path
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write ``pruning.json``."""
+    versions = {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
+    content = {"format": FORMAT, **record, "versions": versions}
+    text = json.dumps(content, indent=2, default=str)
+    in_one_line = re.sub(r"\[[\d\s,]+\]", lambda numbers: " ".join(numbers[0].split()), text)  # kept units: thousands
+    (folder / RECORD).write_text(in_one_line + "\n", encoding="utf-8")
+
+
+def write_card(
+    folder: Path, base: Mapping[str, Any], pruning: Mapping[str, Any], costs: Costs, check: Agreement
+) -> None:
+    """Write the model card."""
+    trust = ", trust_remote_code=True" if costs.layout == "per-layer" else ""
+    method = pruning.get("method", "none")
+    heads, channels = (_range(counts) for counts in (costs.heads, costs.channels))
+    origin = f"`{base['name']}` ({base['model_type']})"
+    text = f"""---
+library_name: transformers
+tags: [pruned, structured-pruning, pp-lightning]
+---
+# {base["name"]}, pruned
+
+{origin}, pruned by **{method}** with [pp-lightning](https://pypi.org/project/pp-lightning/). Written as
+`{costs.model_class}`, which computes exactly what the pruned model computes; the weights come from a
+`{base["model_type"]}` model and keep its licence.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("."{trust})
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+| | |
+|---|---|
+| layout | {costs.layout} |
+| heads in a layer | {heads} |
+| MLP channels in a layer | {channels} |
+| parameters | {costs.parameters:,} ({costs.parameters_ratio:.1%} of the dense model) |
+| FLOPs | {costs.flops_ratio:.1%} of the dense model |
+| loads in | {costs.loads_in} |
+| checked | reloaded after writing: logits differ by at most {check.largest_difference:.1e}, greedy tokens equal |
+
+`pruning.json` has the settings, the kept units of every layer, the calibration's digest and all versions.
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _range(counts: tuple[int, int]) -> str:
+    return str(counts[0]) if counts[0] == counts[1] else f"{counts[0]} to {counts[1]}"

@@ -1,0 +1,45 @@
+"""Writing the weights: shards of a limited size, one in memory at a time."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from export.entries import Entry, made
+from pp_lightning.errors import UserError
+
+
+def check_shard_size(max_shard_size: str) -> None:
+    """Refuse a size that cannot be read.
+
+    Raises:
+        UserError: it is not a number and a unit.
+    """
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise UserError(f"max_shard_size must be a size such as 5GB or 500MB, not {max_shard_size!r}") from error
+
+
+def write_weights(entries: Sequence[Entry], folder: Path, max_shard_size: str) -> None:
+    """Write ``model.safetensors``, or numbered shards and their index.
+
+    Raises:
+        UserError: a weight is not finite.
+        OSError: the disk is full.
+    """
+    plan = split_torch_state_dict_into_shards(
+        {entry.name: entry.placeholder for entry in entries}, max_shard_size=max_shard_size
+    )
+    for file, names in plan.filename_to_tensors.items():
+        try:
+            save_file(dict(made(entries, names)), folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # how safetensors reports what the system refused
+            raise OSError(str(error)) from error
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

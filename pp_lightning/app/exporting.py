@@ -1,0 +1,186 @@
+"""``pp-lightning export``: from the command line's settings to the exporter and back to the terminal."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from export import (
+    Agreement,
+    Costs,
+    Layout,
+    compare_layouts,
+    export_checkpoint,
+    export_dynamic_graph,
+    export_graph,
+)
+from export.checkpoint import cast_weights
+from export.folder import check_free
+from export.formats import check_format
+from export.record import base_model_name, calibration_record
+from export.weights import check_shard_size
+from pp_lightning.app.module import PrunedLM
+from pp_lightning.app.report import Grid, show_grid
+from pp_lightning.checkpoints import Dtype
+from pp_lightning.data.base import EvaluationData
+from pp_lightning.errors import UserError
+from pp_lightning.methods import DynamicMethod
+
+Format = Literal["safetensors", "onnx", "pt2", "compiled"]
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What the user asked of ``export``; see :meth:`pp_lightning.app.trainer.PruningTrainer.export`."""
+
+    format: Format
+    layout: Layout | None
+    dtype: Dtype | None
+    kv_cache: bool
+    overwrite: bool
+    max_shard_size: str
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers are to keep the same counts: a checkpoint by default, a graph only if told so."""
+        return self.layout == "uniform" or (self.layout is None and self.format == "safetensors")
+
+
+def export_pruned(
+    module: PrunedLM, data: EvaluationData, device: torch.device, out: Path, settings: ExportSettings
+) -> None:
+    """Prune as the module says and write the result.
+
+    Raises:
+        UserError: nothing to prune, a choice per batch for a checkpoint, or whatever :mod:`export` refuses.
+    """
+    dynamic = _check(module, out, settings)
+    if settings.uniform:
+        _choose_uniformly(module)
+    assert module.method is not None
+    module.check_plan(module.method, module.pruning_ratio)
+    calibrated = module.read_statistics()
+    if calibrated:
+        _say(f"calibrated before: {module.statistics_file} is taken as it stands, no calibration text is read")
+    if not calibrated or module.frozen_on == "text":
+        module.prepare(data)
+    module.model.to(device)
+    statistics = module.prune(data)
+    provenance: dict[str, Any] = {"base_model": base_model_name(module.path), "asked": _asked(module)}
+    if statistics is not None:
+        provenance["calibration"] = calibration_record(statistics)
+    if settings.dtype not in (None, "auto"):
+        cast_weights(module.model, getattr(torch, str(settings.dtype)))
+    shared: _Shared = {
+        "tokenizer": module.tokenizer,
+        "overwrite": settings.overwrite,
+        "provenance": provenance,
+        "release": True,
+    }
+    if settings.format == "safetensors":
+        layout = settings.layout or "uniform"
+        _show_costs(compare_layouts(module.model), layout)
+        costs, check = export_checkpoint(
+            module.model, out, layout=layout, max_shard_size=settings.max_shard_size, **shared
+        )
+        _say(f"written to {out}: {costs.model_class}, {costs.parameters:,} parameters")
+    elif dynamic:
+        rows, tokens = data.batch_size, data.window
+        _say(
+            f"one graph for batches of {rows} x {tokens} tokens (--data.batch_size, --data.window), history in and out"
+        )
+        check = export_dynamic_graph(module.model, out, form=settings.format, rows=rows, tokens=tokens, **shared)
+        _say(f"written to {out}: see pruning.json for the names of inputs and outputs")
+    else:
+        check = export_graph(module.model, out, form=settings.format, kv_cache=settings.kv_cache, **shared)
+        _say(f"written to {out}: see pruning.json for the names of inputs and outputs")
+    _say(_outcome(check))
+
+
+class _Shared(TypedDict):
+    """What all exporters take."""
+
+    tokenizer: PreTrainedTokenizerBase
+    overwrite: bool
+    provenance: dict[str, Any]
+    release: bool
+
+
+def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> bool:
+    """Refuse what can be refused before any work; returns whether the choice is made per batch."""
+    check_free(out, settings.overwrite)
+    check_shard_size(settings.max_shard_size)
+    if module.method is None:
+        raise UserError("nothing to prune: name a method with --model.method")
+    if settings.format != "safetensors":
+        check_format(settings.format)
+        if settings.layout not in (None, "uniform"):
+            raise UserError("a graph holds any widths as they are: --layout is for --format safetensors")
+    dynamic = isinstance(module.method, DynamicMethod) and module.frozen_on is None
+    if dynamic and settings.format == "safetensors":
+        raise UserError(
+            f"{type(module.method).__name__} chooses per batch, which no checkpoint can: freeze its choice with "
+            "--model.frozen_on history (or text), or write a graph with --format onnx (or pt2)"
+        )
+    return dynamic
+
+
+def _choose_uniformly(module: PrunedLM) -> None:
+    assert module.method is not None
+    if module.skip_layers or module.method.with_uniform_counts() is not module.method:
+        _say(
+            f"layout uniform: chosen anew with the same counts in every layer, {module.pruning_ratio:.0%} over the "
+            "whole model, no layer skipped. test and compare evaluate this choice with --model.uniform true."
+        )
+    module.uniform = True
+
+
+def _asked(module: PrunedLM) -> dict[str, Any]:
+    names = ("pruning_ratio", "attention_ratio", "mlp_ratio", "round_to", "uniform", "frozen_on")
+    asked = {name: getattr(module, name) for name in names}
+    return asked | {"skip_layers": [] if module.uniform else list(module.skip_layers)}
+
+
+def _show_costs(table: list[Costs], chosen: Layout) -> None:
+    """What every layout would cost and keep, the chosen one marked."""
+    headings = ("layout", "class", "parameters", "of dense", "FLOPs", "GB", "heads", "channels", "loads in")
+    show_grid(Grid("what each layout of this choice costs and keeps", headings, [_cells(row, chosen) for row in table]))
+
+
+def _cells(costs: Costs, chosen: Layout) -> tuple[str, ...]:
+    name = f"-> {costs.layout}" if costs.layout == chosen else f"   {costs.layout}"
+    if not costs.parameters:
+        return name, *["-"] * 7, costs.model_class
+    return (
+        name,
+        costs.model_class,
+        f"{costs.parameters:,}",
+        f"{costs.parameters_ratio:.3f}",
+        f"{costs.flops_ratio:.3f}",
+        f"{costs.bytes / 1e9:.3f}",
+        _range(costs.heads),
+        _range(costs.channels),
+        costs.loads_in,
+    )
+
+
+def _outcome(check: Agreement) -> str:
+    text = (
+        f"loaded and checked: logits differ by at most {check.largest_difference:.1e} ({check.tolerance:.1e} allowed)"
+    )
+    if check.same_tokens:
+        text += f"; {check.same_tokens} greedy tokens are equal"
+    if check.swapped_units:
+        text += f"; {check.swapped_units} kept units differ by rounding"
+    return text
+
+
+def _say(text: str) -> None:
+    Console().print(text, highlight=False, soft_wrap=True)
+
+
+def _range(counts: tuple[int, int]) -> str:
+    return str(counts[0]) if counts[0] == counts[1] else f"{counts[0]}-{counts[1]}"

@@ -1,0 +1,201 @@
+"""``pp-lightning export`` as a user types it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.app.test_cli import REPOSITORY, VOCABULARY, arguments, place, refused, type_in  # noqa: F401 (fixtures)
+from tests.models import tiny
+
+EXPORTED = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "pruning.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+@pytest.fixture
+def chosen(arguments):  # noqa: F811
+    """Arguments of a static choice."""
+    return {**arguments, "--model.method": "WandaSP", "--model.pruning_ratio": 0.4}
+
+
+def without_data(given):
+    """The same with nothing said about texts."""
+    return {key: value for key, value in given.items() if not key.startswith("--data")}
+
+
+@pytest.fixture
+def stock_perplexity(place):  # noqa: F811
+    """Perplexity of a folder on the test text, in a process that has never heard of us."""
+
+    def run(folder):
+        code = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}).eval()
+text = open({str(place / "text.txt")!r}).read()
+ids = torch.tensor(AutoTokenizer.from_pretrained({str(folder)!r})(text)["input_ids"])
+total = count = 0
+with torch.no_grad():
+    for window in ids.split(32):
+        loss = model(input_ids=window[None], labels=window[None]).loss
+        total, count = total + float(loss) * (len(window) - 1), count + len(window) - 1
+assert not {{"pp_lightning", "export", "lightning"}} & set(sys.modules)
+print(float(torch.tensor(total / count).exp()))
+"""
+        done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["WandaSP", pytest.param("FLAP", marks=pytest.mark.slow)])
+def test_what_is_exported_is_what_test_evaluates(method, type_in, chosen, tmp_path, capsys, stock_perplexity):  # noqa: F811
+    given = {**chosen, "--model.method": method}
+    assert type_in("export", given, extra=["--out", tmp_path / "model"]) == 0
+    printed = capsys.readouterr().out
+    assert "chosen anew" in printed and "--model.uniform true" in printed
+    assert "-> uniform" in printed and "greedy tokens are equal" in printed
+    assert {path.name for path in (tmp_path / "model").iterdir()} == EXPORTED
+    assert type_in("test", given, extra=["--model.uniform", "true", "--out", tmp_path / "test"]) == 0
+    row = json.loads((tmp_path / "test" / "results.json").read_text())["rows"][0]
+    assert stock_perplexity(tmp_path / "model") == pytest.approx(row["perplexity"], rel=1e-5)
+    assert row["kept"] == {"attention": [5, 5], "mlp": [96, 96]}
+    assert type_in("test", given, extra=["--out", tmp_path / "other"]) == 0
+    other = json.loads((tmp_path / "other" / "results.json").read_text())["rows"][0]
+    assert other["perplexity"] != row["perplexity"]  # with layers skipped it is another choice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen_on", ["history", "text"])
+def test_a_frozen_choice(frozen_on, type_in, chosen, tmp_path, stock_perplexity):  # noqa: F811
+    given = {**chosen, "--model.method": "ProbePruning", "--model.frozen_on": frozen_on}
+    assert type_in("export", given, extra=["--out", tmp_path / "model"]) == 0
+    assert type_in("test", given, extra=["--model.uniform", "true", "--out", tmp_path / "test"]) == 0
+    row = json.loads((tmp_path / "test" / "results.json").read_text())["rows"][0]
+    assert stock_perplexity(tmp_path / "model") == pytest.approx(row["perplexity"], rel=1e-5)
+    record = json.loads((tmp_path / "model" / "pruning.json").read_text())
+    assert record["pruning"]["settings"]["frozen_on"] == frozen_on
+
+
+def test_per_layer_keeps_the_choice_with_skipped_layers(type_in, chosen, tmp_path, capsys):  # noqa: F811
+    extra = ["--layout", "per-layer", "--out", tmp_path / "model"]
+    assert type_in("export", {**chosen, "--model.method": "FLAP"}, extra=extra) == 0
+    assert "chosen anew" not in capsys.readouterr().out
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as A; "
+        f"m = A.from_pretrained({str(tmp_path / 'model')!r}, trust_remote_code=True); "
+        "print([layer.mlp.up_proj.out_features for layer in m.model.layers], 'pp_lightning' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)
+    widths, ours = re.fullmatch(r"(\[.*\]) (.*)\n", done.stdout).groups()
+    assert json.loads(widths)[:2] == [160, 160] and min(json.loads(widths)) < 160
+    assert ours == "False"
+
+
+def test_a_calibrated_model_needs_no_text(type_in, chosen, tmp_path, capsys):  # noqa: F811
+    given = {**chosen, "--model.statistics": tmp_path / "statistics.safetensors"}
+    assert type_in("export", given, extra=["--out", tmp_path / "first"]) == 0
+    assert type_in("export", without_data(given), extra=["--out", tmp_path / "second"]) == 0
+    assert "calibrated before" in capsys.readouterr().out
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    records = [json.loads((tmp_path / name / "pruning.json").read_text()) for name in ("first", "second")]
+    assert records[0]["calibration"] == records[1]["calibration"]
+    assert records[0]["calibration"]["batches"] == 2
+
+
+def test_dtype_is_kept_or_chosen(type_in, chosen, tmp_path):  # noqa: F811
+    assert type_in("export", chosen, extra=["--out", tmp_path / "kept"]) == 0
+    assert type_in("export", chosen, extra=["--dtype", "bfloat16", "--out", tmp_path / "chosen"]) == 0
+    kept, half = (load_file(tmp_path / name / "model.safetensors") for name in ("kept", "chosen"))
+    assert {weight.dtype for weight in kept.values()} == {torch.float32}
+    assert all(torch.equal(weight, kept[name].bfloat16()) for name, weight in half.items())
+
+
+def test_the_tokenizer_comes_along(type_in, chosen, tmp_path, place):  # noqa: F811
+    assert type_in("export", chosen, extra=["--out", tmp_path / "model"]) == 0
+    text = (place / "text.txt").read_text()
+    found, own = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "model", place / "model"))
+    assert found(text)["input_ids"] == own(text)["input_ids"]
+
+
+def test_an_export_can_be_pruned_again(type_in, chosen, tmp_path):  # noqa: F811
+    """A mistral folder that was a llama is a model like any other."""
+    assert type_in("export", chosen, extra=["--out", tmp_path / "once"]) == 0
+    again = {**chosen, "--model.path": tmp_path / "once", "--model.pruning_ratio": 0.2}
+    assert type_in("export", again, extra=["--out", tmp_path / "twice"]) == 0
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "twice").config
+    assert (config.num_attention_heads, config.head_dim) == (4, 8)
+
+
+def test_overwrite(type_in, chosen, tmp_path, capsys):  # noqa: F811
+    out = ["--out", tmp_path / "model"]
+    assert type_in("export", chosen, extra=out) == 0
+    assert type_in("export", {**chosen, "--model.pruning_ratio": 0.2}, extra=out) == 2
+    assert "--overwrite" in refused(capsys)
+    assert type_in("export", {**chosen, "--model.pruning_ratio": 0.2}, extra=[*out, "--overwrite", "true"]) == 0
+    assert json.loads((tmp_path / "model" / "pruning.json").read_text())["asked"]["pruning_ratio"] == 0.2
+
+
+MISTAKES = {
+    "no method": ({"--model.method": "null"}, "--model.method"),
+    "a choice per batch": ({"--model.method": "ProbePruning"}, "--model.frozen_on history"),
+    "nothing to freeze on": (
+        {"--model.method": "FullBatchProbing", "--model.frozen_on": "history"},
+        "keeps no history",
+    ),
+    "ratio of one": ({"--model.pruning_ratio": 1.0}, r"must be in \[0, 1\)"),
+    "folder without config": ({"--model.path": str(REPOSITORY / "tests")}, r"has no config.json"),
+    "no such layout": ({"--layout": "diagonal"}, "layout"),
+    "no such dtype": ({"--dtype": "int3"}, "dtype"),
+    "shards of no size": ({"--max_shard_size": "big"}, "max_shard_size"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(mistake, type_in, chosen, tmp_path, capsys):  # noqa: F811
+    changes, message = MISTAKES[mistake]
+    assert type_in("export", {**chosen, "--out": tmp_path / "out", **changes}) == 2
+    assert re.search(message, refused(capsys))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_do_not_match_the_config(type_in, chosen, tmp_path, capsys):  # noqa: F811
+    tiny("llama", vocab_size=VOCABULARY).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(chosen["--model.path"]).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 128}))
+    assert type_in("export", {**chosen, "--model.path": tmp_path / "model", "--out": tmp_path / "out"}) == 2
+    assert str(tmp_path / "model") in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_not_finite(type_in, chosen, tmp_path, capsys):  # noqa: F811
+    broken = tiny("llama", vocab_size=VOCABULARY)
+    broken.model.layers[2].mlp.up_proj.weight.data[5, 5] = float("nan")
+    broken.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(chosen["--model.path"]).save_pretrained(tmp_path / "model")
+    assert type_in("export", {**chosen, "--model.path": tmp_path / "model", "--out": tmp_path / "out"}) == 2
+    assert "not finite" in refused(capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_statistics_of_another_model(type_in, chosen, tmp_path, capsys):  # noqa: F811
+    given = {**chosen, "--model.statistics": tmp_path / "statistics.safetensors"}
+    assert type_in("export", given, extra=["--out", tmp_path / "first"]) == 0
+    again = {**without_data(given), "--model.path": tmp_path / "first", "--out": tmp_path / "second"}
+    assert type_in("export", again) == 2
+    assert "another model" in refused(capsys)
+    assert not (tmp_path / "second").exists()
