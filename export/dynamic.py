@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from export.graph import Graph, attention_for_graphs, traced
 from pp_lightning.architectures import architecture_of
 from pp_lightning.errors import UserError
+from pp_lightning.functional.selection import take_rows
 from pp_lightning.methods import DynamicMethod
 from pp_lightning.pruning import pruners_of, pruning_of
 
@@ -46,6 +47,9 @@ def trace_dynamic(model: PreTrainedModel, rows: int, tokens: int) -> Graph:
     choice = context.choice
     with attention_for_graphs(model):
         program = traced(_WithHistory(state), (ids, torch.ones_like(ids), start), None)
+    program = program.run_decompositions(
+        {torch.ops.pp_lightning.gather_units.default: take_rows}
+    )  # an operator of ours
     context.choice = choice
     return Graph(
         program,

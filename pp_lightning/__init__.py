@@ -4,6 +4,7 @@ The library needs torch and transformers only; Lightning and the command line ar
 """
 
 from pp_lightning.calibration import calibrate
+from pp_lightning.compilation import compile_, uncompile_
 from pp_lightning.errors import UserError
 from pp_lightning.gradients import taylor_importances
 from pp_lightning.importances import Importances
@@ -16,9 +17,11 @@ __all__ = [
     "Statistics",
     "UserError",
     "calibrate",
+    "compile_",
     "frozen_history",
     "kept_units",
     "prune_",
     "taylor_importances",
+    "uncompile_",
     "unprune_",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor
 from pp_lightning.blocks import Block, BlockPlan
 from pp_lightning.errors import UserError
 from pp_lightning.functional.allocation import Removable, allocate, floor_count, relative_output_losses
+from pp_lightning.methods.base import AllocationName, PruningMethod
 from pp_lightning.plan import Plan
 from pp_lightning.statistics import BlockKey, Statistics
 
@@ -27,6 +28,35 @@ class Evidence:
     output_weights: Mapping[BlockKey, Tensor]
     restores_means: bool
     floor: float
+
+
+def spread(
+    plan: Plan,
+    method: PruningMethod,
+    output_weights: Mapping[BlockKey, Tensor],
+    statistics: Statistics | None,
+    allocation: AllocationName | None,
+    floor: float,
+) -> tuple[Plan, dict[BlockKey, int]]:
+    """The layers that are pruned, and the units that stay in each of their blocks.
+
+    Args:
+        plan: uniform counts.
+        method: says how its units are spread where ``allocation`` is None.
+        output_weights: the output matrix (D, C) of every block of the model.
+        statistics: of the dense model; None where there are none.
+        allocation: ``uniform`` or ``global``.
+        floor: fraction of its units that every block keeps under ``global``.
+
+    Raises:
+        UserError: no such allocation, the method has its own, or the allocation cannot be made.
+    """
+    name = method.allocation if allocation is None else allocation
+    if name not in ALLOCATIONS:
+        raise UserError(f"allocation must be {' or '.join(ALLOCATIONS)}, not {name!r}")
+    if name != "uniform" and method.allocates:
+        raise UserError(f"{type(method).__name__} spreads units over the layers itself: leave allocation out")
+    return ALLOCATIONS[name](plan, Evidence(statistics, output_weights, method.restores_means, floor))
 
 
 Allocation = Callable[[Plan, Evidence], tuple[Plan, dict[BlockKey, int]]]

@@ -15,11 +15,10 @@ from transformers import PreTrainedModel
 from pp_lightning.architectures import architecture_of
 from pp_lightning.errors import UserError
 from pp_lightning.pruned.layer import run_batch
-from pp_lightning.pruning import pruners_of
+from pp_lightning.pruning import COMPILED, pruners_of
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
 
-_ATTRIBUTE = "_pp_lightning_compiled"
 
 # Graphs of one function. Beside sizes, what makes another one: a mask, its type, a cache, frozen histories, a probe of
 # a single row or of few tokens.
@@ -71,6 +70,12 @@ class Compilation:
         """Time spent compiling so far."""
         return sum(graph.seconds for graph in self.graphs)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Graphs, seconds, and the first line of each recompilation's reason."""
+        graphs = self.graphs
+        reasons = [graph.reason.splitlines()[0] for graph in graphs if graph.reason]
+        return {"graphs": len(graphs), "seconds": sum(graph.seconds for graph in graphs), "recompiled": reasons}
+
 
 def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compilation:
     """Compile every decoder layer of a model, dense or pruned by any method, in place.
@@ -89,7 +94,7 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
     Raises:
         UserError: the model is compiled already, or its architecture is not supported.
     """
-    if hasattr(model, _ATTRIBUTE):
+    if hasattr(model, COMPILED):
         raise UserError("the model is compiled already: uncompile_ it first")
     pruners = pruners_of(model)
     compilation = Compilation(mode)
@@ -102,7 +107,7 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
             layer.forward = MethodType(_StockForward(graphs, _widths(layer)), layer)
         else:
             pruner.run_batch = partial(graphs, (pruner.attention.keep, pruner.mlp.keep))
-    setattr(model, _ATTRIBUTE, compilation)
+    setattr(model, COMPILED, compilation)
     return compilation
 
 
@@ -112,7 +117,7 @@ def uncompile_(model: PreTrainedModel) -> None:
     Raises:
         UserError: the model is not compiled.
     """
-    if not hasattr(model, _ATTRIBUTE):
+    if not hasattr(model, COMPILED):
         raise UserError("the model is not compiled: compile_ it first")
     pruners = pruners_of(model)
     for index, layer in enumerate(architecture_of(model.config).layers_of(model)):
@@ -120,7 +125,7 @@ def uncompile_(model: PreTrainedModel) -> None:
             pruners[index].run_batch = run_batch
         else:
             del layer.forward
-    delattr(model, _ATTRIBUTE)
+    delattr(model, COMPILED)
 
 
 class _TwoGraphs:

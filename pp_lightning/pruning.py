@@ -10,13 +10,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from pp_lightning.allocation import ALLOCATIONS
-from pp_lightning.allocation import Evidence as AllocationEvidence
+from pp_lightning.allocation import spread
 from pp_lightning.architectures import Architecture, ModelShape, architecture_of, shape_of
 from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, block_modules
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence
-from pp_lightning.functional.draws import draw_lots
 from pp_lightning.importances import Importances
 from pp_lightning.methods.base import AllocationName, BlockToPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
@@ -28,6 +26,7 @@ from pp_lightning.pruned.slices import SlicedBlock, restore_block, slice_block
 from pp_lightning.statistics import BlockKey, Statistics
 
 _ATTRIBUTE = "_pp_lightning"
+COMPILED = "_pp_lightning_compiled"  # where compile_ leaves its record
 _SOURCES = {
     Statistics: "calibration statistics: pass the result of calibrate()",
     Importances: "importances: pass the result of taylor_importances() or lora_importances()",
@@ -117,6 +116,7 @@ def prune_(
     architecture, shape = architecture_of(model.config), shape_of(model.config)
     if hasattr(model, _ATTRIBUTE):
         raise UserError("the model is pruned already: unprune_ it first")
+    _check_not_compiled(model)
     plan = make_plan(
         shape,
         method,
@@ -128,7 +128,7 @@ def prune_(
     )
     _check_evidence(model, method, evidence)
     stats = evidence if isinstance(evidence, Statistics) else None
-    plan, keep = _allocated(model, architecture, method, plan, stats, allocation, floor)
+    plan, keep = spread(plan, method, _output_weights(model, architecture), stats, allocation, floor)
     if isinstance(method, DynamicMethod):
         pruning = _prune_dynamic(model, architecture, shape, method, plan, keep, stats, release_stats, pack_slices)
     else:
@@ -145,6 +145,7 @@ def unprune_(model: PreTrainedModel) -> None:
         UserError: the model is not pruned, or its dense weights were given up (``keep_dense=False``).
     """
     pruning = pruning_of(model)
+    _check_not_compiled(model)
     if not pruning._can_undo:
         raise UserError("the dense weights were given up with keep_dense=False: load the model again")
     layers = architecture_of(model.config).layers_of(model)
@@ -156,6 +157,11 @@ def unprune_(model: PreTrainedModel) -> None:
     for hook in pruning._hooks:
         hook.remove()
     delattr(model, _ATTRIBUTE)
+
+
+def _check_not_compiled(model: PreTrainedModel) -> None:
+    if hasattr(model, COMPILED):
+        raise UserError("the model is compiled: uncompile_ it first")
 
 
 def kept_units(model: PreTrainedModel) -> dict[int, KeptUnits]:
@@ -268,7 +274,7 @@ def _prune_dynamic(
     histories = stats if method.keeps_history else None
     layers = architecture.layers_of(model)
     num_positions = None if histories is None else histories.num_positions
-    context = BatchContext(num_positions, partial(_lots, method, len(layers)))
+    context = BatchContext(num_positions, partial(method.draw_lots, len(layers)))
     pruners = {  # all of them before the first is installed: a mistake leaves the model as it was
         index: layer_pruner(
             layers[index],
@@ -295,36 +301,15 @@ def _prune_dynamic(
     return Pruning(method, plan, keep, context, _hooks=hooks)
 
 
-def _allocated(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    method: PruningMethod,
-    plan: Plan,
-    stats: Statistics | None,
-    allocation: AllocationName | None,
-    floor: float,
-) -> tuple[Plan, dict[BlockKey, int]]:
-    """The layers that are pruned, and the units that stay in each of their blocks."""
-    name = method.allocation if allocation is None else allocation
-    if name not in ALLOCATIONS:
-        raise UserError(f"allocation must be {' or '.join(ALLOCATIONS)}, not {name!r}")
-    if name != "uniform" and method.allocates:
-        raise UserError(f"{type(method).__name__} spreads units over the layers itself: leave allocation out")
+def _output_weights(model: PreTrainedModel, architecture: Architecture) -> dict[BlockKey, Tensor]:
     layers = enumerate(architecture.layers_of(model))
-    weights = {(i, b): block_modules(architecture, layer, b).output_weight for i, layer in layers for b in Block}
-    return ALLOCATIONS[name](plan, AllocationEvidence(stats, weights, method.restores_means, floor))
+    return {(i, b): block_modules(architecture, layer, b).output_weight for i, layer in layers for b in Block}
 
 
 def _counted(plan: Plan, keep: Mapping[BlockKey, int], layer: int) -> tuple[BlockPlan, BlockPlan]:
     """The plan of a layer's attention and of its MLP block, with the counts of that layer."""
     attention, mlp = (replace(block, keep=keep[layer, block.block]) for block in plan.blocks)
     return attention, mlp
-
-
-def _lots(method: DynamicMethod, num_layers: int, batch: int, num_rows: int, num_tokens: int) -> Tensor | None:
-    """Lots for the attention and the MLP probe of every layer, (L, 2, M) float32; None for probes that are ranked."""
-    number = method.lots_needed(num_rows, num_tokens)
-    return draw_lots((num_layers, 2, number), method.seed, batch) if number else None
 
 
 def _prune_static(

@@ -48,9 +48,13 @@ def test_dense_model_agrees_with_the_counter(name):
     assert counted(model, text) == dense_flops(shape_of(model.config), ROWS, TOKENS).model
 
 
+def restoring(attention_unit):
+    return ProbePruning(compensation="probe", rank_by="random", allocation="global", attention_unit=attention_unit)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("unit", [None, "query_head"])
-@pytest.mark.parametrize("method", [ProbePruning, FullBatchProbing, WandaSP])
+@pytest.mark.parametrize("method", [ProbePruning, FullBatchProbing, WandaSP, restoring])
 def test_pruned_model_agrees_with_the_counter(name, unit, method):
     model = tiny(name, attn_implementation="eager")
     shape = shape_of(model.config)

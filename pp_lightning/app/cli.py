@@ -63,6 +63,8 @@ examples:
         --model.pruning_ratio 0.4 --out DIR2
   the seven commonsense tasks, from local files in their original formats
     pp-lightning compare --model.path DIR --data commonsense --data.path DIR3 --methods [pp] --out DIR2
+  does saved arithmetic become saved time? its own options: pp-lightning benchmark --help
+    pp-lightning benchmark --config configs/tiny/benchmark.yaml --out DIR
   any task of lm-evaluation-harness, its own options
     pp-lightning lm-eval --tasks hellaswag --batch_size 20 --model_args path=DIR,method=pp,pruning_ratio=0.4
   a static choice as a transformers folder, checked after writing
@@ -169,7 +171,7 @@ class PruningCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         self._dump_config()
-        caption = self._caption(rows[0].evaluation.tokens)
+        caption = self._caption(rows[0].evaluation.tokens) + _compiling(rows)
         write_text(self.out / "results.csv", comma_separated(rows))
         write_text(self.out / "results.md", markdown(grids(rows), caption))
         write_json(self.out / "results.json", self._record({"rows": [row.as_dict() for row in rows]}))
@@ -203,10 +205,23 @@ class PruningCLI(LightningCLI):
         )
 
 
+def _compiling(rows: Sequence[Comparison]) -> str:
+    """What compiling took, where anything was compiled."""
+    compiled = [row.evaluation.compiled for row in rows if row.evaluation.compiled is not None]
+    if not compiled:
+        return ""
+    graphs, seconds = (sum(one[key] for one in compiled) for key in ("graphs", "seconds"))
+    recompiled = sum(len(one["recompiled"]) for one in compiled)
+    return f"; compiled: {graphs} graphs in {seconds:.0f} s, {recompiled} of them recompilations"
+
+
 def main() -> None:
     """Entry point of ``pp-lightning``: a mistake of the user's is one line and exit code 2."""
     if sys.argv[1:2] == ["lm-eval"]:
         _run_harness(sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["benchmark"]:
+        _run_benchmark(sys.argv[2:])
         return
     _quiet()
     sys.argv = with_full_names(sys.argv)
@@ -223,6 +238,17 @@ def main() -> None:
             load_from_checkpoint_support=False,
             parser_kwargs=_parser_settings(),
         )
+    except (UserError, ArgumentError) as error:
+        print(f"pp-lightning: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run_benchmark(words: Sequence[str]) -> None:
+    """``pp-lightning benchmark``: it measures a model that is no LightningModule, so it has options of its own."""
+    from pp_lightning.app import benchmarking
+
+    try:
+        benchmarking.main(words)
     except (UserError, ArgumentError) as error:
         print(f"pp-lightning: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -19,6 +19,7 @@ from pp_lightning.app.scoring import Scoring, scoring_for
 from pp_lightning.architectures import shape_of
 from pp_lightning.calibration import calibrate
 from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer, new_model
+from pp_lightning.compilation import Compilation, compile_, uncompile_
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import first_batch
 from pp_lightning.data.windows import Batch
@@ -84,6 +85,9 @@ class PrunedLM(L.LightningModule):
             interruption).
         dtype: dtype of the weights; ``auto`` keeps the checkpoint's own.
         pad_token: a token to pad with, for tokenizers that define none (LLaMA: ``</s>``).
+        compile: compile every layer, dense ones too: saved arithmetic becomes saved time. The first batch pays for it.
+        pack_slices: keep every block's slice between batches and copy only what changes: faster for small batches on a
+            CPU, and costs the memory of all slices.
         allow_pickle: also load ``.bin`` checkpoints, which can run code of whoever wrote them.
         from_scratch: take only the config and tokenizer from ``path`` and draw new weights.
         learning_rate: peak learning rate of ``fit`` (AdamW, linear warm-up, cosine decay).
@@ -111,6 +115,8 @@ class PrunedLM(L.LightningModule):
         statistics: str | None = None,
         dtype: Dtype = "float32",
         pad_token: str | None = None,
+        compile: bool = False,
+        pack_slices: bool = False,
         allow_pickle: bool = False,
         from_scratch: bool = False,
         learning_rate: float = 1e-3,
@@ -137,6 +143,9 @@ class PrunedLM(L.LightningModule):
         self.weight_decay = weight_decay
         self.recovery = recovery
         self.recovered: Recovered | None = None
+        self.compiles = compile
+        self.pack_slices = pack_slices
+        self._compilation: Compilation | None = None
         self.reuse = False
         self.label = "dense" if method is None else method.label
         self.tokenizer = load_tokenizer(path, pad_token)
@@ -201,7 +210,7 @@ class PrunedLM(L.LightningModule):
             prune_(self.model, method, evidence, **amounts, **allocation)
             method = choice_for(self.model, first_batch(data))
             unprune_(self.model)
-        keep = {"keep_dense": self.reuse, "release_stats": not self.reuse}
+        keep = {"keep_dense": self.reuse, "release_stats": not self.reuse, "pack_slices": self.pack_slices}
         prune_(self.model, method, evidence, **amounts, **allocation, **keep)
         if self.recovered is not None:
             self._adapters = self.recovered.attach(self.model)
@@ -225,6 +234,7 @@ class PrunedLM(L.LightningModule):
         self.evaluation = None
         if self.method is not None:
             self.prune(self.data)
+        self._compilation = compile_(self.model) if self.compiles else None
         bar = self.trainer.progress_bar_callback
         progress = bar.show if isinstance(bar, ShowsProgress) else None
         resume_file = Path(self.trainer.default_root_dir) / f"unfinished-{self.label}-{self.pruning_ratio}.json"
@@ -245,6 +255,7 @@ class PrunedLM(L.LightningModule):
             flops=self._scoring.flops_ratios(),
             kept=self._kept_counts(),
             settings=self._settings(),
+            compiled=None if self._compilation is None else self._compilation.as_dict(),
             **self._scoring.figures(),
         )
         self.log_dict(self.evaluation.single_numbers(), rank_zero_only=True)
@@ -254,6 +265,8 @@ class PrunedLM(L.LightningModule):
         if self.reuse and self._adapters is not None:
             self._adapters.detach()
         self._adapters = None
+        if self._compilation is not None:
+            uncompile_(self.model)
         if self.reuse and is_pruned(self.model):
             unprune_(self.model)
 

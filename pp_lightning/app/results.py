@@ -58,6 +58,7 @@ class Evaluation:
         tokens: predicted tokens of the text.
         time: milliseconds a batch of the text.
         tasks: results of multiple-choice tasks, as ``TaskResults.as_dict`` has them.
+        compiled: graphs, seconds and reasons of recompilations, as ``Compilation.as_dict`` has them.
     """
 
     method: str
@@ -69,6 +70,7 @@ class Evaluation:
     tokens: int | None = None
     time: Timing | None = None
     tasks: dict[str, Any] | None = None
+    compiled: dict[str, Any] | None = None
 
     def single_numbers(self) -> dict[str, float]:
         """The figures that a logger can hold."""

@@ -77,6 +77,7 @@ class TextScoring(Scoring):
         super().__init__(data)
         self.perplexity = BatchMeanPerplexity() if data.protocol == "paper" else Perplexity()
         self.milliseconds: list[float] = []
+        self._first_shape: torch.Size | None = None
 
     def start(self, device: torch.device, resume_file: Path | None, progress: Progress | None) -> None:
         """Move the metric to the model's device."""
@@ -88,7 +89,10 @@ class TextScoring(Scoring):
         start = time.perf_counter()
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         _synchronise(model.device)
-        self.milliseconds.append(1000 * (time.perf_counter() - start))
+        elapsed = 1000 * (time.perf_counter() - start)
+        self._first_shape = self._first_shape or batch["input_ids"].shape
+        if batch["input_ids"].shape == self._first_shape:  # the last batch may be smaller, and compile anew
+            self.milliseconds.append(elapsed)
         self.perplexity.update(logits, batch["labels"])
         self.count_flops(model, *batch["input_ids"].shape)
 

@@ -172,7 +172,7 @@ class _Case:
         )
 
     def _peak(self, name: str) -> float | None:
-        if not self.settings.memory:
+        if not self.settings.memory or self.case != self.settings.cases[0]:
             return None
         self.tell(f"{self.where}: peak memory of {name}")
         return peak_megabytes(self.settings, name, self.dtype, self.subject.ratio, self.case)

@@ -57,7 +57,7 @@ class BenchmarkSettings:
         blocks: also time one attention and one MLP block alone.
         decode: batch sizes to time decoding at; none leaves it out.
         decode_tokens: tokens decoded per round, after a prompt of 64.
-        memory: also measure each variant's peak memory, in a process of its own.
+        memory: also measure each variant's peak memory at the first case, in a process of its own.
         text: a UTF-8 file to cut the batches from; needed with a checkpoint, and gives perplexities too.
         mode: torch.compile's mode.
         device: ``cpu``, ``cuda``, ...; none takes an accelerator where there is one.
@@ -113,10 +113,10 @@ class BenchmarkSettings:
             raise UserError(f"unknown setting {unknown[0]!r}: choose from {', '.join(sorted(known))}")
         given = {key: value for key, value in values.items() if key in known}
         try:
-            if "model" in given:
+            if isinstance(given.get("model"), Mapping):
                 given["model"] = ModelChoice(**given["model"])
             if "cases" in given:
-                given["cases"] = [Case(**case) for case in given["cases"]]
+                given["cases"] = [case if isinstance(case, Case) else Case(**case) for case in given["cases"]]
         except TypeError as error:
             raise UserError(f"cannot read the settings: {error}") from error
         return cls(**given)

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import register_flop_formula
 # 32 tokens. A probe is that thin.
 THIN = 64
 
+_ONEDNN = torch.backends.mkldnn.is_available()
+
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``states @ weight.T + bias``: (..., in) to (..., out)."""
@@ -42,6 +44,6 @@ def _has_thin_kernel(states: Tensor, weight: Tensor) -> bool:
         states.device.type == "cpu"
         and states.dtype == weight.dtype == torch.float32
         and weight.is_contiguous()
-        and torch.backends.mkldnn.is_available()
+        and _ONEDNN
         and not torch.compiler.is_exporting()
     )

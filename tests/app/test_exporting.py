@@ -60,7 +60,9 @@ print(float(torch.tensor(total / count).exp()))
     return run
 
 
-@pytest.mark.parametrize("method", ["WandaSP", pytest.param("FLAP", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["WandaSP", *(pytest.param(m, marks=pytest.mark.slow) for m in ("FLAP", "LLMPruner"))]
+)
 def test_what_is_exported_is_what_test_evaluates(method, type_in, chosen, tmp_path, capsys, stock_perplexity):  # noqa: F811
     given = {**chosen, "--model.method": method}
     assert type_in("export", given, extra=["--out", tmp_path / "model"]) == 0
@@ -149,6 +151,23 @@ def test_overwrite(type_in, chosen, tmp_path, capsys):  # noqa: F811
     assert json.loads((tmp_path / "model" / "pruning.json").read_text())["asked"]["pruning_ratio"] == 0.2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["WandaSP", "ProbePruning"])
+def test_graphs(method, type_in, chosen, tmp_path, capsys):  # noqa: F811
+    """A static choice with its skipped layers, and a dynamic one for batches of the data's size."""
+    extra = ["--format", "onnx", "--out", tmp_path / "graph"]
+    assert type_in("export", {**chosen, "--model.method": method}, extra=extra) == 0
+    assert "loaded and checked" in capsys.readouterr().out
+    record = json.loads((tmp_path / "graph" / "pruning.json").read_text())
+    assert record["asked"]["skip_layers"] == [0, 1]
+    assert (tmp_path / "graph" / "model.onnx").exists() and (tmp_path / "graph" / "tokenizer.json").exists()
+    if method == "ProbePruning":
+        assert record["batch"] == {"rows": 4, "tokens": 32}
+        assert record["graph"]["inputs"][2] == "history.2.attention"
+    else:
+        assert record["graph"]["inputs"][3] == "past_key_values.0.key"
+
+
 MISTAKES = {
     "no method": ({"--model.method": "null"}, "--model.method"),
     "a choice per batch": ({"--model.method": "ProbePruning"}, "--model.frozen_on history"),
@@ -159,6 +178,8 @@ MISTAKES = {
     "ratio of one": ({"--model.pruning_ratio": 1.0}, r"must be in \[0, 1\)"),
     "folder without config": ({"--model.path": str(REPOSITORY / "tests")}, r"has no config.json"),
     "no such layout": ({"--layout": "diagonal"}, "layout"),
+    "a layout for a graph": ({"--format": "onnx", "--layout": "padded"}, "--layout is for --format safetensors"),
+    "no such format": ({"--format": "gguf"}, "format"),
     "no such dtype": ({"--dtype": "int3"}, "dtype"),
     "shards of no size": ({"--max_shard_size": "big"}, "max_shard_size"),
 }

@@ -281,6 +281,13 @@ def test_the_check_of_a_dynamic_graph(fault, message):
         expected.check(fault(session, len(start)), start, torch.float32, 2)
 
 
+@pytest.mark.parametrize("method", [ProbePruning(row_ratio=0.5), FullBatchProbing()], ids=["pp", "full_batch"])
+def test_a_graph_has_no_operators_of_ours(method):
+    """Whoever loads it has PyTorch alone."""
+    program = trace_dynamic(small("llama", method), ROWS, TOKENS).program
+    assert not {str(node.target) for node in program.graph.nodes if "pp_lightning" in str(node.target)}
+
+
 def test_a_drawn_probe_fits_no_graph():
     with pytest.raises(UserError, match="drawn anew"):
         trace_dynamic(small("llama", ProbePruning(rank_by="stratified")), ROWS, TOKENS)

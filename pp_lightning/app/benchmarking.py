@@ -1,0 +1,81 @@
+"""``pp-lightning benchmark``: the measuring part's settings as options, and a picture of what it found."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from pp_lightning.benchmark import BenchmarkSettings, run_benchmark
+from pp_lightning.benchmark.rows import Row
+from pp_lightning.benchmark.write import caption, write_results
+
+EXAMPLES = """
+examples:
+  the CPU table of the README: a LLaMA of four layers with random weights
+    pp-lightning benchmark --config configs/tiny/benchmark.yaml --out results/benchmark
+  another shape, fewer layers, two batch sizes
+    pp-lightning benchmark --model.shape llama-2-7b --model.layers 4 \\
+        --cases '[{"rows": 20, "tokens": 1024}, {"rows": 1, "tokens": 128}]' --dtypes [bfloat16] --out DIR
+  a checkpoint on real text: perplexities too, and the share of units that change from batch to batch
+    pp-lightning benchmark --model.path DIR --text FILE --round_to 16 --out DIR2
+  where Lightning is not installed
+    python -m pp_lightning.benchmark --config FILE --out DIR
+"""
+
+
+def main(words: Sequence[str]) -> None:
+    """Read the options, measure, write and show."""
+    options = _parser().parse_args(list(words))
+    settings = BenchmarkSettings.from_plain(_settings(options))
+    rows = run_benchmark(settings, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    out = Path(options.out)
+    print(write_results(rows, settings, out))
+    plot(rows, caption(settings), out / "results.png")
+    rank_zero_info("written to %s", out)
+
+
+def plot(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Efficiency of the decoder as bars: one picture per case, compiled beside eager."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    measured = [row for row in rows if row.part == "decoder" and not row.variant.startswith("dense")]
+    cases = list(dict.fromkeys((row.dtype, row.rows, row.tokens, row.pruning_ratio) for row in measured))
+    figure, axes = pyplot.subplots(
+        1, len(cases), figsize=(1 + 4.2 * len(cases), 5), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, case in zip(axes[0], cases, strict=True):
+        own = [row for row in measured if (row.dtype, row.rows, row.tokens, row.pruning_ratio) == case][::-1]
+        colours = ["tab:blue" if row.variant.endswith("compiled") else "tab:orange" for row in own]
+        axis.barh([row.variant for row in own], [row.efficiency for row in own], color=colours)
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.set_title(f"{case[0]}, {case[1]} x {case[2]}, ratio {case[3]:g}", fontsize=10)
+        axis.set_xlabel("efficiency: FLOPs ratio / time ratio")
+    figure.suptitle(title, fontsize=7, wrap=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _parser() -> ArgumentParser:
+    from pp_lightning.app.cli import ExamplesFormatter
+
+    parser = ArgumentParser(
+        prog="pp-lightning benchmark",
+        description="Time dense and pruned models side by side: does saved arithmetic become saved time?",
+        epilog=EXAMPLES,
+        formatter_class=ExamplesFormatter,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
+    parser.add_argument("--out", default="results/benchmark", help="Folder that everything is written into.")
+    parser.add_class_arguments(BenchmarkSettings)
+    return parser
+
+
+def _settings(options: Namespace) -> dict[str, object]:
+    plain = options.as_dict()
+    return {key: value for key, value in plain.items() if key not in ("config", "out")}
