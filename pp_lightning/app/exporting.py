@@ -130,6 +130,11 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> bool:
 
 
 def _choose_uniformly(module: PrunedLM) -> None:
+    if module.recovered is not None and module.skip_layers:
+        raise UserError(
+            "a recovered model keeps the counts it was trained with, which skip layers: export it with "
+            "--layout per-layer or padded, or train it with --model.skip_layers []"
+        )
     assert module.method is not None
     if module.skip_layers or module.method.with_uniform_counts() is not module.method:
         _say(
