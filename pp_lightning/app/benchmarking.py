@@ -7,6 +7,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from pp_lightning.app.help import ExamplesFormatter
 from pp_lightning.benchmark import BenchmarkSettings, run_benchmark
 from pp_lightning.benchmark.rows import Row
 from pp_lightning.benchmark.write import caption, write_results
@@ -61,8 +62,6 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def _parser() -> ArgumentParser:
-    from pp_lightning.app.cli import ExamplesFormatter
-
     parser = ArgumentParser(
         prog="pp-lightning benchmark",
         description="Time dense and pruned models side by side: does saved arithmetic become saved time?",

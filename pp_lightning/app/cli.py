@@ -3,18 +3,18 @@
 import logging
 import sys
 import warnings
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, DefaultHelpFormatter
+from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from pp_lightning.app.ablation import report as ablation_report
 from pp_lightning.app.ablation.questions import QUESTIONS
+from pp_lightning.app.help import ExamplesFormatter
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.progress import EvaluationProgress
 from pp_lightning.app.report import comma_separated, grids, markdown, plot, show
@@ -72,10 +72,6 @@ examples:
   all settings as a file to edit
     pp-lightning test --print_config > my.yaml
 """
-
-
-class ExamplesFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps the examples as they are written."""
 
 
 class PruningCLI(LightningCLI):
