@@ -12,28 +12,39 @@ import subprocess
 import sys
 
 import torch
-from eager_efficiency import VOCABULARY, build, run
+from transformers import PreTrainedModel
 
 from pp_lightning import calibrate, prune_
+from pp_lightning.architectures import shape_of
+from pp_lightning.benchmark.shapes import random_model
 from pp_lightning.methods import ProbePruning
 from pp_lightning.pruning import pruners_of
 
 MEGA = 1e6
 
 
+def batch(model: PreTrainedModel, rows: int, tokens: int) -> torch.Tensor:
+    return torch.randint(0, shape_of(model.config).vocabulary, (rows, tokens))
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    model.model(input_ids=ids, use_cache=False)
+
+
 def measure(variant: str, rows: int, tokens: int, ratio: float) -> dict[str, float]:
     torch.manual_seed(0)
-    model = build(torch.float32)
+    model = random_model("llama-2048", None, tokens, torch.float32, torch.device("cpu"))
     sizes = {"history": 0.0, "slice": 0.0}
     if variant == "pp":
-        batches = [{"input_ids": torch.randint(0, VOCABULARY, (rows, tokens))}]
+        batches = [{"input_ids": batch(model, rows, tokens)}]
         stats = calibrate(model, batches, means=False, progress=False)
         prune_(model, ProbePruning(), stats, pruning_ratio=ratio, skip_layers=(), release_stats=True)
         blocks = [block for pruner in pruners_of(model).values() for block in (pruner.attention, pruner.mlp)]
         sizes["history"] = sum(block.history.nbytes for block in blocks if block.history is not None) / MEGA
         sizes["slice"] = 4 * max(block.slice_size for block in blocks) / MEGA
     for _ in range(3):
-        run(model, torch.randint(0, VOCABULARY, (rows, tokens)))
+        run(model, batch(model, rows, tokens))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGA
     return {"peak": peak, **sizes}
 

@@ -130,10 +130,10 @@ class _Case:
                     run = held_function(own, inputs, compiled=variant.compiled)
                 elif variant.method is None:
                     run = function(dense_pruner(self.models[eager], layer), met, compiled=variant.compiled)
-                elif variant.method.probe_source == "current":
+                elif self._probes_what_it_meets(variant.method):
                     run = function(pruners_of(self.models[name])[layer], met, compiled=variant.compiled)
                 else:
-                    continue  # alone, a block has no earlier residual to probe
+                    continue
                 runners[name] = part_runner(part, run, clock)
                 ratios[name] = self._block_flops_ratio(name, layer, block)
             samples = self._measure(part, runners, {})
@@ -178,6 +178,10 @@ class _Case:
             return None
         self.tell(f"{self.where}: peak memory of {name}")
         return peak_megabytes(self.settings, name, self.dtype, self.subject.ratio, self.case)
+
+    def _probes_what_it_meets(self, method: DynamicMethod) -> bool:
+        """Whether a block needs nothing but its input: alone, it has no earlier residual, and no lots to draw with."""
+        return method.probe_source == "current" and not method.lots_needed(self.case.rows, self.case.tokens)
 
     def _compiled(self, name: str) -> bool:
         return self.variants[name].compiled

@@ -13,13 +13,15 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from pp_lightning.app.cli import main
+from pp_lightning.benchmark import BenchmarkSettings
 from pp_lightning.commonsense import TASK_NAMES, evaluate
 from pp_lightning.data.train_tokenizer import train_tokenizer
 from tests.commonsense.samples import write_samples
 from tests.models import tiny
 
 REPOSITORY = Path(__file__).parents[2]
-CONFIGS = sorted((REPOSITORY / "configs").glob("*/*.yaml"))
+ALL_CONFIGS = sorted((REPOSITORY / "configs").glob("*/*.yaml"))
+CONFIGS = [path for path in ALL_CONFIGS if path.stem != "benchmark"]
 VOCABULARY = 320
 FILES = {"results.json", "results.csv", "results.md"}
 
@@ -92,8 +94,10 @@ def test_compare_writes_the_table_for_eyes_and_machines(type_in, arguments, tmp_
         assert row["perplexity"] != dense["perplexity"]
         assert row["tokens"] == dense["tokens"]
         assert row["degradation"] == row["perplexity"] - dense["perplexity"]
-        assert (row["flops_ratio"] > 1) == (row["method"] == "full_batch")
+        assert row["flops_ratio"] < 1.0
         assert (row["probe_share"] > 0) == (row["method"] in ("full_batch", "pp"))
+    for ratio in (rows[1:6], rows[6:]):  # Full-Batch Probing costs more than any other at the same ratio
+        assert max(ratio, key=lambda row: row["flops_ratio"])["method"] == "full_batch"
     assert rows[7]["kept"] == {"attention": [3, 3], "mlp": [64, 64]}
     assert record["data"]["batch_size"] == 4
     assert record["data"]["order"]
@@ -192,6 +196,44 @@ def test_every_config_parses(path, monkeypatch, capsys):
     given = yaml.safe_load(path.read_text())
     assert resolved["data"]["init_args"]["window"] == given["data"]["window"]
     assert f"configs/{path.parent.name}/{path.name}" in path.read_text()  # its own command stands in its first lines
+
+
+def test_the_benchmark_config_is_one(monkeypatch, capsys):
+    [path] = set(ALL_CONFIGS) - set(CONFIGS)
+    monkeypatch.setattr(sys, "argv", ["pp-lightning", "benchmark", "--config", str(path), "--print_config"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    settings = BenchmarkSettings.from_plain(yaml.safe_load(path.read_text()))
+    settings.check()
+    assert [(case.rows, case.tokens) for case in settings.cases] == [(20, 128), (4, 64), (1, 32)]
+    assert yaml.safe_load(capsys.readouterr().out)["repeats"] == settings.repeats
+
+
+@pytest.mark.parametrize(
+    ("words", "named"), [(["--batches", "3"], "batches"), (["--nope", "1"], "nope"), (["--variants", "[x]"], "x")]
+)
+def test_mistakes_in_a_benchmark_are_one_line(words, named, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pp-lightning", "benchmark", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_compiled_rows_say_what_compiling_took(type_in, arguments, tmp_path):
+    """The same figures as eager ones, and the number of graphs in the table."""
+    extra = ["--methods", "[pp]", "--ratios", "[0.4]"]
+    assert type_in("compare", arguments, extra=[*extra, "--out", tmp_path / "eager"]) == 0
+    compiled = [*extra, "--model.compile", "true", "--out", tmp_path / "compiled"]
+    assert type_in("compare", arguments, extra=compiled) == 0
+    rows = [json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("eager", "compiled")]
+    for one, other in zip(*rows, strict=True):
+        assert other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
+        assert other["compiled"]["graphs"] >= 1 and "compiled" not in one
+    assert "graphs" in (tmp_path / "compiled" / "results.md").read_text()
 
 
 def test_all_published_models_have_all_methods():
