@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from pp_lightning.benchmark.run import run_benchmark
 from pp_lightning.benchmark.settings import BenchmarkSettings
