@@ -24,6 +24,12 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"
 # a single row or of few tokens.
 _MOST_GRAPHS = 64
 
+_DYNAMO = {
+    "recompile_limit": _MOST_GRAPHS,
+    "force_parameter_static_shapes": False,  # layers of different widths share the graph with dynamic sizes
+    "skip_nnmodule_hook_guards": False,  # a layer has a hook where a parallel probe wants its residual
+}
+
 _numbers = itertools.count()
 
 
@@ -150,7 +156,7 @@ class _TwoGraphs:
         sizes = (widths, hidden.shape)
         self._first = self._first or sizes
         run = self._exact if sizes == self._first else self._dynamic
-        with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS, force_parameter_static_shapes=False):
+        with torch._dynamo.config.patch(_DYNAMO):
             return run(layer, hidden, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "_TwoGraphs":
