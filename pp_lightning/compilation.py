@@ -19,7 +19,6 @@ from pp_lightning.pruning import COMPILED, pruners_of
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
 
-
 # Graphs of one function. Beside sizes, what makes another one: a mask, its type, a cache, frozen histories, a probe of
 # a single row or of few tokens.
 _MOST_GRAPHS = 64
@@ -80,7 +79,7 @@ class Compilation:
         """Graphs, seconds, and the first line of each recompilation's reason."""
         graphs = self.graphs
         reasons = [graph.reason.splitlines()[0] for graph in graphs if graph.reason]
-        return {"graphs": len(graphs), "seconds": sum(graph.seconds for graph in graphs), "recompiled": reasons}
+        return {"graphs": len(graphs), "seconds": self.seconds, "recompiled": reasons}
 
 
 def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compilation:
@@ -108,7 +107,9 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
     for index, layer in enumerate(architecture_of(model.config).layers_of(model)):
         pruner = pruners.get(index)
         function = type(layer).forward if pruner is None else run_batch
-        graphs = shared.setdefault(function, _TwoGraphs(function, mode, compilation))
+        if function not in shared:
+            shared[function] = _TwoGraphs(function, mode, compilation)
+        graphs = shared[function]
         if pruner is None:
             layer.forward = MethodType(_StockForward(graphs, _widths(layer)), layer)
         else:

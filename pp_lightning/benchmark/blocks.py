@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from pp_lightning.architectures import architecture_of, shape_of
 from pp_lightning.compilation import with_own_code
-from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import make_plan
 from pp_lightning.pruned.block import PrunedBlock, Surroundings
 from pp_lightning.pruned.context import BatchContext
@@ -60,16 +59,12 @@ def meetings(model: PreTrainedModel, index: int, batches: Sequence[Tensor]) -> l
     return seen
 
 
-def attention_function(pruner: LayerPruner, met: Sequence[Meeting], *, compiled: bool) -> BlockFunction:
-    """The attention block of a pruner, as a function of the batch's number."""
+def choosing_function(
+    block: PrunedBlock, inputs: Sequence[tuple[Tensor, Surroundings]], *, compiled: bool
+) -> BlockFunction:
+    """A block that chooses for every batch, or a whole one, as a function of the batch's number."""
     run = _compiled(_run_block) if compiled else _run_block
-    return lambda index: run(pruner.attention, met[index].hidden, met[index].around)
-
-
-def mlp_function(pruner: LayerPruner, met: Sequence[Meeting], *, compiled: bool) -> BlockFunction:
-    """The MLP block of a pruner, as a function of the batch's number."""
-    run = _compiled(_run_block) if compiled else _run_block
-    return lambda index: run(pruner.mlp, met[index].middle, met[index].around.of_mlp())
+    return lambda index: run(block, *inputs[index])
 
 
 def held_function(
@@ -78,11 +73,6 @@ def held_function(
     """A block on a choice made once: what a static method of the same ratio costs."""
     run = _compiled(_run_held) if compiled else _run_held
     return lambda index: run(block, *inputs[index])
-
-
-def chooses(method: object) -> bool:
-    """Whether a method chooses per batch."""
-    return isinstance(method, DynamicMethod)
 
 
 def _run_block(block: PrunedBlock, residual: Tensor, around: Surroundings) -> Tensor:

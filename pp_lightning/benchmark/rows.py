@@ -5,6 +5,7 @@ import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 _COLUMNS = {
     "variant": "variant",
@@ -64,6 +65,20 @@ class Row:
     peak_megabytes: float | None = None
     perplexity: float | None = None
     prr: float | None = None
+
+    @classmethod
+    def timed(cls, seconds: Sequence[float], reference: Sequence[float], *, tokens_a_round: int, **about: Any) -> "Row":
+        """A row from the seconds of each round and the dense seconds of the same rounds; ``about`` is all the rest."""
+        median = statistics.median(seconds)
+        return cls(
+            median=1000 * median,
+            fastest=1000 * min(seconds),
+            slowest=1000 * max(seconds),
+            rounds=len(seconds),
+            time_ratio=paired_ratio(seconds, reference),
+            tokens_per_second=tokens_a_round / median,
+            **about,
+        )
 
     @property
     def efficiency(self) -> float:

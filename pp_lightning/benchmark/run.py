@@ -1,7 +1,6 @@
 """The whole benchmark: every dtype, ratio and case, all variants interleaved."""
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -9,11 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pp_lightning.architectures import shape_of
-from pp_lightning.benchmark.blocks import attention_function, dense_pruner, held_function, meetings, mlp_function
+from pp_lightning.benchmark.blocks import choosing_function, dense_pruner, held_function, meetings
 from pp_lightning.benchmark.clock import stopwatch_for
 from pp_lightning.benchmark.decoding import PROMPT_TOKENS, decoding_runner
 from pp_lightning.benchmark.memory import peak_megabytes
-from pp_lightning.benchmark.rows import Row, paired_ratio
+from pp_lightning.benchmark.rows import Row
 from pp_lightning.benchmark.settings import BenchmarkSettings, Case, MeasuredDtype
 from pp_lightning.benchmark.subject import Subject
 from pp_lightning.benchmark.timing import Runner, Samples, interleaved, model_runner, part_runner
@@ -21,11 +20,9 @@ from pp_lightning.benchmark.variants import VARIANTS, Variant, chosen_variants, 
 from pp_lightning.blocks import Block
 from pp_lightning.compilation import compile_, uncompile_
 from pp_lightning.flops import (
-    attention_flops,
     choosing_flops,
     decoding_flops,
     dense_flops,
-    mlp_flops,
     pruned_flops,
 )
 from pp_lightning.methods.dynamic import DynamicMethod
@@ -118,23 +115,22 @@ class _Case:
         for block in Block:
             attention = block is Block.ATTENTION
             part = "attention block" if attention else "MLP block"
-            function = attention_function if attention else mlp_function
             inputs = [(m.hidden, m.around) if attention else (m.middle, m.around.of_mlp()) for m in met]
             clock = stopwatch_for(self.subject.device)
             runners: dict[str, Runner] = {}
             ratios: dict[str, float] = {}
             for name, variant in self.variants.items():
-                if variant.method is not None and not isinstance(variant.method, DynamicMethod):
-                    pruner = pruners_of(self.models[eager])[layer]
-                    own = pruner.attention if attention else pruner.mlp
-                    run = held_function(own, inputs, compiled=variant.compiled)
-                elif variant.method is None:
-                    run = function(dense_pruner(self.models[eager], layer), met, compiled=variant.compiled)
+                function = choosing_function
+                if variant.method is None:
+                    pruner = dense_pruner(self.models[eager], layer)
+                elif not isinstance(variant.method, DynamicMethod):
+                    function, pruner = held_function, pruners_of(self.models[eager])[layer]
                 elif self._probes_what_it_meets(variant.method):
-                    run = function(pruners_of(self.models[name])[layer], met, compiled=variant.compiled)
+                    pruner = pruners_of(self.models[name])[layer]
                 else:
                     continue
-                runners[name] = part_runner(part, run, clock)
+                own = pruner.attention if attention else pruner.mlp
+                runners[name] = part_runner(part, function(own, inputs, compiled=variant.compiled), clock)
                 ratios[name] = self._block_flops_ratio(name, layer, block)
             samples = self._measure(part, runners, {})
             rows += [self._row(name, part, samples, ratios[name]) for name in runners]
@@ -155,22 +151,19 @@ class _Case:
         reference = samples[reference_of(self.variants[name])].seconds[part]
         changed = samples[name].changed
         tokens = self.case.rows * self.case.tokens
-        return Row(
+        return Row.timed(
+            own,
+            reference,
+            tokens_a_round=tokens,
             variant=name,
             part=part,
             dtype=self.dtype,
             rows=self.case.rows,
             tokens=self.case.tokens,
             pruning_ratio=self.subject.ratio,
-            median=1000 * statistics.median(own),
-            fastest=1000 * min(own),
-            slowest=1000 * max(own),
-            rounds=len(own),
             flops_ratio=flops_ratio,
-            time_ratio=paired_ratio(own, reference),
-            tokens_per_second=tokens / statistics.median(own),
             changed=sum(changed) / len(changed) if changed and self._chooses(name) else None,
-            **extra,  # type: ignore[arg-type]
+            **extra,
         )
 
     def _peak(self, name: str) -> float | None:
@@ -205,13 +198,7 @@ class _Case:
         if isinstance(pruning.method, DynamicMethod):
             keep = pruning.keep[layer, block]
             flops += choosing_flops(self.shape, block, pruning.method, pruning.plan.unit, keep, rows, tokens)
-        shape = self.shape
-        dense = (
-            attention_flops(shape, rows, tokens, shape.num_heads, shape.num_key_value_heads)
-            if block is Block.ATTENTION
-            else mlp_flops(shape, rows, tokens, shape.mlp_width)
-        )
-        return flops / dense
+        return flops / dense_flops(self.shape, rows, tokens).blocks[layer, block]
 
 
 def _decoding(
@@ -243,20 +230,17 @@ def _decoding(
         own = samples[name].seconds["decoding"]
         pruning = pruning_of(models[name]) if is_pruned(models[name]) else None
         rows.append(
-            Row(
+            Row.timed(
+                own,
+                samples["dense"].seconds["decoding"],
+                tokens_a_round=batch,
                 variant=name,
                 part="decoding",
                 dtype=dtype,
                 rows=batch,
                 tokens=PROMPT_TOKENS,
                 pruning_ratio=subject.ratio,
-                median=1000 * statistics.median(own),
-                fastest=1000 * min(own),
-                slowest=1000 * max(own),
-                rounds=len(own),
                 flops_ratio=decoding_flops(shape, pruning, batch, past) / dense,
-                time_ratio=paired_ratio(own, samples["dense"].seconds["decoding"]),
-                tokens_per_second=batch / statistics.median(own),
             )
         )
     return rows
