@@ -67,10 +67,12 @@ def choosing_function(
     return lambda index: run(block, *inputs[index])
 
 
+@torch.inference_mode()
 def held_function(
     block: PrunedBlock, inputs: Sequence[tuple[Tensor, Surroundings]], *, compiled: bool
 ) -> BlockFunction:
     """A block on a choice made once: what a static method of the same ratio costs."""
+    _run_held(block, *inputs[0])  # makes the slices: not while a clock runs, and not inside the graph
     run = _compiled(_run_held) if compiled else _run_held
     return lambda index: run(block, *inputs[index])
 
