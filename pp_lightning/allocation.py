@@ -85,22 +85,41 @@ def by_global_ranking(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockK
         UserError: statistics are missing, or do not cover what is needed; the floor is out of range, or leaves too
             little to remove.
     """
-    statistics, floor = evidence.statistics, evidence.floor
-    if not 0.0 <= floor <= 1.0:
-        raise UserError(f"floor is the fraction that every block keeps and must be in [0, 1], not {floor}")
+    statistics, plans = evidence.statistics, {block.block: block for block in plan.blocks}
     if statistics is None:
         raise UserError("allocation=global needs calibration statistics: pass the result of calibrate()")
-    plans = {block.block: block for block in plan.blocks}
+    check_floor(plan, len(evidence.output_weights) // len(plans), evidence.floor, statistics.num_positions)
     cost = {name: unit_flops(block, statistics.num_positions) for name, block in plans.items()}
     to_save = sum((block.units.number - block.keep) * cost[name] for name, block in plans.items()) * len(plan.layers)
     keep = {key: plans[key[1]].units.number for key in evidence.output_weights}
     keys = [key for key in keep if plans[key[1]].ratio > 0]
     removable = [_removable(plans[key[1]], cost[key[1]], key, evidence, statistics) for key in keys]
-    least = sum((len(block.losses) - block.floor) * block.unit_flops for block in removable)
-    if least < to_save:
-        raise UserError(f"keeping {floor:.0%} of every block leaves too little to remove: lower floor or pruning_ratio")
     keep |= dict(zip(keys, allocate(removable, to_save), strict=True))
     return replace(plan, layers=tuple(sorted({layer for layer, _ in keep}))), keep
+
+
+def check_floor(plan: Plan, num_layers: int, floor: float, tokens: int) -> None:
+    """Refuse a floor under which less can go than uniform counts would save: no statistics are needed to see that.
+
+    Args:
+        plan: uniform counts.
+        num_layers: layers of the model, those that the plan skips included.
+        floor: fraction of its units that every block keeps under ``global``.
+        tokens: length of a text.
+
+    Raises:
+        UserError: the floor is out of range, or leaves too little to remove.
+    """
+    if not 0.0 <= floor <= 1.0:
+        raise UserError(f"floor is the fraction that every block keeps and must be in [0, 1], not {floor}")
+    most, to_save = 0, 0
+    for block in plan.blocks:
+        number, cost = block.units.number, unit_flops(block, tokens)
+        to_save += (number - block.keep) * cost * len(plan.layers)
+        if block.ratio > 0:
+            most += (number - floor_count(number, floor, block.round_to)) * cost * num_layers
+    if most < to_save:
+        raise UserError(f"keeping {floor:.0%} of every block leaves too little to remove: lower floor or pruning_ratio")
 
 
 def unit_flops(plan: BlockPlan, tokens: int) -> int:

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from pp_lightning.app.ablation import report as ablation_report
 from pp_lightning.app.ablation.questions import QUESTIONS
+from pp_lightning.app.ablation.runner import UNFINISHED
 from pp_lightning.app.help import ExamplesFormatter
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.progress import EvaluationProgress
@@ -141,9 +142,12 @@ class PruningCLI(LightningCLI):
         write_text(self.out / "ablation.csv", ablation_report.comma_separated(answers))
         write_text(self.out / "ablation.md", markdown(grids, caption))
         write_json(self.out / "ablation.json", self._record({"answers": [answer.as_dict() for answer in answers]}))
+        for earlier in (self.out / f"ablation-{name}.png" for name in QUESTIONS.keys() - questions.keys()):
+            earlier.unlink(missing_ok=True)  # of another run into this folder: its figures are gone
         for name, question in questions.items():
             own = [answer for answer in answers if answer.question == name]
             ablation_report.plot(question, own, caption, self.out / f"ablation-{name}.png")
+        (self.out / UNFINISHED).unlink(missing_ok=True)
         show(grids, f"{caption}\nwritten to {self.out}/ablation.json, .csv, .md and a picture a question")
 
     def fit(self, model: PrunedLM, datamodule: EvaluationData, **options: Any) -> None:

@@ -62,7 +62,7 @@ def export_pruned(
     if settings.uniform:
         _choose_uniformly(module)
     assert module.method is not None
-    module.check_plan(module.method, module.pruning_ratio)
+    module.check_plan(module.method, module.pruning_ratio, data.window)
     calibrated = module.method.evidence is Statistics and module.read_statistics()
     if calibrated:
         _say(f"calibrated before: {module.statistics_file} is taken as it stands, no calibration text is read")

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
+from pp_lightning.allocation import check_floor
 from pp_lightning.app.evidence import importances_for
 from pp_lightning.app.recovery import RecoveryRun, described, recovery_callbacks
 from pp_lightning.app.results import Evaluation
@@ -183,7 +184,7 @@ class PrunedLM(L.LightningModule):
         if data.window > limit:
             asked = f"windows of {data.window} tokens"
             raise UserError(f"{asked} exceed the model's {limit} positions: lower --data.window")
-        self.check_plan(self.method, self.pruning_ratio)
+        self.check_plan(self.method, self.pruning_ratio, data.window)
 
     def use_recovered(self, recovered: Recovered) -> None:
         """Evaluate this recovered model from now on."""
@@ -191,14 +192,26 @@ class PrunedLM(L.LightningModule):
         for name, amount in recovered.amounts.items():
             setattr(self, name, amount)
 
-    def check_plan(self, method: PruningMethod | None, pruning_ratio: float) -> None:
+    def check_plan(
+        self, method: PruningMethod | None, pruning_ratio: float, window: int, allocation: AllocationName | None = None
+    ) -> None:
         """Refuse impossible ratios before any work is done.
 
+        Args:
+            method: what is to be evaluated; None is the dense model.
+            pruning_ratio: fraction removed.
+            window: tokens of a calibration window.
+            allocation: overrules the module's own.
+
         Raises:
-            UserError: the model is not supported, or the ratios leave nothing.
+            UserError: the model is not supported, or the ratios leave nothing, or more than the floor lets go.
         """
-        if method is not None:
-            make_plan(shape_of(self.model.config), self._settled(method), **self._amounts(pruning_ratio))
+        if method is None:
+            return
+        shape = shape_of(self.model.config)
+        plan = make_plan(shape, self._settled(method), **self._amounts(pruning_ratio))
+        if (allocation or self._allocation or method.allocation) == "global":
+            check_floor(plan, shape.num_layers, self.floor, window)
 
     def prune(self, data: EvaluationData) -> Evidence | None:
         """Prune, with adapters merged where there are some; returns what was chosen from, collected on ``data``."""

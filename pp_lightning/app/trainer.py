@@ -8,7 +8,15 @@ import lightning as L
 from export import Layout
 from pp_lightning.app.ablation.answers import Answer
 from pp_lightning.app.ablation.questions import QUESTIONS
-from pp_lightning.app.ablation.runner import Bench, checked_questions, measure
+from pp_lightning.app.ablation.runner import (
+    FORMAT,
+    UNFINISHED,
+    Bench,
+    check_evenly_matched,
+    checked_questions,
+    measure,
+    settings_of,
+)
 from pp_lightning.app.exporting import ExportSettings, Format, export_pruned
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.results import Comparison
@@ -20,6 +28,7 @@ from pp_lightning.errors import UserError
 from pp_lightning.importances import Importances
 from pp_lightning.methods import METHODS, PruningMethod, StaticMethod, method_named
 from pp_lightning.recovery import Recovered, Recovery
+from pp_lightning.resume import ResumeFile
 
 # By default what needs no gradients: LoRAPrune's need an extra package, and recovery needs to know its length.
 ALL_METHODS = [label for label, method in METHODS.items() if method.evidence is not Importances]
@@ -64,7 +73,7 @@ class PruningTrainer(L.Trainer):
         """
         rows = [Row("dense"), *self._rows(methods, ratios, variants or {}, model.recovery)]
         for row in rows:
-            model.check_plan(row.method, row.pruning_ratio)
+            model.check_plan(row.method, row.pruning_ratio, datamodule.window)
         model.reuse, model.recovery = True, None
         done: list[Comparison] = []
         for row in rows:
@@ -93,20 +102,29 @@ class PruningTrainer(L.Trainer):
             questions: any of methods, probe_size, probe_shape, fusion, history, ranking, residual, score, compensation,
                 allocation, mlp_probe, weight, best_size, overlap.
             ratios: fractions removed.
-            seeds: of the calibration windows and of drawn probes: perplexities are means over them.
+            seeds: of the calibration windows and of drawn probes: perplexities are means over them. Given the same
+                ``--out``, an interrupted run goes on with what it had not measured yet.
 
         Raises:
-            UserError: an unknown question, no seed, a ratio that leaves nothing, or data that is no text.
+            UserError: an unknown question, no seed, a ratio that removes or leaves nothing, data that is no text, or a
+                setting of the model that would overrule what is varied.
         """
         asked = checked_questions(questions, QUESTIONS)
-        if not seeds or len(set(seeds)) < len(seeds):
-            raise UserError(f"seeds must be different numbers, at least one, not {seeds}")
+        for name, numbers in (("seeds", seeds), ("ratios", ratios)):
+            if not numbers or len(set(numbers)) < len(numbers):
+                raise UserError(f"{name} must be different numbers, at least one, not {numbers}")
+        if 0.0 in ratios:
+            raise UserError("at ratio 0.0 nothing is removed and all variants are the dense model: leave it out")
+        assert isinstance(datamodule, EvaluationData)
+        data = check_evenly_matched(model, datamodule)
         for ratio in ratios:
             for question in asked.values():
                 for variant in question.variants:
-                    model.check_plan(variant.method(seeds[0]), ratio)
-        assert isinstance(datamodule, EvaluationData)
-        return measure(Bench(self, model, datamodule), asked, ratios, seeds)
+                    model.check_plan(variant.method(seeds[0]), ratio, data.window, variant.allocation)
+        data.use_tokenizer(model.tokenizer)
+        model.trainer = self
+        finished = ResumeFile(Path(self.default_root_dir) / UNFINISHED, settings_of(model, data), FORMAT)
+        return measure(Bench(self, model, data, finished), asked, ratios, seeds)
 
     def export(
         self,

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from pp_lightning.commonsense.datamodule import CommonsenseData
 from pp_lightning.commonsense.histories import Histories
 from pp_lightning.commonsense.metric import ACCURACIES, MultipleChoice
-from pp_lightning.commonsense.resume import ResumeFile
 from pp_lightning.commonsense.scoring import check_window, score_batch
 from pp_lightning.pruning import is_pruned, pruning_of
+from pp_lightning.resume import ResumeFile
 from pp_lightning.statistics import fingerprint
 
 Progress = Callable[[str, int, int], None]
+FORMAT = "pp-lightning commonsense 1"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def evaluate_tasks(
     for task in data.tasks:
         data.num_batches(task)
     settings, histories = data.evaluation_settings(), Histories(model)
-    finished = ResumeFile(resume_file, {"model": describe_model(model, histories), **settings})
+    finished = ResumeFile(resume_file, {"model": describe_model(model, histories), **settings}, FORMAT)
     results: dict[str, TaskResult] = {}
     was_training = model.training
     model.eval()

@@ -1,5 +1,6 @@
 """``pp-lightning ablate``: what is measured, what is compared with what, and what is refused."""
 
+import contextlib
 import csv
 import json
 import statistics
@@ -10,8 +11,10 @@ import torch
 from pp_lightning.app.ablation import report
 from pp_lightning.app.ablation.answers import Answer, Mean, Run
 from pp_lightning.app.ablation.questions import QUESTIONS, Question, Variant
-from pp_lightning.app.ablation.runner import Bench
+from pp_lightning.app.ablation.runner import UNFINISHED, Bench
+from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.methods import FullBatchProbing, ProbePruning, PruningMethod
+from pp_lightning.resume import ResumeFile
 from tests.app.test_cli import arguments, place, refused, type_in  # noqa: F401 (fixtures)
 
 OUTPUT = {"ablation.json", "ablation.csv", "ablation.md"}
@@ -113,7 +116,16 @@ def test_overlap_question_shows_each_layer(type_in, arguments, tmp_path, monkeyp
         (["--questions", "[]"], "unknown question no question"),
         (["--seeds", "[1,1]"], "seeds must be different numbers"),
         (["--seeds", "[]"], "seeds must be different numbers"),
+        (["--seeds", "[first]"], "seeds"),
         (["--ratios", "[1.5]"], "pruning_ratio is the fraction removed"),
+        (["--ratios", "[-0.1]"], "pruning_ratio is the fraction removed"),
+        (["--ratios", "[0.0,0.4]"], "at ratio 0.0 nothing is removed"),
+        (["--ratios", "[]"], "ratios must be different numbers"),
+        (["--ratios", "[0.4,0.4]"], "ratios must be different numbers"),
+        (["--ratios", "[0.4]", "--model.floor", "0.9"], "lower floor or pruning_ratio"),
+        (["--model.allocation", "global"], "--model.allocation would settle for all variants"),
+        (["--model.uniform", "true"], "--model.uniform would settle"),
+        (["--model.frozen_on", "history"], "--model.frozen_on would settle"),
         (["--data.protocol", "paper"], "protocol contiguous"),
         (["--model.statistics", "file"], "leave model.statistics out"),
     ],
@@ -122,6 +134,67 @@ def test_mistakes_are_one_line(type_in, arguments, capsys, tmp_path, extra, mess
     assert type_in("ablate", arguments, extra=[*extra, "--out", tmp_path / "out"]) == 2
     assert message in refused(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_without_anything_lost_there_is_no_share_of_it():
+    runs = [Run(0, 8.0, 8.0, 5, 1.0)]
+    answer = Answer.of("q", variant(), 0.01, runs, runs, None)
+    assert answer.degradation is None
+    (grid,) = report.tables({"q": Question("Which?", [variant()])}, [answer])
+    assert grid.rows[0][4] == ""
+
+
+def interrupted_after(number, monkeypatch):
+    """Measurements that are begun, in order; the one after ``number`` is interrupted."""
+    begun = []
+
+    def test(trainer, model, *, real=PruningTrainer.test, **given):
+        if len(begun) == number:
+            raise KeyboardInterrupt
+        begun.append(model.label)
+        return real(trainer, model, **given)
+
+    monkeypatch.setattr(PruningTrainer, "test", test)
+    return begun
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(type_in, arguments, tmp_path, monkeypatch):  # noqa: F811
+    question = Question("How?", [variant("pp"), variant("b", row_ratio=0.5)], overlap=True)
+    known = {"overlap": question, "methods": QUESTIONS["methods"]}
+    monkeypatch.setattr("pp_lightning.app.trainer.QUESTIONS", known)
+    monkeypatch.setattr("pp_lightning.app.cli.QUESTIONS", known)
+    asked = ["--questions", "[methods,overlap]", "--ratios", "[0.4]", "--seeds", "[0,1]"]
+
+    def answers(folder):
+        record = json.loads((folder / "ablation.json").read_text())
+        return record["answers"]
+
+    with monkeypatch.context() as patch:
+        every = interrupted_after(1000, patch)
+        assert type_in("ablate", arguments, extra=[*asked, "--out", tmp_path / "whole"]) == 0
+    with monkeypatch.context() as patch:
+        first = interrupted_after(9, patch)
+        with contextlib.suppress(KeyboardInterrupt):
+            assert type_in("ablate", arguments, extra=[*asked, "--out", tmp_path / "cut"]) != 0
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == [UNFINISHED]
+    other = [*asked, "--model.round_to", 32, "--out", tmp_path / "cut"]
+    assert type_in("ablate", arguments, extra=other) == 2  # figures of other settings are not mixed in
+    with monkeypatch.context() as patch:
+        rest = interrupted_after(1000, patch)
+        assert type_in("ablate", arguments, extra=[*asked, "--out", tmp_path / "cut"]) == 0
+    assert len(first) == 9
+    assert len(rest) < len(every) - 5
+    assert "dense" not in rest
+    assert answers(tmp_path / "cut") == answers(tmp_path / "whole")
+    assert UNFINISHED not in {path.name for path in (tmp_path / "cut").iterdir()}
+
+
+def test_pictures_of_an_earlier_run_do_not_stay_beside_other_figures(type_in, arguments, tmp_path):  # noqa: F811
+    (tmp_path / "ablation-fusion.png").write_text("of another run")
+    (tmp_path / "notes.png").write_text("the user's")
+    extra = ["--questions", "[mlp_probe]", "--ratios", "[0.4]", "--seeds", "[0]", "--out", tmp_path]
+    assert type_in("ablate", arguments, extra=extra) == 0
+    assert {path.name for path in tmp_path.iterdir()} == OUTPUT | {"ablation-mlp_probe.png", "notes.png"}
 
 
 def test_a_bench_puts_back_what_a_variant_overrules():
@@ -139,8 +212,9 @@ def test_a_bench_puts_back_what_a_variant_overrules():
     from pp_lightning.data import LanguageModelling
 
     seen, model = [], Model()
-    bench = Bench(Trainer(), model, LanguageModelling())
-    bench._done["dense"] = Run(0, 1.0, 1.0, 1, 1.0)
+    finished = ResumeFile(None, {}, "form")
+    finished.add("dense", {"perplexity": 1.0})
+    bench = Bench(Trainer(), model, LanguageModelling(), finished)
     with pytest.raises(InterruptedError):
         bench.run(Variant("v", lambda seed: ProbePruning(), None, "uniform", ()), 0.4, 0, False)
     assert seen == [(False, "uniform", ())]

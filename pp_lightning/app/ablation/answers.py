@@ -70,7 +70,7 @@ class Answer:
         tokens: predicted tokens.
         perplexity: mean over seeds.
         difference: from the question's first variant, paired by seed: same batches, same calibration windows.
-        degradation: above the dense model, over that of the question's first variant.
+        degradation: above the dense model, over that of the question's first variant; None where that one lost nothing.
         flops_ratio: FLOPs over dense ones, probe and vocabulary projection included.
         settings: of the method, with the first seed.
         overlap: mean Jaccard index with the units that Full-Batch Probing keeps, by layer and block.
@@ -86,7 +86,7 @@ class Answer:
     tokens: int
     perplexity: Mean
     difference: Mean
-    degradation: float
+    degradation: float | None
     flops_ratio: float
     settings: dict[str, Any]
     overlap: dict[str, float] | None
@@ -104,7 +104,7 @@ class Answer:
         perplexities, against = [run.perplexity for run in runs], [run.perplexity for run in first]
         dense = runs[0].dense
         method = variant.method(runs[0].seed)
-        mean = Mean.of(perplexities)
+        mean, lost = Mean.of(perplexities), Mean.of(against).value - dense
         return Answer(
             question=question,
             variant=variant.label,
@@ -116,7 +116,7 @@ class Answer:
             tokens=runs[0].tokens,
             perplexity=mean,
             difference=Mean.of([a - b for a, b in zip(perplexities, against, strict=True)]),
-            degradation=(mean.value - dense) / (Mean.of(against).value - dense),
+            degradation=(mean.value - dense) / lost if lost > 0 else None,
             flops_ratio=runs[0].flops_ratio,
             settings={"method": method.label, **method.settings()},
             overlap=None if overlaps is None else {k: Mean.of([o[k] for o in overlaps]).value for k in overlaps[0]},

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -14,8 +15,15 @@ from pp_lightning.blocks import Block
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.errors import UserError
-from pp_lightning.methods import FullBatchProbing, PruningMethod
+from pp_lightning.methods import FullBatchProbing
 from pp_lightning.pruning import is_pruned, kept_units
+from pp_lightning.records import environment
+from pp_lightning.resume import ResumeFile
+from pp_lightning.statistics import fingerprint
+
+FORMAT = "pp-lightning ablation 1"
+UNFINISHED = "unfinished-ablation.json"
+_FULL_BATCH = Variant("Full-Batch Probing", lambda seed: FullBatchProbing())
 
 
 class KeptRecorder(Callback):
@@ -46,18 +54,11 @@ class Bench:
         trainer: runs the test loop.
         model: the module; what a variant overrules is put back.
         data: the batches. Its seed is set to each run's, so calibration windows are drawn anew; the text stays.
-
-    Raises:
-        UserError: the module reads its statistics from a file, which holds those of one seed, or the data is not text
-            in fixed windows.
+        finished: measurements of an interrupted run, which are taken from it, and where new ones are noted.
     """
 
-    def __init__(self, trainer: L.Trainer, model: PrunedLM, data: EvaluationData) -> None:
-        if model.statistics_file is not None:
-            raise UserError("ablate calibrates anew for every seed: leave model.statistics out")
-        if not isinstance(data, LanguageModelling) or data.protocol != "contiguous":
-            raise UserError("ablate compares perplexities on the same batches: use --data text, protocol contiguous")
-        self.trainer, self.model, self.data = trainer, model, data
+    def __init__(self, trainer: L.Trainer, model: PrunedLM, data: LanguageModelling, finished: ResumeFile) -> None:
+        self.trainer, self.model, self.data, self.finished = trainer, model, data, finished
         self.recorder = KeptRecorder()
         trainer.callbacks.append(self.recorder)  # type: ignore[attr-defined]
         model.reuse = True
@@ -68,32 +69,42 @@ class Bench:
         self.data.seed = seed
         self.model.forget_statistics()
 
-    def run(self, variant: Variant, ratio: float, seed: int, keep_units: bool) -> Run:
+    def run(self, variant: Variant, ratio: float, seed: int, keep_units: bool = False) -> Run:
         """Evaluate a variant, or take what is measured already."""
-        method = variant.method(seed)
-        key = self._key(method, variant, ratio, seed)
+        key = self._key(variant, ratio, seed)
         done = self._done.get(key)
-        if done is not None and (done.kept is not None or not keep_units):
-            return done
-        self._done[key] = self._evaluate(method, variant, ratio, seed, keep_units)
-        return self._done[key]
+        if done is None and not keep_units and (noted := self.finished.result_of(key)) is not None:
+            done = Run(seed, **noted)
+        if done is None or (done.kept is None and keep_units):
+            done = self._evaluate(variant, ratio, seed, keep_units)
+            figures = {name: getattr(done, name) for name in ("perplexity", "dense", "tokens", "flops_ratio")}
+            self.finished.add(key, figures)
+        self._done[key] = done
+        return done
 
-    def overlap_with_full_batch(self, run: Run, ratio: float) -> dict[str, float]:
-        """Mean Jaccard index of the units kept with those that Full-Batch Probing keeps, by block."""
-        full = self.run(Variant("full", lambda seed: FullBatchProbing()), ratio, run.seed, keep_units=True)
-        assert run.kept is not None and full.kept is not None
-        return {name: _mean_jaccard(run.kept[name], full.kept[name]) for name in full.kept if name in run.kept}
+    def overlap(self, variant: Variant, ratio: float, seed: int) -> dict[str, float]:
+        """Mean Jaccard index of the units that a variant keeps with those of Full-Batch Probing, by block."""
+        key = f"overlap {self._key(variant, ratio, seed)}"
+        shares = self.finished.result_of(key)
+        if shares is None:
+            own, full = (self.run(one, ratio, seed, keep_units=True).kept for one in (variant, _FULL_BATCH))
+            assert own is not None and full is not None
+            shares = {name: _mean_jaccard(own[name], full[name]) for name in full if name in own}
+            self.finished.add(key, shares)
+        return shares
 
-    def _key(self, method: PruningMethod, variant: Variant, ratio: float, seed: int) -> str:
+    def _key(self, variant: Variant, ratio: float, seed: int) -> str:
+        method = variant.method(seed)
         of_seed = seed if method.needs_statistics or variant.allocation == "global" else None
         settings = {"label": method.label, **method.settings()}
         return json.dumps([settings, variant.allocation, variant.skip_layers, ratio, of_seed], sort_keys=True)
 
-    def _evaluate(self, method: PruningMethod, variant: Variant, ratio: float, seed: int, keep_units: bool) -> Run:
+    def _evaluate(self, variant: Variant, ratio: float, seed: int, keep_units: bool) -> Run:
         model, self.recorder.wanted = self.model, keep_units
         before = (model.method, model.pruning_ratio, model.label, model.allocation, model.skip_layers)
         dense = self._dense()
-        model.method, model.pruning_ratio, model.label = method, ratio, variant.label
+        model.method, model.pruning_ratio = variant.method(seed), ratio
+        model.label = f"{variant.label}, seed {seed},"  # the progress bar puts the ratio behind it
         model.allocation = variant.allocation or model.allocation
         model.skip_layers = model.skip_layers if variant.skip_layers is None else variant.skip_layers
         try:
@@ -103,13 +114,13 @@ class Bench:
         return Run(seed, perplexity, dense, tokens, flops, dict(self.recorder.kept) if keep_units else None)
 
     def _dense(self) -> float:
-        done = self._done.get("dense")
-        if done is None:
+        noted = self.finished.result_of("dense")
+        if noted is None:
             before, self.model.method, self.model.label = (self.model.method, self.model.label), None, "dense"
-            perplexity, tokens, flops = self._test()
+            noted = {"perplexity": self._test()[0]}
             self.model.method, self.model.label = before
-            done = self._done["dense"] = Run(0, perplexity, perplexity, tokens, flops)
-        return done.perplexity
+            self.finished.add("dense", noted)
+        return float(noted["perplexity"])
 
     def _test(self) -> tuple[float, int, float]:
         self.trainer.test(self.model, datamodule=self.data, verbose=False)
@@ -136,6 +147,43 @@ def checked_questions(names: Sequence[str], known: Mapping[str, Question]) -> di
     return {name: known[name] for name in names}
 
 
+def check_evenly_matched(model: PrunedLM, data: EvaluationData) -> LanguageModelling:
+    """The data, where variants will differ in what their names say and in nothing else.
+
+    Raises:
+        UserError: a setting of the model would overrule what questions vary, its statistics come from a file, which
+            holds those of one seed, or the data is not text in fixed windows.
+    """
+    if model.statistics_file is not None:
+        raise UserError("ablate calibrates anew for every seed: leave model.statistics out")
+    overruling = {
+        "allocation": model.allocation is not None,
+        "uniform": model.uniform,
+        "frozen_on": model.frozen_on is not None,
+        "recovered": model.recovered is not None,
+    }
+    for name, given in overruling.items():
+        if given:
+            raise UserError(f"ablate varies what --model.{name} would settle for all variants: leave it out")
+    if not isinstance(data, LanguageModelling) or data.protocol != "contiguous":
+        raise UserError("ablate compares perplexities on the same batches: use --data text, protocol contiguous")
+    return data
+
+
+def settings_of(model: PrunedLM, data: LanguageModelling) -> dict[str, Any]:
+    """Everything that all measurements of a run depend on, questions, ratios and seeds apart."""
+    amounts = ("attention_ratio", "mlp_ratio", "skip_layers", "round_to", "floor")
+    described = {name: value for name, value in data.describe().items() if name != "seed"}
+    return {
+        "model": fingerprint(model.model),
+        **{name: getattr(model, name) for name in amounts},
+        **described,
+        "precision": model.trainer.precision,
+        "compiled": model.compiles,
+        "versions": environment(model.device, 1)["versions"],
+    }
+
+
 def measure(
     bench: Bench, questions: Mapping[str, Question], ratios: Sequence[float], seeds: Sequence[int]
 ) -> list[Answer]:
@@ -147,11 +195,10 @@ def measure(
         for ratio in ratios:
             for name, question in questions.items():
                 for index, variant in enumerate(question.variants):
-                    run = bench.run(variant, ratio, seed, question.overlap)
-                    runs.setdefault((name, ratio, index), []).append(run)
                     if question.overlap:
-                        overlap = bench.overlap_with_full_batch(run, ratio)
+                        overlap = bench.overlap(variant, ratio, seed)
                         overlaps.setdefault((name, ratio, index), []).append(overlap)
+                    runs.setdefault((name, ratio, index), []).append(bench.run(variant, ratio, seed))
     return [
         Answer.of(name, questions[name].variants[index], ratio, done, runs[name, ratio, 0], overlaps.get(key))
         for key, done in runs.items()

@@ -1,4 +1,4 @@
-"""The file that lets an interrupted evaluation go on."""
+"""The file that lets an interrupted run go on."""
 
 import json
 import os
@@ -10,37 +10,37 @@ import torch
 
 from pp_lightning.errors import UserError
 
-FORMAT = "pp-lightning commonsense 1"
-
 
 class ResumeFile:
-    """Results of finished tasks on disk, with the settings they were obtained under.
+    """Results of finished parts of a run on disk, with the settings they were obtained under.
 
     Args:
         path: the JSON file; None keeps nothing.
         settings: everything that results depend on, in types that JSON has.
+        form: name and version of what the file holds.
 
     Raises:
         UserError: the file exists and is not one of ours, is damaged, or holds results under other settings.
     """
 
-    def __init__(self, path: str | Path | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | Path | None, settings: Mapping[str, Any], form: str) -> None:
         self._path = None if path is None else Path(path)
+        self._form = form
         self._settings = json.loads(json.dumps(settings))  # as it will be read back
         self._results: dict[str, dict[str, Any]] = {}
         if self._path is not None and self._path.exists():
             self._results = self._read(self._path)
 
-    def result_of(self, task: str) -> dict[str, Any] | None:
-        """The result of a finished task."""
-        return self._results.get(task)
+    def result_of(self, part: str) -> dict[str, Any] | None:
+        """The result of a finished part."""
+        return self._results.get(part)
 
-    def add(self, task: str, result: Mapping[str, Any]) -> None:
-        """Note a finished task. The file is replaced only when the new one is complete; one process writes it."""
-        self._results[task] = dict(result)
+    def add(self, part: str, result: Mapping[str, Any]) -> None:
+        """Note a finished part. The file is replaced only when the new one is complete; one process writes it."""
+        self._results[part] = dict(result)
         if self._path is None or (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
             return
-        content = {"format": FORMAT, "settings": self._settings, "results": self._results}
+        content = {"format": self._form, "settings": self._settings, "results": self._results}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self._path.with_name(f".{self._path.name}.unfinished")
         unfinished.write_text(json.dumps(content, indent=2), encoding="utf-8")
@@ -51,7 +51,7 @@ class ResumeFile:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"cannot read {path}: {error}; remove it or name another file") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if not isinstance(content, dict) or content.get("format") != self._form:
             raise UserError(f"{path} holds no interrupted evaluation of this version: remove it or name another file")
         ours, theirs = self._settings, content["settings"]
         other = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
