@@ -30,6 +30,7 @@ NAMES = {
     "lora_prune_lora": "LoRAPrune, LoRA",
 }
 
+_FAR_APART = 4.0  # perplexities that many times the lowest one
 HEADINGS = (
     "method",
     "ratio",
@@ -126,7 +127,7 @@ def plot(rows: Sequence[Comparison], caption: str, path: Path) -> None:
     axes.invert_xaxis()
     axes.set_xlabel("FLOPs relative to dense (probe included)")
     if dense.tasks is None:
-        axes.set(ylabel="perplexity", yscale="log")
+        perplexity_axis(axes, *(choose(_point(row.evaluation)[1] for row in rows) for choose in (min, max)))
     else:
         axes.set(ylabel="mean accuracy of the tasks, %")
     axes.grid(alpha=0.3, which="both")
@@ -135,6 +136,24 @@ def plot(rows: Sequence[Comparison], caption: str, path: Path) -> None:
     figure.supxlabel(caption, fontsize=6)
     FigureCanvasAgg(figure)
     figure.savefig(path)
+
+
+def perplexity_axis(axes: Any, lowest: float, highest: float) -> None:
+    """Set up the y axis for perplexities: logarithmic where they are far apart, with plain numbers at its ticks.
+
+    Args:
+        axes: of matplotlib.
+        lowest: perplexity on it.
+        highest: perplexity on it.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_ylabel("perplexity")
+    if highest > _FAR_APART * lowest:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 40, not 4 x 10^1
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _point(evaluation: Evaluation) -> tuple[float, float]:

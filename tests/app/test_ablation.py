@@ -7,11 +7,14 @@ import statistics
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from pp_lightning.app.ablation import report
 from pp_lightning.app.ablation.answers import Answer, Mean, Run
 from pp_lightning.app.ablation.questions import QUESTIONS, Question, Variant
 from pp_lightning.app.ablation.runner import UNFINISHED, Bench
+from pp_lightning.app.report import perplexity_axis
 from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.methods import FullBatchProbing, ProbePruning, PruningMethod
 from pp_lightning.resume import ResumeFile
@@ -187,6 +190,22 @@ def test_an_interrupted_run_goes_on_where_it_stopped(type_in, arguments, tmp_pat
     assert "dense" not in rest
     assert answers(tmp_path / "cut") == answers(tmp_path / "whole")
     assert UNFINISHED not in {path.name for path in (tmp_path / "cut").iterdir()}
+
+
+@pytest.mark.parametrize(("highest", "scale"), [(140.0, "linear"), (5000.0, "log")])
+def test_perplexities_are_plain_numbers_on_their_axis(highest, scale):
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([1, 2, 3], [123.0, 125.0, highest])
+    perplexity_axis(axes, 123.0, highest)
+    figure.draw_without_rendering()
+    low, high = axes.get_ylim()
+    ticks = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    shown = [label.get_text() for at, label in ticks if low <= at <= high]
+    assert axes.get_yscale() == scale
+    assert len(shown) >= 3
+    assert all(float(text) > 0 for text in shown)
 
 
 def test_pictures_of_an_earlier_run_do_not_stay_beside_other_figures(type_in, arguments, tmp_path):  # noqa: F811

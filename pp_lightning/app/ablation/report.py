@@ -8,9 +8,8 @@ from typing import Any
 
 from pp_lightning.app.ablation.answers import Answer
 from pp_lightning.app.ablation.questions import Question
-from pp_lightning.app.report import Grid
+from pp_lightning.app.report import Grid, perplexity_axis
 
-_WIDE = 4.0  # perplexities this many times the dense one need a logarithmic axis
 HEADINGS = ("variant", "ratio", "perplexity", "difference", "degradation", "FLOPs ratio")
 
 
@@ -68,7 +67,6 @@ def plot(question: Question, answers: Sequence[Answer], caption: str, path: Path
     """A question's picture: perplexity with its standard error over the axis, or over the names, a line a ratio."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(7.5, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot(2, 1, 1) if question.overlap else figure.add_subplot()
@@ -81,12 +79,10 @@ def plot(question: Question, answers: Sequence[Answer], caption: str, path: Path
         line = "none" if question.axis is None else "-"
         axes.errorbar(places, values, errors, marker="o", capsize=3, linestyle=line, label=f"{ratio:.0%} removed")
     axes.axhline(answers[0].dense, color="black", linewidth=0.8, linestyle=":", label="dense")
-    axes.set(title=question.title, ylabel="perplexity")
-    if max(answer.perplexity.value for answer in answers) > _WIDE * answers[0].dense:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 40, not 4 x 10^1
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(
+        title=question.title,
+    )
+    perplexity_axis(axes, answers[0].dense, max(answer.perplexity.value for answer in answers))
     if question.axis is None:
         axes.tick_params(axis="x", labelrotation=20, labelsize=7)
     else:
