@@ -1,42 +1,27 @@
 """The LightningModule: a causal language model, trained dense or evaluated pruned."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from pp_lightning.allocation import check_floor
-from pp_lightning.app.evidence import importances_for
+from pp_lightning.app.prunable import FrozenOn, PrunableModule
 from pp_lightning.app.recovery import RecoveryRun, described, recovery_callbacks
 from pp_lightning.app.results import Evaluation
 from pp_lightning.app.scoring import Scoring, scoring_for
-from pp_lightning.architectures import shape_of
-from pp_lightning.calibration import calibrate
 from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer, new_model
 from pp_lightning.compilation import Compilation, compile_, uncompile_
 from pp_lightning.data.base import EvaluationData
-from pp_lightning.data.datamodule import first_batch
 from pp_lightning.data.windows import Batch
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import Evidence
-from pp_lightning.freezing import choice_for
-from pp_lightning.importances import Importances
-from pp_lightning.methods import DynamicMethod, PruningMethod
+from pp_lightning.methods import PruningMethod
 from pp_lightning.methods.base import AllocationName
-from pp_lightning.methods.frozen import FrozenOnHistory
-from pp_lightning.plan import make_plan
-from pp_lightning.pruning import is_pruned, prune_, pruning_of, unprune_
-from pp_lightning.recovery import Adapters, Recovered, Recovery
-from pp_lightning.statistics import Statistics
-
-FrozenOn = Literal["history", "text"]
+from pp_lightning.recovery import Recovered, Recovery
 
 
 @runtime_checkable
@@ -47,24 +32,7 @@ class ShowsProgress(Protocol):
         """Show ``done`` of ``total`` steps of something called ``name``."""
 
 
-class _Amounts(TypedDict):
-    """How much to prune: the arguments that ``make_plan`` and ``prune_`` share."""
-
-    pruning_ratio: float
-    attention_ratio: float | None
-    mlp_ratio: float | None
-    skip_layers: Sequence[int]
-    round_to: int
-
-
-class _Allocation(TypedDict):
-    """How the units are spread over the layers."""
-
-    allocation: AllocationName | None
-    floor: float
-
-
-class PrunedLM(L.LightningModule):
+class PrunedLM(PrunableModule):
     """A causal language model and how to prune it.
 
     Args:
@@ -126,39 +94,34 @@ class PrunedLM(L.LightningModule):
         recovery: Recovery | None = None,
         recovered: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            new_model(path) if from_scratch else load_model(path, dtype, allow_pickle=allow_pickle),
+            method=method,
+            pruning_ratio=pruning_ratio,
+            attention_ratio=attention_ratio,
+            mlp_ratio=mlp_ratio,
+            skip_layers=skip_layers,
+            round_to=round_to,
+            allocation=allocation,
+            floor=floor,
+            uniform=uniform,
+            frozen_on=frozen_on,
+            statistics_file=statistics,
+            pack_slices=pack_slices,
+        )
         self.path = path
-        self.method = method
-        self.pruning_ratio = pruning_ratio
-        self.attention_ratio = attention_ratio
-        self.mlp_ratio = mlp_ratio
-        self.skip_layers = tuple(skip_layers)
-        self.round_to = round_to
-        self.allocation = allocation
-        self.floor = floor
-        self.uniform = uniform
-        self.frozen_on: FrozenOn | None = frozen_on
-        self.statistics_file = statistics
+        self.tokenizer = load_tokenizer(path, pad_token)
+        self.compiles = compile
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay
         self.recovery = recovery
-        self.recovered: Recovered | None = None
-        self.compiles = compile
-        self.pack_slices = pack_slices
-        self._compilation: Compilation | None = None
-        self.reuse = False
-        self.label = "dense" if method is None else method.label
-        self.tokenizer = load_tokenizer(path, pad_token)
-        self.model = new_model(path) if from_scratch else load_model(path, dtype, allow_pickle=allow_pickle)
         self.evaluation: Evaluation | None = None
-        self._statistics: Statistics | None = None
-        self._importances: dict[PruningMethod, Importances] = {}
         self._scoring: Scoring | None = None
-        self._adapters: Adapters | None = None
+        self._compilation: Compilation | None = None
+        self._run: RecoveryRun | None = None
         if recovery is not None:
             recovery.check()
-        self._run: RecoveryRun | None = None
         if recovered is not None:
             if method is not None:
                 raise UserError("recovered brings its own method: leave out --model.method")
@@ -186,62 +149,6 @@ class PrunedLM(L.LightningModule):
             raise UserError(f"{asked} exceed the model's {limit} positions: lower --data.window")
         self.check_plan(self.method, self.pruning_ratio, data.window)
 
-    def use_recovered(self, recovered: Recovered) -> None:
-        """Evaluate this recovered model from now on."""
-        self.recovered, self.method, self.label = recovered, recovered.method, recovered.label
-        for name, amount in recovered.amounts.items():
-            setattr(self, name, amount)
-
-    def check_plan(
-        self, method: PruningMethod | None, pruning_ratio: float, window: int, allocation: AllocationName | None = None
-    ) -> None:
-        """Refuse impossible ratios before any work is done.
-
-        Args:
-            method: what is to be evaluated; None is the dense model.
-            pruning_ratio: fraction removed.
-            window: tokens of a calibration window.
-            allocation: overrules the module's own.
-
-        Raises:
-            UserError: the model is not supported, or the ratios leave nothing, or more than the floor lets go.
-        """
-        if method is None:
-            return
-        shape = shape_of(self.model.config)
-        plan = make_plan(shape, self._settled(method), **self._amounts(pruning_ratio))
-        if (allocation or self._allocation or method.allocation) == "global":
-            check_floor(plan, shape.num_layers, self.floor, window)
-
-    def prune(self, data: EvaluationData) -> Evidence | None:
-        """Prune, with adapters merged where there are some; returns what was chosen from, collected on ``data``."""
-        assert self.method is not None
-        method, amounts = self._settled(self.method), self._amounts(self.pruning_ratio)
-        evidence = self._evidence(method, data)
-        allocation: _Allocation = {"allocation": self._allocation, "floor": self.floor}
-        if self.frozen_on == "text" and isinstance(method, DynamicMethod):
-            prune_(self.model, method, evidence, **amounts, **allocation)
-            method = choice_for(self.model, first_batch(data))
-            unprune_(self.model)
-        keep = {"keep_dense": self.reuse, "release_stats": not self.reuse, "pack_slices": self.pack_slices}
-        prune_(self.model, method, evidence, **amounts, **allocation, **keep)
-        if self.recovered is not None:
-            self._adapters = self.recovered.attach(self.model)
-            self._adapters.merge()
-        return evidence
-
-    def read_statistics(self) -> bool:
-        """Take the statistics file as it stands, if there is one: what needs no calibration text at hand.
-
-        Raises:
-            UserError: it is of another model.
-        """
-        if self.statistics_file is None or not Path(self.statistics_file).exists():
-            return False
-        self._statistics = Statistics.load(self.statistics_file)
-        self._statistics.check_model(self.model)
-        return True
-
     def on_test_start(self) -> None:
         """Prune, with all that it takes."""
         self.evaluation = None
@@ -266,8 +173,8 @@ class PrunedLM(L.LightningModule):
             method=self.label,
             pruning_ratio=self.pruning_ratio if self.method else 0.0,
             flops=self._scoring.flops_ratios(),
-            kept=self._kept_counts(),
-            settings=self._settings(),
+            kept=self.kept_counts(),
+            settings=self.method_settings(),
             compiled=None if self._compilation is None else self._compilation.as_dict(),
             **self._scoring.figures(),
         )
@@ -275,18 +182,9 @@ class PrunedLM(L.LightningModule):
 
     def on_test_end(self) -> None:
         """Leave the dense model behind where more rows follow."""
-        if self.reuse and self._adapters is not None:
-            self._adapters.detach()
-        self._adapters = None
         if self._compilation is not None:
             uncompile_(self.model)
-        if self.reuse and is_pruned(self.model):
-            unprune_(self.model)
-
-    def forget_statistics(self) -> None:
-        """Calibrate anew when statistics are next needed: the data's seed has changed."""
-        self._statistics = None
-        self._importances.clear()
+        self.restore()
 
     def on_fit_start(self) -> None:
         """Train in training mode: checkpoints are loaded for evaluation."""
@@ -343,7 +241,7 @@ class PrunedLM(L.LightningModule):
     def recovery_settings(self, recovery: Recovery, steps: int) -> dict[str, dict[str, Any]]:
         """What a recovery with the present method and ratios would keep about itself, in plain types."""
         assert self.method is not None
-        return described(self.method, dict(self._amounts(self.pruning_ratio)), recovery, steps)
+        return described(self.method, dict(self.amounts(self.pruning_ratio)), recovery, steps)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """With recovery its own; else AdamW with decay on matrices only, linear warm-up, then cosine to zero."""
@@ -356,30 +254,6 @@ class PrunedLM(L.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, self.warmup_steps, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _amounts(self, pruning_ratio: float) -> _Amounts:
-        return {
-            "pruning_ratio": pruning_ratio,
-            "attention_ratio": self.attention_ratio,
-            "mlp_ratio": self.mlp_ratio,
-            "skip_layers": () if self.uniform else self.skip_layers,
-            "round_to": self.round_to,
-        }
-
-    @property
-    def _allocation(self) -> AllocationName | None:
-        return "uniform" if self.uniform else self.allocation
-
-    def _ranks_globally(self, method: PruningMethod) -> bool:
-        return (self._allocation or method.allocation) == "global"
-
-    def _settled(self, method: PruningMethod) -> PruningMethod:
-        """The method as ``uniform`` and ``frozen_on`` want it."""
-        if self.uniform:
-            method = method.with_uniform_counts()
-        if self.frozen_on == "history" and isinstance(method, DynamicMethod):
-            method = FrozenOnHistory(method)
-        return method
 
     def _start_recovery(self, recovery: Recovery) -> None:
         """Prune, or get ready to, and attach adapters: before the optimiser is made and a checkpoint is read."""
@@ -394,63 +268,10 @@ class PrunedLM(L.LightningModule):
         self._run = RecoveryRun(
             self.model,
             self.method,
-            dict(self._amounts(self.pruning_ratio)),
+            dict(self.amounts(self.pruning_ratio)),
             recovery,
-            partial(self._evidence, data=self.data),
+            partial(self.evidence_for, data=self.data),
             self.out,
             total_steps=self.trainer.max_steps,
             seed=self.data.seed,
         )
-
-    def _evidence(self, method: PruningMethod, data: EvaluationData) -> Evidence | None:
-        """What the method chooses from: the same in every process."""
-        if self.recovered is not None:
-            return self.recovered.choices
-        if method.evidence is Importances:
-            return self._gradient_importances(method, data)
-        return self._calibrated(data) if method.needs_statistics or self._ranks_globally(method) else None
-
-    def _gradient_importances(self, method: PruningMethod, data: EvaluationData) -> Importances:
-        if method not in self._importances:
-            found: Importances | None = None
-            if self.trainer.is_global_zero:
-                plan = make_plan(shape_of(self.model.config), method, **self._amounts(self.pruning_ratio))
-                shown = self.trainer.progress_bar_callback is not None
-                found = importances_for(method, self.model, data, plan.layers, shown)
-            found = self.trainer.strategy.broadcast(found)
-            assert found is not None
-            self._importances[method] = found
-        return self._importances[method]
-
-    def _settings(self) -> dict[str, object]:
-        if self.recovered is not None:
-            about = self.recovered.choices.about
-            return {**about["settings"], "recovery": about["recovery"]}
-        return {} if self.method is None else self.method.settings()
-
-    def _calibrated(self, data: EvaluationData) -> Statistics:
-        """Statistics for the method: from this run, from the file, or from a new pass over the calibration text."""
-        if self._statistics is not None:
-            return self._statistics
-        assert self.method is not None
-        shared = self.reuse or self.statistics_file is not None  # then other methods will want to use them too
-        method = self._settled(self.method)
-        plan = make_plan(shape_of(self.model.config), method, **self._amounts(self.pruning_ratio))
-        statistics = calibrate(
-            self.model,
-            data.calibration_batches(),
-            means=shared or method.needs_means,
-            layers=None if shared or self._ranks_globally(method) else plan.layers,
-            save_to=self.statistics_file if self.trainer.is_global_zero else None,
-            progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None,
-        )
-        if self.reuse:
-            self._statistics = statistics
-        return statistics
-
-    def _kept_counts(self) -> dict[str, tuple[int, int]]:
-        if not is_pruned(self.model):
-            return {}
-        keep = pruning_of(self.model).keep
-        counts = {str(block): [count for (_, b), count in keep.items() if b is block] for _, block in keep}
-        return {block: (min(numbers), max(numbers)) for block, numbers in counts.items()}

@@ -1,0 +1,245 @@
+"""What a LightningModule needs to prune its model as the user's settings say: method, amounts, what is chosen from."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import lightning as L
+from transformers import PreTrainedModel
+
+from pp_lightning.allocation import check_floor
+from pp_lightning.app.evidence import importances_for
+from pp_lightning.architectures import shape_of
+from pp_lightning.calibration import calibrate
+from pp_lightning.data.base import EvaluationData
+from pp_lightning.data.datamodule import first_batch
+from pp_lightning.evidence import Evidence
+from pp_lightning.freezing import choice_for
+from pp_lightning.importances import Importances
+from pp_lightning.methods import DynamicMethod, PruningMethod
+from pp_lightning.methods.base import AllocationName
+from pp_lightning.methods.frozen import FrozenOnHistory
+from pp_lightning.plan import make_plan
+from pp_lightning.pruning import is_pruned, prune_, pruning_of, unprune_
+from pp_lightning.recovery import Adapters, Recovered
+from pp_lightning.statistics import Statistics
+
+FrozenOn = Literal["history", "text"]
+
+
+class Amounts(TypedDict):
+    """How much to prune: the arguments that ``make_plan`` and ``prune_`` share."""
+
+    pruning_ratio: float
+    attention_ratio: float | None
+    mlp_ratio: float | None
+    skip_layers: Sequence[int]
+    round_to: int
+
+
+class _Allocation(TypedDict):
+    """How the units are spread over the layers."""
+
+    allocation: AllocationName | None
+    floor: float
+
+
+class PrunableModule(L.LightningModule):
+    """A LightningModule that prunes its model and gives the dense one back.
+
+    Its settings may be changed between two runs; they are explained at :class:`~pp_lightning.app.module.PrunedLM`.
+
+    Attributes:
+        model: dense, or pruned between :meth:`prune` and :meth:`restore`.
+        recovered: the recovered model that is evaluated, if one is.
+        label: name of the row that is evaluated.
+        reuse: whether further rows follow: what one pass over the calibration text gives is kept for them, and the
+            dense weights too.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        method: PruningMethod | None,
+        pruning_ratio: float,
+        attention_ratio: float | None,
+        mlp_ratio: float | None,
+        skip_layers: Sequence[int],
+        round_to: int,
+        allocation: AllocationName | None,
+        floor: float,
+        uniform: bool,
+        frozen_on: FrozenOn | None,
+        statistics_file: str | None,
+        pack_slices: bool,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.method = method
+        self.pruning_ratio = pruning_ratio
+        self.attention_ratio = attention_ratio
+        self.mlp_ratio = mlp_ratio
+        self.skip_layers = tuple(skip_layers)
+        self.round_to = round_to
+        self.allocation = allocation
+        self.floor = floor
+        self.uniform = uniform
+        self.frozen_on: FrozenOn | None = frozen_on
+        self.statistics_file = statistics_file
+        self.pack_slices = pack_slices
+        self.recovered: Recovered | None = None
+        self.label = "dense" if method is None else method.label
+        self.reuse = False
+        self._adapters: Adapters | None = None
+        self._statistics: Statistics | None = None
+        self._importances: dict[PruningMethod, Importances] = {}
+
+    def use_recovered(self, recovered: Recovered) -> None:
+        """Evaluate this recovered model from now on."""
+        self.recovered, self.method, self.label = recovered, recovered.method, recovered.label
+        for name, amount in recovered.amounts.items():
+            setattr(self, name, amount)
+
+    def check_plan(
+        self, method: PruningMethod | None, pruning_ratio: float, window: int, allocation: AllocationName | None = None
+    ) -> None:
+        """Refuse impossible ratios before any work is done.
+
+        Args:
+            method: what is to be evaluated; None is the dense model.
+            pruning_ratio: fraction removed.
+            window: tokens of a calibration window.
+            allocation: overrules the module's own.
+
+        Raises:
+            UserError: the model is not supported, or the ratios leave nothing, or more than the floor lets go.
+        """
+        if method is None:
+            return
+        shape = shape_of(self.model.config)
+        plan = make_plan(shape, self._settled(method), **self.amounts(pruning_ratio))
+        if (allocation or self._allocation or method.allocation) == "global":
+            check_floor(plan, shape.num_layers, self.floor, window)
+
+    def prune(self, data: EvaluationData) -> Evidence | None:
+        """Prune, with adapters merged where there are some; returns what was chosen from, collected on ``data``."""
+        assert self.method is not None
+        method, amounts = self._settled(self.method), self.amounts(self.pruning_ratio)
+        evidence = self.evidence_for(method, data)
+        allocation: _Allocation = {"allocation": self._allocation, "floor": self.floor}
+        if self.frozen_on == "text" and isinstance(method, DynamicMethod):
+            prune_(self.model, method, evidence, **amounts, **allocation)
+            method = choice_for(self.model, first_batch(data))
+            unprune_(self.model)
+        keep = {"keep_dense": self.reuse, "release_stats": not self.reuse, "pack_slices": self.pack_slices}
+        prune_(self.model, method, evidence, **amounts, **allocation, **keep)
+        if self.recovered is not None:
+            self._adapters = self.recovered.attach(self.model)
+            self._adapters.merge()
+        return evidence
+
+    def read_statistics(self) -> bool:
+        """Take the statistics file as it stands, if there is one: what needs no calibration text at hand.
+
+        Raises:
+            UserError: it is of another model.
+        """
+        if self.statistics_file is None or not Path(self.statistics_file).exists():
+            return False
+        self._statistics = Statistics.load(self.statistics_file)
+        self._statistics.check_model(self.model)
+        return True
+
+    def restore(self) -> None:
+        """Leave the dense model behind where more rows follow."""
+        if self.reuse and self._adapters is not None:
+            self._adapters.detach()
+        self._adapters = None
+        if self.reuse and is_pruned(self.model):
+            unprune_(self.model)
+
+    def forget_statistics(self) -> None:
+        """Calibrate anew when statistics are next needed: the data's seed has changed."""
+        self._statistics = None
+        self._importances.clear()
+
+    def amounts(self, pruning_ratio: float) -> Amounts:
+        """How much to prune at this ratio, as ``make_plan`` and ``prune_`` take it."""
+        return {
+            "pruning_ratio": pruning_ratio,
+            "attention_ratio": self.attention_ratio,
+            "mlp_ratio": self.mlp_ratio,
+            "skip_layers": () if self.uniform else self.skip_layers,
+            "round_to": self.round_to,
+        }
+
+    def evidence_for(self, method: PruningMethod, data: EvaluationData) -> Evidence | None:
+        """What the method chooses from: the same in every process."""
+        if self.recovered is not None:
+            return self.recovered.choices
+        if method.evidence is Importances:
+            return self._gradient_importances(method, data)
+        return self._calibrated(data) if method.needs_statistics or self._ranks_globally(method) else None
+
+    def method_settings(self) -> dict[str, object]:
+        """The method's settings, and those of its recovery, for a table."""
+        if self.recovered is not None:
+            about = self.recovered.choices.about
+            return {**about["settings"], "recovery": about["recovery"]}
+        return {} if self.method is None else self.method.settings()
+
+    def kept_counts(self) -> dict[str, tuple[int, int]]:
+        """Fewest and most units that a layer keeps, by block."""
+        if not is_pruned(self.model):
+            return {}
+        keep = pruning_of(self.model).keep
+        counts = {str(block): [count for (_, b), count in keep.items() if b is block] for _, block in keep}
+        return {block: (min(numbers), max(numbers)) for block, numbers in counts.items()}
+
+    @property
+    def _allocation(self) -> AllocationName | None:
+        return "uniform" if self.uniform else self.allocation
+
+    def _ranks_globally(self, method: PruningMethod) -> bool:
+        return (self._allocation or method.allocation) == "global"
+
+    def _settled(self, method: PruningMethod) -> PruningMethod:
+        """The method as ``uniform`` and ``frozen_on`` want it."""
+        if self.uniform:
+            method = method.with_uniform_counts()
+        if self.frozen_on == "history" and isinstance(method, DynamicMethod):
+            method = FrozenOnHistory(method)
+        return method
+
+    def _gradient_importances(self, method: PruningMethod, data: EvaluationData) -> Importances:
+        if method not in self._importances:
+            found: Importances | None = None
+            if self.trainer.is_global_zero:
+                plan = make_plan(shape_of(self.model.config), method, **self.amounts(self.pruning_ratio))
+                shown = self.trainer.progress_bar_callback is not None
+                found = importances_for(method, self.model, data, plan.layers, shown)
+            found = self.trainer.strategy.broadcast(found)
+            assert found is not None
+            self._importances[method] = found
+        return self._importances[method]
+
+    def _calibrated(self, data: EvaluationData) -> Statistics:
+        """Statistics for the method: from this run, from the file, or from a new pass over the calibration text."""
+        if self._statistics is not None:
+            return self._statistics
+        assert self.method is not None
+        shared = self.reuse or self.statistics_file is not None  # then other methods will want to use them too
+        method = self._settled(self.method)
+        plan = make_plan(shape_of(self.model.config), method, **self.amounts(self.pruning_ratio))
+        statistics = calibrate(
+            self.model,
+            data.calibration_batches(),
+            means=shared or method.needs_means,
+            layers=None if shared or self._ranks_globally(method) else plan.layers,
+            save_to=self.statistics_file if self.trainer.is_global_zero else None,
+            progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None,
+        )
+        if self.reuse:
+            self._statistics = statistics
+        return statistics
