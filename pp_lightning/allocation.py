@@ -12,6 +12,13 @@ from pp_lightning.methods.base import AllocationName, PruningMethod
 from pp_lightning.plan import Plan
 from pp_lightning.statistics import BlockKey, Statistics
 
+# What every block keeps unless the user says, the first that lets enough go. Losses are added up as if they did not
+# interact, which is furthest from the truth where little of a block is left, in attention most (docs/beyond.md).
+FLOORS: tuple[Mapping[Block, float], ...] = (
+    {Block.ATTENTION: 0.35, Block.MLP: 0.25},
+    {Block.ATTENTION: 0.25, Block.MLP: 0.25},
+)
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -21,13 +28,13 @@ class Evidence:
         statistics: of the dense model; None where there are none.
         output_weights: the output matrix (D, C) of every block of the model, the skipped layers' included.
         restores_means: whether the method puts back the mean of what it removes: then only deviations from it are lost.
-        floor: fraction of its units that every block keeps, in [0, 1].
+        floor: fraction of its units that every block keeps, in [0, 1]; None takes :data:`FLOORS`.
     """
 
     statistics: Statistics | None
     output_weights: Mapping[BlockKey, Tensor]
     restores_means: bool
-    floor: float
+    floor: float | None
 
 
 def spread(
@@ -36,7 +43,7 @@ def spread(
     output_weights: Mapping[BlockKey, Tensor],
     statistics: Statistics | None,
     allocation: AllocationName | None,
-    floor: float,
+    floor: float | None,
 ) -> tuple[Plan, dict[BlockKey, int]]:
     """The layers that are pruned, and the units that stay in each of their blocks.
 
@@ -46,7 +53,7 @@ def spread(
         output_weights: the output matrix (D, C) of every block of the model.
         statistics: of the dense model; None where there are none.
         allocation: ``uniform`` or ``global``.
-        floor: fraction of its units that every block keeps under ``global``.
+        floor: fraction of its units that every block keeps under ``global``; None takes :data:`FLOORS`.
 
     Raises:
         UserError: no such allocation, the method has its own, or the allocation cannot be made.
@@ -88,38 +95,44 @@ def by_global_ranking(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockK
     statistics, plans = evidence.statistics, {block.block: block for block in plan.blocks}
     if statistics is None:
         raise UserError("allocation=global needs calibration statistics: pass the result of calibrate()")
-    check_floor(plan, len(evidence.output_weights) // len(plans), evidence.floor, statistics.num_positions)
+    floors = settled_floors(plan, len(evidence.output_weights) // len(plans), evidence.floor, statistics.num_positions)
     cost = {name: unit_flops(block, statistics.num_positions) for name, block in plans.items()}
     to_save = sum((block.units.number - block.keep) * cost[name] for name, block in plans.items()) * len(plan.layers)
     keep = {key: plans[key[1]].units.number for key in evidence.output_weights}
     keys = [key for key in keep if plans[key[1]].ratio > 0]
-    removable = [_removable(plans[key[1]], cost[key[1]], key, evidence, statistics) for key in keys]
+    removable = [_removable(plans[key[1]], cost[key[1]], floors[key[1]], key, evidence, statistics) for key in keys]
     keep |= dict(zip(keys, allocate(removable, to_save), strict=True))
     return replace(plan, layers=tuple(sorted({layer for layer, _ in keep}))), keep
 
 
-def check_floor(plan: Plan, num_layers: int, floor: float, tokens: int) -> None:
-    """Refuse a floor under which less can go than uniform counts would save: no statistics are needed to see that.
+def settled_floors(plan: Plan, num_layers: int, floor: float | None, tokens: int) -> Mapping[Block, float]:
+    """Fractions that every attention and every MLP block keeps. No statistics are needed to see whether they can.
 
     Args:
         plan: uniform counts.
         num_layers: layers of the model, those that the plan skips included.
-        floor: fraction of its units that every block keeps under ``global``.
+        floor: for both kinds of blocks; None takes the first of :data:`FLOORS` that lets enough go.
         tokens: length of a text.
 
     Raises:
-        UserError: the floor is out of range, or leaves too little to remove.
+        UserError: the floor is out of range, or less could go than uniform counts would save.
     """
-    if not 0.0 <= floor <= 1.0:
+    if floor is not None and not 0.0 <= floor <= 1.0:
         raise UserError(f"floor is the fraction that every block keeps and must be in [0, 1], not {floor}")
-    most, to_save = 0, 0
-    for block in plan.blocks:
-        number, cost = block.units.number, unit_flops(block, tokens)
-        to_save += (number - block.keep) * cost * len(plan.layers)
-        if block.ratio > 0:
-            most += (number - floor_count(number, floor, block.round_to)) * cost * num_layers
-    if most < to_save:
-        raise UserError(f"keeping {floor:.0%} of every block leaves too little to remove: lower floor or pruning_ratio")
+    costs = {block.block: unit_flops(block, tokens) for block in plan.blocks}
+    to_save = sum((block.units.number - block.keep) * costs[block.block] for block in plan.blocks) * len(plan.layers)
+    candidates = FLOORS if floor is None else (dict.fromkeys(Block, floor),)
+    for floors in candidates:
+        removable = sum(
+            (block.units.number - floor_count(block.units.number, floors[block.block], block.round_to))
+            * costs[block.block]
+            for block in plan.blocks
+            if block.ratio > 0
+        )
+        if removable * num_layers >= to_save:
+            return floors
+    least = min(candidates[-1].values())
+    raise UserError(f"keeping {least:.0%} of every block leaves too little to remove: lower floor or pruning_ratio")
 
 
 def unit_flops(plan: BlockPlan, tokens: int) -> int:
@@ -128,7 +141,9 @@ def unit_flops(plan: BlockPlan, tokens: int) -> int:
     return 2 * plan.units.cost + products
 
 
-def _removable(plan: BlockPlan, cost: int, key: BlockKey, evidence: Evidence, statistics: Statistics) -> Removable:
+def _removable(
+    plan: BlockPlan, cost: int, floor: float, key: BlockKey, evidence: Evidence, statistics: Statistics
+) -> Removable:
     weight = evidence.output_weights[key]
     losses = relative_output_losses(
         weight,
@@ -138,7 +153,7 @@ def _removable(plan: BlockPlan, cost: int, key: BlockKey, evidence: Evidence, st
         statistics.counts.to(weight.device),
         plan.units.channels,
     )
-    return Removable(losses, cost, plan.round_to, floor_count(plan.units.number, evidence.floor, plan.round_to))
+    return Removable(losses, cost, plan.round_to, floor_count(plan.units.number, floor, plan.round_to))
 
 
 ALLOCATIONS: Mapping[str, Allocation] = {"uniform": uniform, "global": by_global_ranking}

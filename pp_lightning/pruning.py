@@ -81,7 +81,7 @@ def prune_(
     attention_ratio: float | None = None,
     mlp_ratio: float | None = None,
     allocation: AllocationName | None = None,
-    floor: float = 0.25,
+    floor: float | None = None,
     keep_dense: bool = True,
     release_stats: bool = False,
     pack_slices: bool = False,
@@ -103,7 +103,8 @@ def prune_(
         mlp_ratio: ratio for MLPs alone; None takes ``pruning_ratio``.
         allocation: ``uniform``, the same ratio in every layer that is not skipped, or ``global``, where one ranking
             over the units of all layers decides at the same FLOPs; None takes the method's own.
-        floor: fraction of its units that every block keeps under ``global``.
+        floor: fraction of its units that every block keeps under ``global``; None takes 0.35 in attention and 0.25 in
+            MLPs, or 0.25 in both where that would leave too little to remove.
         keep_dense: keep a static method's dense weights for :func:`unprune_`. False saves their memory.
         release_stats: empty a dynamic method's statistics while pruning, so that a history never exists twice.
         pack_slices: with a dynamic method, keep every block's slice between batches and copy only what the next choice

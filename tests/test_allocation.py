@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pp_lightning import UserError, kept_units, prune_, unprune_
+from pp_lightning import UserError, calibrate, kept_units, prune_, unprune_
 from pp_lightning.allocation import unit_flops
 from pp_lightning.architectures import shape_of
 from pp_lightning.blocks import Block
@@ -9,7 +9,19 @@ from pp_lightning.flops import attention_flops, mlp_flops, pruned_flops
 from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, StaticPPsp
 from pp_lightning.plan import make_plan
 from pp_lightning.pruning import pruning_of
-from tests.models import CALIBRATED, LAYERS, MODELS, ROWS, SETTINGS, ids, logits, output_weights, statistics, tiny
+from tests.models import (
+    CALIBRATED,
+    LAYERS,
+    MODELS,
+    ROWS,
+    SETTINGS,
+    calibration_batches,
+    ids,
+    logits,
+    output_weights,
+    statistics,
+    tiny,
+)
 
 
 def counts(name, method, **settings):
@@ -53,9 +65,6 @@ def test_a_layer_that_matters_little_gives_more():
     with torch.no_grad():
         for weight in output_weights(model, 0):
             weight.mul_(0.001)
-    from pp_lightning import calibrate
-    from tests.models import calibration_batches
-
     stats = calibrate(model, calibration_batches(), progress=False)
     prune_(model, ProbePruning(), stats, **SETTINGS, allocation="global", floor=0.25)
     keep = pruning_of(model).keep
@@ -68,6 +77,23 @@ def test_floor():
     _, high = counts("llama", ProbePruning(), allocation="global", floor=0.5)
     assert all(keep >= (4 if block is Block.ATTENTION else 80) for (_, block), keep in high.items())
     assert low != high
+
+
+def test_by_default_attention_keeps_more_of_itself_than_mlps():
+    keeps = {}
+    for ratio in (0.4, 0.75):
+        for floor in (None, 0.25):
+            model = tiny("llama")
+            with torch.no_grad():
+                for weight in output_weights(model, 0):
+                    weight.mul_(0.001)  # a layer that goes down to its floor
+            cheap = calibrate(model, calibration_batches(), progress=False)
+            settings = {**SETTINGS, "pruning_ratio": ratio, "skip_layers": ()}
+            prune_(model, ProbePruning(), cheap, **settings, allocation="global", floor=floor)
+            keeps[ratio, floor] = pruning_of(model).keep
+    assert (keeps[0.4, None][0, Block.ATTENTION], keeps[0.4, None][0, Block.MLP]) == (3, 48)  # ceil(0.35 * 8)
+    assert keeps[0.4, 0.25][0, Block.ATTENTION] == 2
+    assert keeps[0.75, None] == keeps[0.75, 0.25]  # three heads a layer would leave too little to remove
 
 
 def test_kept_units_are_as_many_as_counted():

@@ -7,7 +7,7 @@ from typing import Literal, TypedDict
 import lightning as L
 from transformers import PreTrainedModel
 
-from pp_lightning.allocation import check_floor
+from pp_lightning.allocation import settled_floors
 from pp_lightning.app.evidence import importances_for
 from pp_lightning.architectures import shape_of
 from pp_lightning.calibration import calibrate
@@ -41,7 +41,7 @@ class _Allocation(TypedDict):
     """How the units are spread over the layers."""
 
     allocation: AllocationName | None
-    floor: float
+    floor: float | None
 
 
 class PrunableModule(L.LightningModule):
@@ -68,7 +68,7 @@ class PrunableModule(L.LightningModule):
         skip_layers: Sequence[int],
         round_to: int,
         allocation: AllocationName | None,
-        floor: float,
+        floor: float | None,
         uniform: bool,
         frozen_on: FrozenOn | None,
         statistics_file: str | None,
@@ -120,7 +120,7 @@ class PrunableModule(L.LightningModule):
         shape = shape_of(self.model.config)
         plan = make_plan(shape, self._settled(method), **self.amounts(pruning_ratio))
         if (allocation or self._allocation or method.allocation) == "global":
-            check_floor(plan, shape.num_layers, self.floor, window)
+            settled_floors(plan, shape.num_layers, self.floor, window)
 
     def prune(self, data: EvaluationData) -> Evidence | None:
         """Prune, with adapters merged where there are some; returns what was chosen from, collected on ``data``."""
