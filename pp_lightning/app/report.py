@@ -146,14 +146,19 @@ def perplexity_axis(axes: Any, lowest: float, highest: float) -> None:
         lowest: perplexity on it.
         highest: perplexity on it.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     axes.set_ylabel("perplexity")
     if highest > _FAR_APART * lowest:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 40, not 4 x 10^1
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        plain_ticks(axes.yaxis, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+
+
+def plain_ticks(axis: Any, steps: Sequence[float]) -> None:
+    """Numbers as people write them on a logarithmic axis of matplotlib, at these multiples of the powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 40, not 4 x 10^1
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _point(evaluation: Evaluation) -> tuple[float, float]:

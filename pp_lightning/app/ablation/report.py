@@ -8,8 +8,9 @@ from typing import Any
 
 from pp_lightning.app.ablation.answers import Answer
 from pp_lightning.app.ablation.questions import Question
-from pp_lightning.app.report import Grid, perplexity_axis
+from pp_lightning.app.report import Grid, perplexity_axis, plain_ticks
 
+_WIDE = 20.0  # places on a question's axis this many times the smallest: a probe of everything, and of 0.25%
 HEADINGS = ("variant", "ratio", "perplexity", "difference", "degradation", "FLOPs ratio")
 
 
@@ -87,6 +88,10 @@ def plot(question: Question, answers: Sequence[Answer], caption: str, path: Path
         axes.tick_params(axis="x", labelrotation=20, labelsize=7)
     else:
         axes.set_xlabel(question.axis)
+        places = [answer.x or 0.0 for answer in answers]
+        if max(places) > _WIDE * min(places) > 0.0:
+            axes.set_xscale("log")
+            plain_ticks(axes.xaxis, (1.0, 2.0, 5.0))
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     if question.overlap:
