@@ -28,7 +28,6 @@ from pp_lightning.checkpoints import Dtype
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.errors import UserError
 from pp_lightning.methods import DynamicMethod
-from pp_lightning.statistics import Statistics
 
 Format = Literal["safetensors", "onnx", "pt2", "compiled"]
 
@@ -63,10 +62,10 @@ def export_pruned(
         _choose_uniformly(module)
     assert module.method is not None
     module.check_plan(module.method, module.pruning_ratio)
-    calibrated = module.method.evidence is Statistics and module.read_statistics()
-    if calibrated:
-        _say(f"calibrated before: {module.statistics_file} is taken as it stands, no calibration text is read")
-    if not calibrated or module.frozen_on == "text":
+    file = module.read_evidence()
+    if file is not None:
+        _say(f"calibrated before: {file} is taken as it stands, no calibration text is read")
+    if file is None or module.frozen_on == "text":
         module.prepare(data)
     module.model.to(device)
     statistics = module.prune(data)

@@ -52,6 +52,8 @@ class PrunedLM(PrunableModule):
             first batch of ``--data.text``; none chooses per batch.
         statistics: a safetensors file of calibration statistics: read if it exists, else written (and resumed after an
             interruption).
+        importances: the same for what LLM-Pruner and LoRAPrune choose from: a safetensors file of importances, read if
+            it exists, else written. One file is for one of the two; LoRAPrune with recovery needs none.
         dtype: dtype of the weights; ``auto`` keeps the checkpoint's own.
         pad_token: a token to pad with, for tokenizers that define none (LLaMA: ``</s>``).
         compile: compile every layer, dense ones too: saved arithmetic becomes saved time. The first batch pays for it.
@@ -82,6 +84,7 @@ class PrunedLM(PrunableModule):
         uniform: bool = False,
         frozen_on: FrozenOn | None = None,
         statistics: str | None = None,
+        importances: str | None = None,
         dtype: Dtype = "float32",
         pad_token: str | None = None,
         compile: bool = False,
@@ -107,6 +110,7 @@ class PrunedLM(PrunableModule):
             uniform=uniform,
             frozen_on=frozen_on,
             statistics_file=statistics,
+            importances_file=importances,
             pack_slices=pack_slices,
         )
         self.path = path

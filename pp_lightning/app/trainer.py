@@ -18,7 +18,7 @@ from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.training import Packed
 from pp_lightning.errors import UserError
 from pp_lightning.importances import Importances
-from pp_lightning.methods import METHODS, PruningMethod, StaticMethod, method_named
+from pp_lightning.methods import METHODS, LoRAPrune, PruningMethod, StaticMethod, method_named
 from pp_lightning.recovery import Recovered, Recovery
 
 # By default what needs no gradients: LoRAPrune's need an extra package, and recovery needs to know its length.
@@ -34,6 +34,11 @@ class Row:
     method: PruningMethod | None = None
     pruning_ratio: float = 0.0
     recovery: Recovery | None = None
+
+    @property
+    def chooses_while_trained(self) -> bool:
+        """Whether no evidence is collected before training."""
+        return self.recovery is not None and isinstance(self.method, LoRAPrune)
 
 
 class PruningTrainer(L.Trainer):
@@ -65,6 +70,9 @@ class PruningTrainer(L.Trainer):
         rows = [Row("dense"), *self._rows(methods, ratios, variants or {}, model.recovery)]
         for row in rows:
             model.check_plan(row.method, row.pruning_ratio)
+        model.check_importances(
+            [row.method for row in rows if row.method is not None and not row.chooses_while_trained]
+        )
         model.reuse, model.recovery = True, None
         done: list[Comparison] = []
         for row in rows:

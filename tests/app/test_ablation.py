@@ -115,7 +115,8 @@ def test_overlap_question_shows_each_layer(type_in, arguments, tmp_path, monkeyp
         (["--seeds", "[]"], "seeds must be different numbers"),
         (["--ratios", "[1.5]"], "pruning_ratio is the fraction removed"),
         (["--data.protocol", "paper"], "protocol contiguous"),
-        (["--model.statistics", "file"], "leave model.statistics out"),
+        (["--model.statistics", "file"], "leave model.statistics and model.importances out"),
+        (["--model.importances", "file"], "leave model.statistics and model.importances out"),
     ],
 )
 def test_mistakes_are_one_line(type_in, arguments, capsys, tmp_path, extra, message):  # noqa: F811
@@ -133,6 +134,7 @@ def test_a_bench_puts_back_what_a_variant_overrules():
             raise InterruptedError
 
     class Model:
+        importances_file = None
         statistics_file, method, pruning_ratio, label = None, "before", 0.1, "dense"
         allocation, skip_layers = None, (0,)
 

@@ -19,6 +19,7 @@ from pp_lightning import prune_
 from pp_lightning.app.cli import main
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.data.train_tokenizer import train_tokenizer
+from pp_lightning.importances import Importances
 from pp_lightning.recovery import Recovered
 from tests.models import ids, logits, tiny
 
@@ -293,6 +294,60 @@ def test_compare_trains_lora_prune_on_the_calibration_text(run, settings, tmp_pa
     assert row(tmp_path / "out", 2)["method"] == "lora_prune_lora"
     assert row(tmp_path / "out", 2)["kept"] == row(tmp_path / "out", 1)["kept"]
     assert len(losses(tmp_path / "out" / "recovered" / "lora_prune_lora-0.4")) == 20
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_importances_are_kept_in_a_file(run, settings, tmp_path, monkeypatch, method):
+    """Written once, for all layers; then read, at any ratio, and nothing is collected."""
+    file = tmp_path / "kept" / "importances.safetensors"
+    given = evaluated(settings, method=METHODS[method], pruning_ratio=0.4)
+    assert run("test", given, "without") == 0
+    given["model"]["importances"] = str(file)
+    assert run("test", given, "written") == 0
+    written = file.read_bytes()
+    assert {layer for layer, _ in Importances.load(file).members} == {0, 1, 2, 3, 4}  # the skipped ones too
+    monkeypatch.setattr("pp_lightning.app.prunable.importances_for", None)
+    assert run("test", given, "read") == 0
+    perplexities = [row(tmp_path / out)["perplexity"] for out in ("without", "written", "read")]
+    assert perplexities[0] == perplexities[1] == perplexities[2]
+    assert run("compare", {**given, "methods": [method], "ratios": [0.2, 0.4]}, "compared") == 0
+    assert row(tmp_path / "compared", 2)["perplexity"] == perplexities[0]
+    assert row(tmp_path / "compared", 1)["perplexity"] != perplexities[0]
+    assert file.read_bytes() == written
+
+
+def test_importances_that_do_not_fit(run, settings, tmp_path, capsys):
+    file = tmp_path / "importances.safetensors"
+    given = evaluated(settings, method=METHODS["llm_pruner"], importances=str(file))
+    both = {**given, "methods": ["llm_pruner", "lora_prune"]}
+    assert run("compare", both, "out") == 2
+    assert "llm_pruner and lora_prune choose from importances of different kinds" in refused(capsys)
+    assert run("test", given, "first") == 0
+    for command, more in (("test", {}), ("compare", {"methods": ["lora_prune"]}), ("export", {})):
+        given["model"]["method"] = METHODS["lora_prune"]
+        assert run(command, given | more, "out") == 2
+        message = refused(capsys)
+        assert "holds importances of the kind param_first, but LoRAPrune chooses from lora" in message
+    other = tiny("llama", vocab_size=VOCABULARY)
+    other.model.layers[2].mlp.up_proj.weight.data.add_(0.01)
+    other.save_pretrained(tmp_path / "other")
+    train_tokenizer(VOCABULARY).save_pretrained(tmp_path / "other")
+    given["model"] |= {"path": str(tmp_path / "other"), "method": METHODS["llm_pruner"]}
+    assert run("test", given, "out") == 2
+    assert "these importances were collected on another model" in refused(capsys)
+    file.write_text("something else")
+    assert run("test", given, "out") == 2
+    assert "cannot read importances" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_prune_with_recovery_stands_beside_importances_of_another_kind(run, settings, tmp_path):
+    """It collects none."""
+    settings["model"]["importances"] = str(tmp_path / "importances.safetensors")
+    del settings["model"]["pruning_ratio"]
+    settings["trainer"]["max_steps"] = 20
+    assert run("compare", comparison(settings, ["llm_pruner", "lora_prune_lora"]) | {"variants": {}}, "out") == 0
+    assert Importances.load(tmp_path / "importances.safetensors").kind == "param_first"
 
 
 def test_compare_refuses_models_trained_otherwise(run, settings, tmp_path, capsys):

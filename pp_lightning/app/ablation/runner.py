@@ -48,13 +48,13 @@ class Bench:
         data: the batches. Its seed is set to each run's, so calibration windows are drawn anew; the text stays.
 
     Raises:
-        UserError: the module reads its statistics from a file, which holds those of one seed, or the data is not text
-            in fixed windows.
+        UserError: the module reads what methods choose from in a file, which is of one seed, or the data is not text in
+            fixed windows.
     """
 
     def __init__(self, trainer: L.Trainer, model: PrunedLM, data: EvaluationData) -> None:
-        if model.statistics_file is not None:
-            raise UserError("ablate calibrates anew for every seed: leave model.statistics out")
+        if model.statistics_file is not None or model.importances_file is not None:
+            raise UserError("ablate calibrates anew for every seed: leave model.statistics and model.importances out")
         if not isinstance(data, LanguageModelling) or data.protocol != "contiguous":
             raise UserError("ablate compares perplexities on the same batches: use --data text, protocol contiguous")
         self.trainer, self.model, self.data = trainer, model, data
