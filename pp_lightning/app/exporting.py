@@ -129,11 +129,13 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> bool:
 
 
 def _choose_uniformly(module: PrunedLM) -> None:
-    if module.recovered is not None and module.skip_layers:
-        raise UserError(
-            "a recovered model keeps the counts it was trained with, which skip layers: export it with "
-            "--layout per-layer or padded, or train it with --model.skip_layers []"
-        )
+    if module.recovered is not None:
+        if not module.recovered.uniform:
+            raise UserError(
+                "a recovered model keeps the counts it was trained with, which differ between layers: export it with "
+                "--layout per-layer or padded, or train it with --model.uniform true"
+            )
+        return
     assert module.method is not None
     if module.skip_layers or module.method.with_uniform_counts() is not module.method:
         _say(
@@ -144,9 +146,9 @@ def _choose_uniformly(module: PrunedLM) -> None:
 
 
 def _asked(module: PrunedLM) -> dict[str, Any]:
-    names = ("pruning_ratio", "attention_ratio", "mlp_ratio", "round_to", "uniform", "frozen_on")
-    asked = {name: getattr(module, name) for name in names}
-    return asked | {"skip_layers": [] if module.uniform else list(module.skip_layers)}
+    amounts = module.amounts(module.pruning_ratio)
+    asked = {**amounts, "skip_layers": list(amounts["skip_layers"])}
+    return asked | {"uniform": module.uniform, "frozen_on": module.frozen_on}
 
 
 def _show_costs(table: list[Costs], chosen: Layout) -> None:

@@ -245,7 +245,8 @@ class PrunedLM(PrunableModule):
     def recovery_settings(self, recovery: Recovery, steps: int) -> dict[str, dict[str, Any]]:
         """What a recovery with the present method and ratios would keep about itself, in plain types."""
         assert self.method is not None
-        return described(self.method, dict(self.amounts(self.pruning_ratio)), recovery, steps)
+        amounts, allocating = dict(self.amounts(self.pruning_ratio)), dict(self.allocating)
+        return described(self._trained(self.method), amounts, allocating, recovery, steps)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """With recovery its own; else AdamW with decay on matrices only, linear warm-up, then cosine to zero."""
@@ -261,8 +262,8 @@ class PrunedLM(PrunableModule):
 
     def _start_recovery(self, recovery: Recovery) -> None:
         """Prune, or get ready to, and attach adapters: before the optimiser is made and a checkpoint is read."""
-        if self.allocation == "global":
-            raise UserError("recovery has the same ratio in every layer: leave out --model.allocation")
+        if self.recovered is not None:
+            raise UserError("fit starts from the dense model: leave out --model.recovered")
         limit = self.model.config.max_position_embeddings
         if self.data.train_window > limit:
             asked = f"training windows of {self.data.train_window} tokens"
@@ -271,11 +272,16 @@ class PrunedLM(PrunableModule):
         self.strict_loading = False  # a checkpoint has no dense weights
         self._run = RecoveryRun(
             self.model,
-            self.method,
+            None if self.method is None else self._trained(self.method),
             dict(self.amounts(self.pruning_ratio)),
+            dict(self.allocating),
             recovery,
             partial(self.evidence_for, data=self.data),
             self.out,
             total_steps=self.trainer.max_steps,
             seed=self.data.seed,
         )
+
+    def _trained(self, method: PruningMethod) -> PruningMethod:
+        """The method as ``uniform`` wants it; a choice per batch is not trained, frozen or not."""
+        return method.with_uniform_counts() if self.uniform else method

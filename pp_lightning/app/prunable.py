@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, cast
 
 import lightning as L
 from transformers import PreTrainedModel
@@ -38,7 +38,7 @@ class Amounts(TypedDict):
     round_to: int
 
 
-class _Allocation(TypedDict):
+class Allocating(TypedDict):
     """How the units are spread over the layers."""
 
     allocation: AllocationName | None
@@ -101,16 +101,17 @@ class PrunableModule(L.LightningModule):
     def use_recovered(self, recovered: Recovered) -> None:
         """Evaluate this recovered model from now on."""
         self.recovered, self.method, self.label = recovered, recovered.method, recovered.label
-        for name, amount in recovered.amounts.items():
-            setattr(self, name, amount)
+        self.pruning_ratio = recovered.amounts["pruning_ratio"]
 
     def check_plan(self, method: PruningMethod | None, pruning_ratio: float) -> None:
         """Refuse impossible ratios before any work is done.
 
         Raises:
-            UserError: the model is not supported, or the ratios leave nothing.
+            UserError: the model is not supported, the ratios leave nothing, or ``allocation`` is not for this method.
         """
         if method is not None:
+            if self._allocation == "global":
+                _check_can_rank(method)
             make_plan(shape_of(self.model.config), self._settled(method), **self.amounts(pruning_ratio))
 
     def check_importances(self, methods: Sequence[PruningMethod]) -> None:
@@ -133,7 +134,7 @@ class PrunableModule(L.LightningModule):
         assert self.method is not None
         method, amounts = self._settled(self.method), self.amounts(self.pruning_ratio)
         evidence = self.evidence_for(method, data)
-        allocation: _Allocation = {"allocation": self._allocation, "floor": self.floor}
+        allocation = self.allocating
         if self.frozen_on == "text" and isinstance(method, DynamicMethod):
             prune_(self.model, method, evidence, **amounts, **allocation)
             method = choice_for(self.model, first_batch(data))
@@ -183,6 +184,8 @@ class PrunableModule(L.LightningModule):
 
     def amounts(self, pruning_ratio: float) -> Amounts:
         """How much to prune at this ratio, as ``make_plan`` and ``prune_`` take it."""
+        if self.recovered is not None:
+            return cast(Amounts, self.recovered.amounts)
         return {
             "pruning_ratio": pruning_ratio,
             "attention_ratio": self.attention_ratio,
@@ -215,7 +218,14 @@ class PrunableModule(L.LightningModule):
         return {block: (min(numbers), max(numbers)) for block, numbers in counts.items()}
 
     @property
+    def allocating(self) -> Allocating:
+        """How the units are spread over the layers, as ``prune_`` takes it."""
+        return {"allocation": self._allocation, "floor": self.floor}
+
+    @property
     def _allocation(self) -> AllocationName | None:
+        if self.recovered is not None:  # its counts are recorded
+            return None
         return "uniform" if self.uniform else self.allocation
 
     def _ranks_globally(self, method: PruningMethod) -> bool:
@@ -283,6 +293,18 @@ class PrunableModule(L.LightningModule):
         if self.reuse:
             self._statistics = statistics
         return statistics
+
+
+def _check_can_rank(method: PruningMethod) -> None:
+    """Refuse a ranking over all layers for methods that cannot have one."""
+    name = type(method).__name__
+    if isinstance(method, GradientMethod):
+        raise UserError(
+            f"allocation=global ranks by calibration statistics and {name} has none: leave out --model.allocation "
+            "(LLMPruner ranks by its own scores with --model.method.global_ranking true)"
+        )
+    if method.allocates:
+        raise UserError(f"{name} spreads units over the layers itself: leave out --model.allocation")
 
 
 def _exists(file: str | None) -> bool:

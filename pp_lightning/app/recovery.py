@@ -39,6 +39,7 @@ class RecoveryRun:
         model: dense, on its device; changed in place until :meth:`leave`.
         method: a static method.
         amounts: ratios and layers, as :func:`~pp_lightning.prune_` takes them.
+        allocating: ``allocation`` and ``floor``, likewise; LoRAPrune takes no part in them.
         recovery: the adapters' settings.
         evidence: collects what the method chooses from.
         folder: where the result goes.
@@ -60,6 +61,7 @@ class RecoveryRun:
         model: PreTrainedModel,
         method: PruningMethod | None,
         amounts: dict[str, Any],
+        allocating: dict[str, Any],
         recovery: Recovery,
         evidence: Callable[[PruningMethod], Evidence | None],
         folder: Path,
@@ -72,6 +74,7 @@ class RecoveryRun:
             raise UserError("recovery needs to know its length: set --trainer.max_steps")
         self.model, self.method, self.recovery, self.folder = model, method, recovery, folder
         self.amounts = amounts
+        self._described = described(method, amounts, allocating, recovery, total_steps)
         self.total_steps = total_steps
         self.skipped = 0
         self.losses: list[float] = []
@@ -84,7 +87,7 @@ class RecoveryRun:
             self.adapters = self._adapters(seed)
             self.gradual = GradualPruning(self.adapters, blocks, method, total_steps)
         else:
-            prune_(model, method, evidence(method), **amounts)
+            prune_(model, method, evidence(method), **amounts, **allocating)
             self.adapters = self._adapters(seed)
         if recovery.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -100,7 +103,7 @@ class RecoveryRun:
         """What a checkpoint needs to go on: adapters, masks or choices, and whose they are."""
         return {
             "model": self._fingerprint,
-            "about": described(self.method, self.amounts, self.recovery, self.total_steps),
+            "about": self._described,
             "adapters": self.adapters.state(),
             "choices": self._choices().tensors(),
             "gradual": None if self.gradual is None else self.gradual.state(),
@@ -118,7 +121,7 @@ class RecoveryRun:
             raise UserError(
                 f"{self.folder / UNFINISHED} has adapters of another model: remove it or name another folder"
             )
-        if state["about"] != described(self.method, self.amounts, self.recovery, self.total_steps):
+        if state["about"] != self._described:
             raise UserError(f"{self.folder / UNFINISHED} has other settings: remove it or name another folder")
         if self.gradual is None and not _equal(self._choices().tensors(), state["choices"]):
             raise UserError(f"{self.folder / UNFINISHED} was pruned otherwise: remove it or name another folder")
@@ -158,8 +161,7 @@ class RecoveryRun:
         return Adapters(self.model, r.rank, r.alpha, r.dropout, seed)
 
     def _choices(self) -> Choices:
-        about: dict[str, Any] = described(self.method, self.amounts, self.recovery, self.total_steps)
-        about |= {"method": self.method.label, "skipped_steps": self.skipped}
+        about: dict[str, Any] = {**self._described, "method": self.method.label, "skipped_steps": self.skipped}
         return Choices(self._fingerprint, self._present_choices(), about)
 
     def _present_choices(self) -> dict[BlockKey, StaticChoice]:
@@ -170,10 +172,19 @@ class RecoveryRun:
 
 
 def described(
-    method: PruningMethod, amounts: dict[str, Any], recovery: Recovery, steps: int
+    method: PruningMethod, amounts: dict[str, Any], allocating: dict[str, Any], recovery: Recovery, steps: int
 ) -> dict[str, dict[str, Any]]:
-    """The settings of a recovery in plain types, as they come back from a file."""
-    about = {"settings": method.settings(), "amounts": amounts, "recovery": asdict(recovery) | {"steps": steps}}
+    """The settings of a recovery in plain types, as they come back from a file.
+
+    ``amounts`` are what the recorded choice is pruned with: a ranking over all layers skips none of them.
+    """
+    ranked = (allocating["allocation"] or method.allocation) == "global"
+    about = {
+        "settings": method.settings(),
+        "amounts": amounts | {"skip_layers": []} if ranked else amounts,
+        "allocation": allocating | {"skip_layers": amounts["skip_layers"]},
+        "recovery": asdict(recovery) | {"steps": steps},
+    }
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(about))
     return plain
 

@@ -67,6 +67,7 @@ class PruningTrainer(L.Trainer):
         Raises:
             UserError: an unknown method, or a ratio that leaves nothing.
         """
+        _refuse_recovered(model)
         rows = [Row("dense"), *self._rows(methods, ratios, variants or {}, model.recovery)]
         for row in rows:
             model.check_plan(row.method, row.pruning_ratio)
@@ -106,6 +107,7 @@ class PruningTrainer(L.Trainer):
         Raises:
             UserError: an unknown question, no seed, a ratio that leaves nothing, or data that is no text.
         """
+        _refuse_recovered(model)
         asked = checked_questions(questions, QUESTIONS)
         if not seeds or len(set(seeds)) < len(seeds):
             raise UserError(f"seeds must be different numbers, at least one, not {seeds}")
@@ -201,3 +203,8 @@ class PruningTrainer(L.Trainer):
             use_distributed_sampler=False,
             default_root_dir=folder,
         )
+
+
+def _refuse_recovered(model: PrunedLM) -> None:
+    if model.recovered is not None:
+        raise UserError("this command names its own rows: evaluate a recovered model with test --model.recovered")

@@ -350,12 +350,74 @@ def test_lora_prune_with_recovery_stands_beside_importances_of_another_kind(run,
     assert Importances.load(tmp_path / "importances.safetensors").kind == "param_first"
 
 
+def test_recovery_of_a_ranking_over_all_layers(run, settings, tmp_path):
+    """Counts differ between layers and none is skipped; what is kept is what the same choice keeps without training."""
+    settings["model"] |= {"allocation": "global", "floor": 0.125, "round_to": 4}
+    settings["model"]["recovery"]["learning_rate"] = 0.0
+    wanda = {"class_path": "pp_lightning.methods.WandaSP"}
+    assert run("fit", {**settings, "model": settings["model"] | {"method": wanda}}, "trained") == 0
+    assert run("test", evaluated(settings, recovered=str(tmp_path / "trained")), "recovered") == 0
+    given = evaluated(settings, method=wanda, pruning_ratio=0.4, allocation="global", floor=0.125)
+    assert run("test", given, "pruned") == 0
+    recovered, pruned = row(tmp_path / "recovered"), row(tmp_path / "pruned")
+    assert recovered["kept"] == pruned["kept"] and pruned["kept"]["mlp"][0] < pruned["kept"]["mlp"][1]
+    assert recovered["perplexity"] == pytest.approx(pruned["perplexity"], rel=1e-6)
+    assert recovered["flops_ratio"] == pruned["flops_ratio"]
+    uniform = {**given, "model": given["model"] | {"allocation": "uniform"}}
+    assert run("test", uniform, "uniform") == 0
+    assert row(tmp_path / "uniform")["perplexity"] != pruned["perplexity"]
+
+    settings["model"]["recovery"]["learning_rate"] = 0.01
+    del settings["model"]["pruning_ratio"]
+    compared = {**settings, "methods": ["wanda_sp", "wanda_sp_lora", "ppsp"], "ratios": [0.4]}
+    assert run("compare", compared, "out") == 0
+    assert row(tmp_path / "out", 1)["perplexity"] == pruned["perplexity"]
+    assert row(tmp_path / "out", 2)["kept"] == pruned["kept"]
+    assert row(tmp_path / "out", 2)["perplexity"] < pruned["perplexity"]
+    assert run("compare", {**compared, "methods": ["ppsp"]}, "alone") == 0  # a recovered row before it changes nothing
+    assert row(tmp_path / "out", 3)["perplexity"] == row(tmp_path / "alone", 1)["perplexity"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_have_no_ranking_by_statistics(run, settings, tmp_path, capsys, method):
+    settings["model"]["allocation"] = "global"
+    assert run("fit", fitted(settings, method), "out") == 2
+    assert "leave out --model.allocation" in refused(capsys)
+    assert run("test", evaluated(settings, method=METHODS[method], allocation="global"), "out") == 2
+    assert "allocation=global ranks by calibration statistics" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_uniform_counts_are_trained_where_they_are_asked_for(run, settings, tmp_path):
+    settings["model"] |= {"uniform": True, "method": {"class_path": "pp_lightning.methods.FLAP"}}
+    assert run("fit", settings, "trained") == 0
+    assert Recovered.load(tmp_path / "trained").uniform
+    settings["model"]["uniform"] = False
+    assert run("fit", settings, "ranked") == 0
+    assert not Recovered.load(tmp_path / "ranked").uniform
+
+
+def test_commands_that_bring_their_own_rows_refuse_a_recovered_model(run, settings, tmp_path, capsys):
+    assert run("fit", fitted(settings, "llm_pruner"), "trained") == 0
+    given = evaluated(settings, recovered=str(tmp_path / "trained"))
+    for command, more in (("compare", {"methods": ["pp"]}), ("ablate", {}), ("fit", {})):
+        if command == "fit":
+            given = {**settings, "model": given["model"] | {"recovery": settings["model"]["recovery"]}}
+        assert run(command, given | more, "out") == 2
+        assert "recovered" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_compare_refuses_models_trained_otherwise(run, settings, tmp_path, capsys):
     given = comparison(settings, ["llm_pruner_lora"])
     assert run("compare", given, "out") == 0
     settings["model"]["recovery"]["rank"] = 4
     assert run("compare", given, "out") == 2
     assert "was trained with other recovery: remove it or name another --out" in refused(capsys)
+    settings["model"]["recovery"]["rank"] = 8
+    settings["model"]["skip_layers"] = [0]
+    assert run("compare", given, "out") == 2
+    assert "was trained with other amounts: remove it or name another --out" in refused(capsys)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -379,7 +441,7 @@ def test_export_of_skipped_layers_says_how(run, settings, tmp_path, capsys):
     assert run("fit", fitted(settings, "llm_pruner"), "trained") == 0
     given = evaluated(settings, recovered=str(tmp_path / "trained"))
     assert run("export", given, "out") == 2
-    assert "keeps the counts it was trained with, which skip layers" in refused(capsys)
+    assert "keeps the counts it was trained with, which differ between layers" in refused(capsys)
     assert not (tmp_path / "out").exists()
     assert run("export", {**given, "layout": "padded"}, "out") == 0
 
