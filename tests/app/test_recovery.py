@@ -15,12 +15,13 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pp_lightning import prune_
+from pp_lightning import kept_units, prune_
 from pp_lightning.app.cli import main
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.data.train_tokenizer import train_tokenizer
 from pp_lightning.importances import Importances
 from pp_lightning.recovery import Recovered
+from tests.commonsense.samples import write_samples
 from tests.models import ids, logits, tiny
 
 REPOSITORY = Path(__file__).parents[2]
@@ -549,3 +550,77 @@ def test_two_processes_train_the_weights_of_one(run, settings, tmp_path, method)
     assert all(torch.equal(second[name], kept) for name, kept in first.items())
     moved = max(float(tensor.abs().max()) for name, tensor in one.items() if "lora_B" in name)  # from zero
     assert moved > 4e-4, "a tolerance that tells nothing"
+
+
+def tasks_of(settings, folder, **model):
+    """Settings of a commonsense run on rows made up for the tests."""
+    data = {"class_path": "pp_lightning.commonsense.CommonsenseData"}
+    data["init_args"] = {"path": str(write_samples(folder)), "window": 64, "batch_size": 8, "calibration_samples": 4}
+    return evaluated(settings, **model) | {"data": data, "trainer": {"accelerator": "cpu"}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tasks_of_a_recovered_model_are_those_of_the_harness(run, settings, place, tmp_path, method):
+    harness = pytest.importorskip("pp_lightning.commonsense.harness")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from tests.commonsense.harness_tasks import write_definitions
+
+    settings["trainer"]["max_steps"] = 20
+    assert run("fit", fitted(settings, method), "trained") == 0
+    given = tasks_of(settings, tmp_path / "rows", recovered=str(tmp_path / "trained"))
+    assert run("test", given, "out") == 0
+    found = row(tmp_path / "out")
+    assert found["method"] == f"{method}_lora" and found["flops_ratio"] < 1
+
+    asked = {"path": str(place / "model"), "recovered": str(tmp_path / "trained"), "device": "cpu"}
+    ours = harness.PrunedHFLM(batch_size=8, max_length=64, **asked)
+    recovered, model = Recovered.load(tmp_path / "trained"), tiny("llama", vocab_size=VOCABULARY)
+    prune_(model, recovered.method, recovered.choices, **recovered.amounts)
+    pruned = logits(model, ids(1, 20))
+    recovered.attach(model).merge()
+    theirs = HFLM(model, tokenizer=ours.tokenizer, batch_size=8, max_length=64)
+    assert not torch.allclose(logits(model, ids(1, 20)), pruned, atol=1e-2)  # or the adapters would show nothing
+    texts = [(None, [5, 6, 7], [8, 9]), (None, [9, 8], [7]), (None, [3], [2, 1, 4])]
+    scores, expected = ([score for score, _ in m._loglikelihood_tokens(texts)] for m in (ours, theirs))
+    assert scores == pytest.approx(expected, abs=1e-4)
+
+    manager = TaskManager(
+        include_path=str(write_definitions(tmp_path, tmp_path / "rows", limit=9)), include_defaults=False
+    )
+    names = [f"local_{name}" for name in found["tasks"]["tasks"]]
+    results = harness.run_harness(ours.model, ours.tokenizer, names, batch_size=8, max_length=64, task_manager=manager)[
+        "results"
+    ]
+    accuracies = {name: task["acc"] for name, task in found["tasks"]["tasks"].items()}
+    assert accuracies == pytest.approx({name: results[f"local_{name}"]["acc,none"] for name in accuracies})
+
+
+def test_the_harness_command_refuses_what_it_cannot_load(place, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+    mistakes = {
+        "recovered=nowhere": "nowhere has no choices.safetensors",
+        "recovered=nowhere,method=pp": "recovered brings its own method: leave out method",
+        "method=llm_pruner": "llm_pruner chooses from importances: name their file",
+    }
+    for arguments, message in mistakes.items():
+        given = ["--tasks", "piqa", "--batch_size", "2", "--model_args", f"path={place / 'model'},{arguments}"]
+        monkeypatch.setattr(sys, "argv", ["pp-lightning", "lm-eval", *given])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        assert message in refused(capsys)
+
+
+def test_the_harness_prunes_by_importances_in_a_file(run, settings, place, tmp_path):
+    harness = pytest.importorskip("pp_lightning.commonsense.harness")
+    file = tmp_path / "importances.safetensors"
+    given = evaluated(settings, method=METHODS["llm_pruner"], importances=str(file), pruning_ratio=0.4)
+    given["model"]["round_to"] = 64  # as in the harness
+    assert run("test", given, "out") == 0
+    asked = {"path": str(place / "model"), "method": "llm_pruner", "importances": str(file), "skip_layers": 2}
+    ours = harness.PrunedHFLM(batch_size=8, max_length=64, device="cpu", **asked)
+    kept = kept_units(ours.model)[3]
+    assert [len(kept.attention)] * 2 == row(tmp_path / "out")["kept"]["attention"]
+    assert [len(kept.mlp)] * 2 == row(tmp_path / "out")["kept"]["mlp"]
