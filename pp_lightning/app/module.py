@@ -23,6 +23,8 @@ from pp_lightning.methods import PruningMethod
 from pp_lightning.methods.base import AllocationName
 from pp_lightning.recovery import Recovered, Recovery
 
+_DEFAULT_RATIO = 0.2
+
 
 @runtime_checkable
 class ShowsProgress(Protocol):
@@ -38,7 +40,8 @@ class PrunedLM(PrunableModule):
     Args:
         path: a transformers checkpoint folder or hub id; none takes the small model that comes with the package.
         method: the pruning method of ``test``; none evaluates the dense model. ``compare`` names its own.
-        pruning_ratio: fraction of heads and MLP channels removed over the whole model, in [0, 1).
+        pruning_ratio: fraction of heads and MLP channels removed over the whole model, in [0, 1); none takes 0.2, or
+            that of ``recovered``.
         attention_ratio: the same for attention alone; none takes ``pruning_ratio``.
         mlp_ratio: the same for MLPs alone; none takes ``pruning_ratio``.
         skip_layers: layers left dense; the others lose more to make up for them.
@@ -74,7 +77,7 @@ class PrunedLM(PrunableModule):
         self,
         path: str | None = None,
         method: PruningMethod | None = None,
-        pruning_ratio: float = 0.2,
+        pruning_ratio: float | None = None,
         attention_ratio: float | None = None,
         mlp_ratio: float | None = None,
         skip_layers: list[int] = [0, 1, 2],  # noqa: B006 (the command line's help shows it; never changed)
@@ -100,7 +103,7 @@ class PrunedLM(PrunableModule):
         super().__init__(
             new_model(path) if from_scratch else load_model(path, dtype, allow_pickle=allow_pickle),
             method=method,
-            pruning_ratio=pruning_ratio,
+            pruning_ratio=_DEFAULT_RATIO if pruning_ratio is None else pruning_ratio,
             attention_ratio=attention_ratio,
             mlp_ratio=mlp_ratio,
             skip_layers=skip_layers,
@@ -129,7 +132,11 @@ class PrunedLM(PrunableModule):
         if recovered is not None:
             if method is not None:
                 raise UserError("recovered brings its own method: leave out --model.method")
-            self.use_recovered(Recovered.load(recovered))
+            found = Recovered.load(recovered)
+            trained_at = found.amounts["pruning_ratio"]
+            if pruning_ratio not in (None, trained_at):
+                raise UserError(f"{recovered} was trained at ratio {trained_at}: leave out --model.pruning_ratio")
+            self.use_recovered(found)
 
     @property
     def data(self) -> EvaluationData:

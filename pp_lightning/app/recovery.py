@@ -68,10 +68,8 @@ class RecoveryRun:
         total_steps: int,
         seed: int,
     ) -> None:
-        if not isinstance(method, StaticMethod):
-            raise UserError("recovery trains a statically pruned model: choose a static --model.method")
-        if total_steps < 1:
-            raise UserError("recovery needs to know its length: set --trainer.max_steps")
+        check_recovery(method, recovery, total_steps)
+        assert isinstance(method, StaticMethod)
         self.model, self.method, self.recovery, self.folder = model, method, recovery, folder
         self.amounts = amounts
         self._described = described(method, amounts, allocating, recovery, total_steps)
@@ -81,7 +79,6 @@ class RecoveryRun:
         self.gradual: GradualPruning | None = None
         self._fingerprint = fingerprint(model)
         if isinstance(method, LoRAPrune):
-            check_schedule(method, total_steps)
             plan = make_plan(shape_of(model.config), method, **amounts)
             blocks = blocks_to_prune(model, plan)
             self.adapters = self._adapters(seed)
@@ -141,6 +138,7 @@ class RecoveryRun:
             numbers = {block.block: block.units.number for block in plan.blocks}
             kept = {key: (choice.kept, numbers[key[1]]) for key, choice in choices.choices.items()}
             state = self.adapters.sliced_state(kept)
+        (self.folder / CHOICES).unlink(missing_ok=True)  # of an earlier run: never beside adapters of this one
         self.adapters.save(self.folder, state)
         steps = range(1, len(self.losses) + 1)
         write_curve(self.losses, [1.0 if self.gradual is None else self.gradual.ratio(n) for n in steps], self.folder)
@@ -169,6 +167,25 @@ class RecoveryRun:
             return self.gradual.choices()
         pruning = pruning_of(self.model)
         return {key: StaticChoice(kept, pruning.biases.get(key)) for key, kept in pruning.choices.items()}
+
+
+def check_recovery(method: PruningMethod | None, recovery: Recovery, total_steps: int) -> None:
+    """Refuse, before any work is done, a training that cannot end well.
+
+    Raises:
+        UserError: the method is not a static one, the length is unknown, or a schedule does not fit into it.
+    """
+    if not isinstance(method, StaticMethod):
+        raise UserError("recovery trains a statically pruned model: choose a static --model.method")
+    if total_steps < 1:
+        raise UserError("recovery needs to know its length: set --trainer.max_steps")
+    if isinstance(method, LoRAPrune):
+        check_schedule(method, total_steps)
+    if recovery.warmup_steps >= total_steps:
+        raise UserError(
+            f"the learning rate warms up for {recovery.warmup_steps} of {total_steps} steps: "
+            "lower --model.recovery.warmup_steps or train longer"
+        )
 
 
 def described(

@@ -11,6 +11,7 @@ from pp_lightning.app.ablation.questions import QUESTIONS
 from pp_lightning.app.ablation.runner import Bench, checked_questions, measure
 from pp_lightning.app.exporting import ExportSettings, Format, export_pruned
 from pp_lightning.app.module import PrunedLM
+from pp_lightning.app.recovery import check_recovery
 from pp_lightning.app.results import Comparison
 from pp_lightning.app.training import check_same, train_recovery
 from pp_lightning.checkpoints import Dtype
@@ -71,6 +72,8 @@ class PruningTrainer(L.Trainer):
         rows = [Row("dense"), *self._rows(methods, ratios, variants or {}, model.recovery)]
         for row in rows:
             model.check_plan(row.method, row.pruning_ratio)
+            if row.recovery is not None:
+                check_recovery(row.method, row.recovery, self.max_steps)
         model.check_importances(
             [row.method for row in rows if row.method is not None and not row.chooses_while_trained]
         )

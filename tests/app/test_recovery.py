@@ -339,6 +339,9 @@ def test_importances_that_do_not_fit(run, settings, tmp_path, capsys):
     file.write_text("something else")
     assert run("test", given, "out") == 2
     assert "cannot read importances" in refused(capsys)
+    given["model"]["importances"] = str(file / "inside a file")
+    assert run("test", given, "out") == 2
+    assert "cannot write importances" in refused(capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -467,6 +470,12 @@ MISTAKES = {
     ),
     "too few rows": (("data", "train", "init_args", "batch_size"), 4000, "one step takes 4000: use more text"),
     "rank of zero": (("model", "recovery", "rank"), 0, "rank"),
+    "negative rate": (
+        ("model", "recovery", "learning_rate"),
+        -1.0,
+        "learning_rate, warmup_steps and a weight_decay from",
+    ),
+    "warm-up too long": (("model", "recovery", "warmup_steps"), 10, "warms up for 10 of 10 steps"),
     "too few documents": (
         ("data", "train"),
         {"class_path": "pp_lightning.data.FirstWindows", "init_args": {"documents": 20}},
@@ -500,6 +509,20 @@ def test_adapters_of_another_model(run, settings, place, tmp_path, capsys):
     assert "has no choices.safetensors: give the folder that a finished fit" in refused(capsys)
     assert run("test", {**given, "model": {**given["model"], "method": METHODS["llm_pruner"]}}, "out") == 2
     assert "recovered brings its own method" in refused(capsys)
+    assert run("test", {**given, "model": {**given["model"], "pruning_ratio": 0.2}}, "out") == 2
+    assert "was trained at ratio 0.4: leave out --model.pruning_ratio" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_checks_schedules_before_it_evaluates(run, settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(PrunedLM, "on_test_start", None)
+    settings["trainer"]["max_steps"] = 8  # the default schedule removes units every ten
+    given = comparison(settings, ["lora_prune_lora"])
+    assert run("compare", given, "out") == 2
+    assert "the pruning schedule reaches" in refused(capsys)
+    settings["model"]["recovery"]["warmup_steps"] = 10
+    assert run("compare", comparison(settings, ["wanda_sp_lora"]), "out") == 2
+    assert "warms up for 10 of 8 steps" in refused(capsys)
     assert not (tmp_path / "out").exists()
 
 
