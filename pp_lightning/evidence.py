@@ -43,12 +43,19 @@ class Evidence:
             )
 
     def _write(self, path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Write the file; an existing one is replaced only when the new one is complete."""
+        """Write the file; an existing one is replaced only when the new one is complete.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f".{target.name}.unfinished")
-        save_file(tensors, unfinished, metadata={"format": self.form, self.called: json.dumps(header)})
-        os.replace(unfinished, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, unfinished, metadata={"format": self.form, self.called: json.dumps(header)})
+            os.replace(unfinished, target)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write {self.called} to {path}: {error}") from error
 
     @classmethod
     def _read(cls, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -179,15 +179,15 @@ def test_slices_are_made_once_while_decoding(monkeypatch, steps):
     for block in (PrunedAttention, PrunedMLP):
         original = block.slices
 
-        def counted(self, kept, *rest, original=original):
-            made.append(self)
-            return original(self, kept, *rest)
+        def counted(self, kept, memory, roles, original=original):
+            made.extend((self, role) for role in roles)
+            return original(self, kept, memory, roles)
 
         monkeypatch.setattr(block, "slices", counted)
     model = pruned("llama")
     generate(model, {"input_ids": ids(3, 20)}, max_new_tokens=1)
     prefill = len(made)
-    assert prefill == 2 * len(PRUNED)
+    assert prefill == 7 * len(PRUNED)  # four projections of attention, three of the MLP
     made.clear()
     generate(model, {"input_ids": ids(3, 20, 2)}, max_new_tokens=steps)
     assert len(made) == 2 * prefill  # for the prompt, and once to be held

@@ -29,8 +29,8 @@ LAYERS = [
     {"flops", "checkpoints"},
     {"benchmark"},
     {"data"},
-    {"commonsense"},
     {"recovery"},
+    {"commonsense"},
     {"app"},
 ]
 # Above the library proper: these may import it, it may not import them, and may import heavy packages.

@@ -77,7 +77,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("pp_lightning.evidence.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"cannot write statistics to .*disk full"):
         small().save(path)
     assert path.read_bytes() == before
 

@@ -28,7 +28,6 @@ from pp_lightning.checkpoints import Dtype
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.errors import UserError
 from pp_lightning.methods import DynamicMethod
-from pp_lightning.statistics import Statistics
 
 Format = Literal["safetensors", "onnx", "pt2", "compiled"]
 
@@ -63,10 +62,10 @@ def export_pruned(
         _choose_uniformly(module)
     assert module.method is not None
     module.check_plan(module.method, module.pruning_ratio, data.window)
-    calibrated = module.method.evidence is Statistics and module.read_statistics()
-    if calibrated:
-        _say(f"calibrated before: {module.statistics_file} is taken as it stands, no calibration text is read")
-    if not calibrated or module.frozen_on == "text":
+    file = module.read_evidence()
+    if file is not None:
+        _say(f"calibrated before: {file} is taken as it stands, no calibration text is read")
+    if file is None or module.frozen_on == "text":
         module.prepare(data)
     module.model.to(device)
     statistics = module.prune(data)
@@ -130,11 +129,13 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> bool:
 
 
 def _choose_uniformly(module: PrunedLM) -> None:
-    if module.recovered is not None and module.skip_layers:
-        raise UserError(
-            "a recovered model keeps the counts it was trained with, which skip layers: export it with "
-            "--layout per-layer or padded, or train it with --model.skip_layers []"
-        )
+    if module.recovered is not None:
+        if not module.recovered.uniform:
+            raise UserError(
+                "a recovered model keeps the counts it was trained with, which differ between layers: export it with "
+                "--layout per-layer or padded, or train it with --model.uniform true"
+            )
+        return
     assert module.method is not None
     if module.skip_layers or module.method.with_uniform_counts() is not module.method:
         _say(
@@ -145,9 +146,9 @@ def _choose_uniformly(module: PrunedLM) -> None:
 
 
 def _asked(module: PrunedLM) -> dict[str, Any]:
-    names = ("pruning_ratio", "attention_ratio", "mlp_ratio", "round_to", "uniform", "frozen_on")
-    asked = {name: getattr(module, name) for name in names}
-    return asked | {"skip_layers": [] if module.uniform else list(module.skip_layers)}
+    amounts = module.amounts(module.pruning_ratio)
+    asked = {**amounts, "skip_layers": list(amounts["skip_layers"])}
+    return asked | {"uniform": module.uniform, "frozen_on": module.frozen_on}
 
 
 def _show_costs(table: list[Costs], chosen: Layout) -> None:

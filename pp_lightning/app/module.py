@@ -23,6 +23,8 @@ from pp_lightning.methods import PruningMethod
 from pp_lightning.methods.base import AllocationName
 from pp_lightning.recovery import Recovered, Recovery
 
+_DEFAULT_RATIO = 0.2
+
 
 @runtime_checkable
 class ShowsProgress(Protocol):
@@ -38,7 +40,8 @@ class PrunedLM(PrunableModule):
     Args:
         path: a transformers checkpoint folder or hub id; none takes the small model that comes with the package.
         method: the pruning method of ``test``; none evaluates the dense model. ``compare`` names its own.
-        pruning_ratio: fraction of heads and MLP channels removed over the whole model, in [0, 1).
+        pruning_ratio: fraction of heads and MLP channels removed over the whole model, in [0, 1); none takes 0.2, or
+            that of ``recovered``.
         attention_ratio: the same for attention alone; none takes ``pruning_ratio``.
         mlp_ratio: the same for MLPs alone; none takes ``pruning_ratio``.
         skip_layers: layers left dense; the others lose more to make up for them.
@@ -53,6 +56,8 @@ class PrunedLM(PrunableModule):
             first batch of ``--data.text``; none chooses per batch.
         statistics: a safetensors file of calibration statistics: read if it exists, else written (and resumed after an
             interruption).
+        importances: the same for what LLM-Pruner and LoRAPrune choose from: a safetensors file of importances, read if
+            it exists, else written. One file is for one of the two; LoRAPrune with recovery needs none.
         dtype: dtype of the weights; ``auto`` keeps the checkpoint's own.
         pad_token: a token to pad with, for tokenizers that define none (LLaMA: ``</s>``).
         compile: compile every layer, dense ones too: saved arithmetic becomes saved time. The first batch pays for it.
@@ -73,7 +78,7 @@ class PrunedLM(PrunableModule):
         self,
         path: str | None = None,
         method: PruningMethod | None = None,
-        pruning_ratio: float = 0.2,
+        pruning_ratio: float | None = None,
         attention_ratio: float | None = None,
         mlp_ratio: float | None = None,
         skip_layers: list[int] = [0, 1, 2],  # noqa: B006 (the command line's help shows it; never changed)
@@ -83,6 +88,7 @@ class PrunedLM(PrunableModule):
         uniform: bool = False,
         frozen_on: FrozenOn | None = None,
         statistics: str | None = None,
+        importances: str | None = None,
         dtype: Dtype = "float32",
         pad_token: str | None = None,
         compile: bool = False,
@@ -98,7 +104,7 @@ class PrunedLM(PrunableModule):
         super().__init__(
             new_model(path) if from_scratch else load_model(path, dtype, allow_pickle=allow_pickle),
             method=method,
-            pruning_ratio=pruning_ratio,
+            pruning_ratio=_DEFAULT_RATIO if pruning_ratio is None else pruning_ratio,
             attention_ratio=attention_ratio,
             mlp_ratio=mlp_ratio,
             skip_layers=skip_layers,
@@ -108,6 +114,7 @@ class PrunedLM(PrunableModule):
             uniform=uniform,
             frozen_on=frozen_on,
             statistics_file=statistics,
+            importances_file=importances,
             pack_slices=pack_slices,
         )
         self.path = path
@@ -126,7 +133,11 @@ class PrunedLM(PrunableModule):
         if recovered is not None:
             if method is not None:
                 raise UserError("recovered brings its own method: leave out --model.method")
-            self.use_recovered(Recovered.load(recovered))
+            found = Recovered.load(recovered)
+            trained_at = found.amounts["pruning_ratio"]
+            if pruning_ratio not in (None, trained_at):
+                raise UserError(f"{recovered} was trained at ratio {trained_at}: leave out --model.pruning_ratio")
+            self.use_recovered(found)
 
     @property
     def data(self) -> EvaluationData:
@@ -242,7 +253,8 @@ class PrunedLM(PrunableModule):
     def recovery_settings(self, recovery: Recovery, steps: int) -> dict[str, dict[str, Any]]:
         """What a recovery with the present method and ratios would keep about itself, in plain types."""
         assert self.method is not None
-        return described(self.method, dict(self.amounts(self.pruning_ratio)), recovery, steps)
+        amounts, allocating = dict(self.amounts(self.pruning_ratio)), dict(self.allocating)
+        return described(self._trained(self.method), amounts, allocating, recovery, steps)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """With recovery its own; else AdamW with decay on matrices only, linear warm-up, then cosine to zero."""
@@ -258,8 +270,8 @@ class PrunedLM(PrunableModule):
 
     def _start_recovery(self, recovery: Recovery) -> None:
         """Prune, or get ready to, and attach adapters: before the optimiser is made and a checkpoint is read."""
-        if self.allocation == "global":
-            raise UserError("recovery has the same ratio in every layer: leave out --model.allocation")
+        if self.recovered is not None:
+            raise UserError("fit starts from the dense model: leave out --model.recovered")
         limit = self.model.config.max_position_embeddings
         if self.data.train_window > limit:
             asked = f"training windows of {self.data.train_window} tokens"
@@ -268,11 +280,16 @@ class PrunedLM(PrunableModule):
         self.strict_loading = False  # a checkpoint has no dense weights
         self._run = RecoveryRun(
             self.model,
-            self.method,
+            None if self.method is None else self._trained(self.method),
             dict(self.amounts(self.pruning_ratio)),
+            dict(self.allocating),
             recovery,
             partial(self.evidence_for, data=self.data),
             self.out,
             total_steps=self.trainer.max_steps,
             seed=self.data.seed,
         )
+
+    def _trained(self, method: PruningMethod) -> PruningMethod:
+        """The method as ``uniform`` wants it; a choice per batch is not trained, frozen or not."""
+        return method.with_uniform_counts() if self.uniform else method

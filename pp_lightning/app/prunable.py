@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, cast
 
 import lightning as L
 from transformers import PreTrainedModel
@@ -13,12 +13,14 @@ from pp_lightning.architectures import shape_of
 from pp_lightning.calibration import calibrate
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import first_batch
+from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence
 from pp_lightning.freezing import choice_for
 from pp_lightning.importances import Importances
 from pp_lightning.methods import DynamicMethod, PruningMethod
 from pp_lightning.methods.base import AllocationName
 from pp_lightning.methods.frozen import FrozenOnHistory
+from pp_lightning.methods.gradient import GradientMethod
 from pp_lightning.plan import make_plan
 from pp_lightning.pruning import is_pruned, prune_, pruning_of, unprune_
 from pp_lightning.recovery import Adapters, Recovered
@@ -37,7 +39,7 @@ class Amounts(TypedDict):
     round_to: int
 
 
-class _Allocation(TypedDict):
+class Allocating(TypedDict):
     """How the units are spread over the layers."""
 
     allocation: AllocationName | None
@@ -72,6 +74,7 @@ class PrunableModule(L.LightningModule):
         uniform: bool,
         frozen_on: FrozenOn | None,
         statistics_file: str | None,
+        importances_file: str | None,
         pack_slices: bool,
     ) -> None:
         super().__init__()
@@ -87,6 +90,7 @@ class PrunableModule(L.LightningModule):
         self.uniform = uniform
         self.frozen_on: FrozenOn | None = frozen_on
         self.statistics_file = statistics_file
+        self.importances_file = importances_file
         self.pack_slices = pack_slices
         self.recovered: Recovered | None = None
         self.label = "dense" if method is None else method.label
@@ -98,8 +102,7 @@ class PrunableModule(L.LightningModule):
     def use_recovered(self, recovered: Recovered) -> None:
         """Evaluate this recovered model from now on."""
         self.recovered, self.method, self.label = recovered, recovered.method, recovered.label
-        for name, amount in recovered.amounts.items():
-            setattr(self, name, amount)
+        self.pruning_ratio = recovered.amounts["pruning_ratio"]
 
     def check_plan(
         self, method: PruningMethod | None, pruning_ratio: float, window: int, allocation: AllocationName | None = None
@@ -113,21 +116,39 @@ class PrunableModule(L.LightningModule):
             allocation: overrules the module's own.
 
         Raises:
-            UserError: the model is not supported, or the ratios leave nothing, or more than the floor lets go.
+            UserError: the model is not supported, the ratios leave nothing, or more than the floor lets go, or
+                ``allocation`` is not for this method.
         """
         if method is None:
             return
+        if self._allocation == "global":
+            _check_can_rank(method)
         shape = shape_of(self.model.config)
         plan = make_plan(shape, self._settled(method), **self.amounts(pruning_ratio))
         if (allocation or self._allocation or method.allocation) == "global":
             settled_floors(plan, shape.num_layers, self.floor, window)
+
+    def check_importances(self, methods: Sequence[PruningMethod]) -> None:
+        """Refuse, before any work is done, a file of importances that is not for all of these methods.
+
+        Raises:
+            UserError: they choose from different kinds, or it is of another kind or model.
+        """
+        by_kind = {method.kind: method for method in methods if isinstance(method, GradientMethod)}
+        if self.importances_file is None:
+            return
+        if len(by_kind) > 1:
+            names = " and ".join(method.label for method in by_kind.values())
+            raise UserError(f"{names} choose from importances of different kinds: leave out --model.importances")
+        for method in by_kind.values():
+            self._importances_in_file(method)
 
     def prune(self, data: EvaluationData) -> Evidence | None:
         """Prune, with adapters merged where there are some; returns what was chosen from, collected on ``data``."""
         assert self.method is not None
         method, amounts = self._settled(self.method), self.amounts(self.pruning_ratio)
         evidence = self.evidence_for(method, data)
-        allocation: _Allocation = {"allocation": self._allocation, "floor": self.floor}
+        allocation = self.allocating
         if self.frozen_on == "text" and isinstance(method, DynamicMethod):
             prune_(self.model, method, evidence, **amounts, **allocation)
             method = choice_for(self.model, first_batch(data))
@@ -139,17 +160,28 @@ class PrunableModule(L.LightningModule):
             self._adapters.merge()
         return evidence
 
-    def read_statistics(self) -> bool:
-        """Take the statistics file as it stands, if there is one: what needs no calibration text at hand.
+    def read_evidence(self) -> str | None:
+        """Take the method's file as it stands, if there is one: what needs no calibration text at hand.
+
+        Returns:
+            Its path; None where there is nothing to read.
 
         Raises:
-            UserError: it is of another model.
+            UserError: it is of another model, or of another kind than the method chooses from.
         """
-        if self.statistics_file is None or not Path(self.statistics_file).exists():
-            return False
+        method = self.method
+        if isinstance(method, GradientMethod):
+            found = self._importances_in_file(method)
+            if found is None:
+                return None
+            self._importances[method] = found
+            return self.importances_file
+        if method is None or method.evidence is not Statistics or not _exists(self.statistics_file):
+            return None
+        assert self.statistics_file is not None
         self._statistics = Statistics.load(self.statistics_file)
         self._statistics.check_model(self.model)
-        return True
+        return self.statistics_file
 
     def restore(self) -> None:
         """Leave the dense model behind where more rows follow."""
@@ -166,6 +198,8 @@ class PrunableModule(L.LightningModule):
 
     def amounts(self, pruning_ratio: float) -> Amounts:
         """How much to prune at this ratio, as ``make_plan`` and ``prune_`` take it."""
+        if self.recovered is not None:
+            return cast(Amounts, self.recovered.amounts)
         return {
             "pruning_ratio": pruning_ratio,
             "attention_ratio": self.attention_ratio,
@@ -178,7 +212,7 @@ class PrunableModule(L.LightningModule):
         """What the method chooses from: the same in every process."""
         if self.recovered is not None:
             return self.recovered.choices
-        if method.evidence is Importances:
+        if isinstance(method, GradientMethod):
             return self._gradient_importances(method, data)
         return self._calibrated(data) if method.needs_statistics or self._ranks_globally(method) else None
 
@@ -198,7 +232,14 @@ class PrunableModule(L.LightningModule):
         return {block: (min(numbers), max(numbers)) for block, numbers in counts.items()}
 
     @property
+    def allocating(self) -> Allocating:
+        """How the units are spread over the layers, as ``prune_`` takes it."""
+        return {"allocation": self._allocation, "floor": self.floor}
+
+    @property
     def _allocation(self) -> AllocationName | None:
+        if self.recovered is not None:  # its counts are recorded
+            return None
         return "uniform" if self.uniform else self.allocation
 
     def _ranks_globally(self, method: PruningMethod) -> bool:
@@ -212,17 +253,40 @@ class PrunableModule(L.LightningModule):
             method = FrozenOnHistory(method)
         return method
 
-    def _gradient_importances(self, method: PruningMethod, data: EvaluationData) -> Importances:
+    def _gradient_importances(self, method: GradientMethod, data: EvaluationData) -> Importances:
         if method not in self._importances:
             found: Importances | None = None
             if self.trainer.is_global_zero:
-                plan = make_plan(shape_of(self.model.config), method, **self.amounts(self.pruning_ratio))
-                shown = self.trainer.progress_bar_callback is not None
-                found = importances_for(method, self.model, data, plan.layers, shown)
+                found = self._importances_in_file(method) or self._new_importances(method, data)
             found = self.trainer.strategy.broadcast(found)
             assert found is not None
             self._importances[method] = found
         return self._importances[method]
+
+    def _importances_in_file(self, method: GradientMethod) -> Importances | None:
+        """What the file holds, if there is one."""
+        file = self.importances_file
+        if file is None or not _exists(file):
+            return None
+        found = Importances.load(file)
+        found.check_model(self.model)
+        if found.kind != method.kind:
+            raise UserError(
+                f"{file} holds importances of the kind {found.kind}, but {type(method).__name__} chooses from "
+                f"{method.kind}: name another file with --model.importances"
+            )
+        return found
+
+    def _new_importances(self, method: GradientMethod, data: EvaluationData) -> Importances:
+        """Importances from the calibration text, kept in the file if one is named: of all layers, for other ratios."""
+        shape = shape_of(self.model.config)
+        plan = make_plan(shape, method, **self.amounts(self.pruning_ratio))
+        layers = plan.layers if self.importances_file is None else range(shape.num_layers)
+        shown = self.trainer.progress_bar_callback is not None
+        found = importances_for(method, self.model, data, layers, shown)
+        if self.importances_file is not None:
+            found.save(self.importances_file)
+        return found
 
     def _calibrated(self, data: EvaluationData) -> Statistics:
         """Statistics for the method: from this run, from the file, or from a new pass over the calibration text."""
@@ -243,3 +307,19 @@ class PrunableModule(L.LightningModule):
         if self.reuse:
             self._statistics = statistics
         return statistics
+
+
+def _check_can_rank(method: PruningMethod) -> None:
+    """Refuse a ranking over all layers for methods that cannot have one."""
+    name = type(method).__name__
+    if isinstance(method, GradientMethod):
+        raise UserError(
+            f"allocation=global ranks by calibration statistics and {name} has none: leave out --model.allocation "
+            "(LLMPruner ranks by its own scores with --model.method.global_ranking true)"
+        )
+    if method.allocates:
+        raise UserError(f"{name} spreads units over the layers itself: leave out --model.allocation")
+
+
+def _exists(file: str | None) -> bool:
+    return file is not None and Path(file).exists()

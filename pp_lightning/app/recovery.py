@@ -39,6 +39,7 @@ class RecoveryRun:
         model: dense, on its device; changed in place until :meth:`leave`.
         method: a static method.
         amounts: ratios and layers, as :func:`~pp_lightning.prune_` takes them.
+        allocating: ``allocation`` and ``floor``, likewise; LoRAPrune takes no part in them.
         recovery: the adapters' settings.
         evidence: collects what the method chooses from.
         folder: where the result goes.
@@ -60,31 +61,30 @@ class RecoveryRun:
         model: PreTrainedModel,
         method: PruningMethod | None,
         amounts: dict[str, Any],
+        allocating: dict[str, Any],
         recovery: Recovery,
         evidence: Callable[[PruningMethod], Evidence | None],
         folder: Path,
         total_steps: int,
         seed: int,
     ) -> None:
-        if not isinstance(method, StaticMethod):
-            raise UserError("recovery trains a statically pruned model: choose a static --model.method")
-        if total_steps < 1:
-            raise UserError("recovery needs to know its length: set --trainer.max_steps")
+        check_recovery(method, recovery, total_steps)
+        assert isinstance(method, StaticMethod)
         self.model, self.method, self.recovery, self.folder = model, method, recovery, folder
         self.amounts = amounts
+        self._described = described(method, amounts, allocating, recovery, total_steps)
         self.total_steps = total_steps
         self.skipped = 0
         self.losses: list[float] = []
         self.gradual: GradualPruning | None = None
         self._fingerprint = fingerprint(model)
         if isinstance(method, LoRAPrune):
-            check_schedule(method, total_steps)
             plan = make_plan(shape_of(model.config), method, **amounts)
             blocks = blocks_to_prune(model, plan)
             self.adapters = self._adapters(seed)
             self.gradual = GradualPruning(self.adapters, blocks, method, total_steps)
         else:
-            prune_(model, method, evidence(method), **amounts)
+            prune_(model, method, evidence(method), **amounts, **allocating)
             self.adapters = self._adapters(seed)
         if recovery.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -100,7 +100,7 @@ class RecoveryRun:
         """What a checkpoint needs to go on: adapters, masks or choices, and whose they are."""
         return {
             "model": self._fingerprint,
-            "about": described(self.method, self.amounts, self.recovery, self.total_steps),
+            "about": self._described,
             "adapters": self.adapters.state(),
             "choices": self._choices().tensors(),
             "gradual": None if self.gradual is None else self.gradual.state(),
@@ -118,7 +118,7 @@ class RecoveryRun:
             raise UserError(
                 f"{self.folder / UNFINISHED} has adapters of another model: remove it or name another folder"
             )
-        if state["about"] != described(self.method, self.amounts, self.recovery, self.total_steps):
+        if state["about"] != self._described:
             raise UserError(f"{self.folder / UNFINISHED} has other settings: remove it or name another folder")
         if self.gradual is None and not _equal(self._choices().tensors(), state["choices"]):
             raise UserError(f"{self.folder / UNFINISHED} was pruned otherwise: remove it or name another folder")
@@ -138,6 +138,7 @@ class RecoveryRun:
             numbers = {block.block: block.units.number for block in plan.blocks}
             kept = {key: (choice.kept, numbers[key[1]]) for key, choice in choices.choices.items()}
             state = self.adapters.sliced_state(kept)
+        (self.folder / CHOICES).unlink(missing_ok=True)  # of an earlier run: never beside adapters of this one
         self.adapters.save(self.folder, state)
         steps = range(1, len(self.losses) + 1)
         write_curve(self.losses, [1.0 if self.gradual is None else self.gradual.ratio(n) for n in steps], self.folder)
@@ -158,8 +159,7 @@ class RecoveryRun:
         return Adapters(self.model, r.rank, r.alpha, r.dropout, seed)
 
     def _choices(self) -> Choices:
-        about: dict[str, Any] = described(self.method, self.amounts, self.recovery, self.total_steps)
-        about |= {"method": self.method.label, "skipped_steps": self.skipped}
+        about: dict[str, Any] = {**self._described, "method": self.method.label, "skipped_steps": self.skipped}
         return Choices(self._fingerprint, self._present_choices(), about)
 
     def _present_choices(self) -> dict[BlockKey, StaticChoice]:
@@ -169,11 +169,39 @@ class RecoveryRun:
         return {key: StaticChoice(kept, pruning.biases.get(key)) for key, kept in pruning.choices.items()}
 
 
+def check_recovery(method: PruningMethod | None, recovery: Recovery, total_steps: int) -> None:
+    """Refuse, before any work is done, a training that cannot end well.
+
+    Raises:
+        UserError: the method is not a static one, the length is unknown, or a schedule does not fit into it.
+    """
+    if not isinstance(method, StaticMethod):
+        raise UserError("recovery trains a statically pruned model: choose a static --model.method")
+    if total_steps < 1:
+        raise UserError("recovery needs to know its length: set --trainer.max_steps")
+    if isinstance(method, LoRAPrune):
+        check_schedule(method, total_steps)
+    if recovery.warmup_steps >= total_steps:
+        raise UserError(
+            f"the learning rate warms up for {recovery.warmup_steps} of {total_steps} steps: "
+            "lower --model.recovery.warmup_steps or train longer"
+        )
+
+
 def described(
-    method: PruningMethod, amounts: dict[str, Any], recovery: Recovery, steps: int
+    method: PruningMethod, amounts: dict[str, Any], allocating: dict[str, Any], recovery: Recovery, steps: int
 ) -> dict[str, dict[str, Any]]:
-    """The settings of a recovery in plain types, as they come back from a file."""
-    about = {"settings": method.settings(), "amounts": amounts, "recovery": asdict(recovery) | {"steps": steps}}
+    """The settings of a recovery in plain types, as they come back from a file.
+
+    ``amounts`` are what the recorded choice is pruned with: a ranking over all layers skips none of them.
+    """
+    ranked = (allocating["allocation"] or method.allocation) == "global"
+    about = {
+        "settings": method.settings(),
+        "amounts": amounts | {"skip_layers": []} if ranked else amounts,
+        "allocation": allocating | {"skip_layers": amounts["skip_layers"]},
+        "recovery": asdict(recovery) | {"steps": steps},
+    }
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(about))
     return plain
 

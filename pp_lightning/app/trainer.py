@@ -19,6 +19,7 @@ from pp_lightning.app.ablation.runner import (
 )
 from pp_lightning.app.exporting import ExportSettings, Format, export_pruned
 from pp_lightning.app.module import PrunedLM
+from pp_lightning.app.recovery import check_recovery
 from pp_lightning.app.results import Comparison
 from pp_lightning.app.training import check_same, train_recovery
 from pp_lightning.checkpoints import Dtype
@@ -26,7 +27,7 @@ from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.training import Packed
 from pp_lightning.errors import UserError
 from pp_lightning.importances import Importances
-from pp_lightning.methods import METHODS, PruningMethod, StaticMethod, method_named
+from pp_lightning.methods import METHODS, LoRAPrune, PruningMethod, StaticMethod, method_named
 from pp_lightning.recovery import Recovered, Recovery
 from pp_lightning.resume import ResumeFile
 
@@ -43,6 +44,11 @@ class Row:
     method: PruningMethod | None = None
     pruning_ratio: float = 0.0
     recovery: Recovery | None = None
+
+    @property
+    def chooses_while_trained(self) -> bool:
+        """Whether no evidence is collected before training."""
+        return self.recovery is not None and isinstance(self.method, LoRAPrune)
 
 
 class PruningTrainer(L.Trainer):
@@ -71,9 +77,15 @@ class PruningTrainer(L.Trainer):
         Raises:
             UserError: an unknown method, or a ratio that leaves nothing.
         """
+        _refuse_recovered(model)
         rows = [Row("dense"), *self._rows(methods, ratios, variants or {}, model.recovery)]
         for row in rows:
             model.check_plan(row.method, row.pruning_ratio, datamodule.window)
+            if row.recovery is not None:
+                check_recovery(row.method, row.recovery, self.max_steps)
+        model.check_importances(
+            [row.method for row in rows if row.method is not None and not row.chooses_while_trained]
+        )
         model.reuse, model.recovery = True, None
         done: list[Comparison] = []
         for row in rows:
@@ -109,6 +121,7 @@ class PruningTrainer(L.Trainer):
             UserError: an unknown question, no seed, a ratio that removes or leaves nothing, data that is no text, or a
                 setting of the model that would overrule what is varied.
         """
+        _refuse_recovered(model)
         asked = checked_questions(questions, QUESTIONS)
         for name, numbers in (("seeds", seeds), ("ratios", ratios)):
             if not numbers or len(set(numbers)) < len(numbers):
@@ -211,3 +224,8 @@ class PruningTrainer(L.Trainer):
             use_distributed_sampler=False,
             default_root_dir=folder,
         )
+
+
+def _refuse_recovered(model: PrunedLM) -> None:
+    if model.recovered is not None:
+        raise UserError("this command names its own rows: evaluate a recovered model with test --model.recovered")

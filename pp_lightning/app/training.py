@@ -40,5 +40,5 @@ def check_same(recovered: Recovered, model: PrunedLM, recovery: Recovery, steps:
     """
     about, wanted = recovered.choices.about, model.recovery_settings(recovery, steps)
     for name, value in wanted.items():
-        if {key: about[name].get(key) for key in value} != value:
+        if {key: about.get(name, {}).get(key) for key in value} != value:
             raise UserError(f"{folder} was trained with other {name}: remove it or name another --out")

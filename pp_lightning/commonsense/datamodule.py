@@ -119,8 +119,7 @@ class CommonsenseData(EvaluationData):
 
     def describe(self) -> dict[str, Any]:
         """Settings and digests of rows and calibration text, for ``results.json``."""
-        calibration = {"samples": self.calibration_samples, "seed": self.seed, **self.calibration.describe()}
-        return {**self.evaluation_settings(), "calibration": calibration}
+        return {**self.evaluation_settings(), "calibration": self.describe_calibration()}
 
     def _describe_task(self, name: str) -> dict[str, Any]:
         task, questions = task_named(name), self.questions(name)

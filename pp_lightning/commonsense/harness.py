@@ -37,8 +37,12 @@ from pp_lightning.commonsense.scoring import score_tokens, sum_rows
 from pp_lightning.data.sources import C4
 from pp_lightning.data.windows import batched, document_windows
 from pp_lightning.errors import UserError
+from pp_lightning.evidence import Evidence
+from pp_lightning.importances import Importances
 from pp_lightning.methods import method_named
+from pp_lightning.methods.gradient import GradientMethod
 from pp_lightning.pruning import prune_
+from pp_lightning.recovery import Recovered
 from pp_lightning.statistics import Statistics
 
 _CALIBRATION_WINDOW, _CALIBRATION_ROWS = 512, 20  # the paper's, for tasks
@@ -63,6 +67,10 @@ class PrunedHFLM(HFLM):
         pruning_ratio: fraction of units removed over the whole model.
         skip_layers: the first layers, left dense.
         statistics: a file written by ``calibrate``; None calibrates on ``calibration``.
+        importances: a file of importances, which LLM-Pruner and LoRAPrune choose from: ``pp-lightning test`` with
+            ``--model.importances FILE`` writes one.
+        recovered: a folder that ``pp-lightning fit`` with recovery wrote from ``path``, adapters merged here. It brings
+            its method, ratio and layers.
         calibration: C4 or a file of json lines with texts; None takes C4 from the hub.
         calibration_samples: windows to calibrate on, each ``max_length`` (or 512) long.
         pad_token: a token to pad with, for tokenizers that define none.
@@ -86,6 +94,8 @@ class PrunedHFLM(HFLM):
         pruning_ratio: float = 0.4,
         skip_layers: int = 3,
         statistics: str | None = None,
+        importances: str | None = None,
+        recovered: str | None = None,
         calibration: str | None = None,
         calibration_samples: int = 2000,
         pad_token: str | None = None,
@@ -98,20 +108,27 @@ class PrunedHFLM(HFLM):
         if pretrained is None:
             if path is None:
                 raise UserError("name the model: --model_args path=DIR")
+            if recovered is not None and method is not None:
+                raise UserError("recovered brings its own method: leave out method")
             policy = None if method is None else method_named(method)
+            trained = None if recovered is None else Recovered.load(recovered)
+            if isinstance(policy, GradientMethod) and importances is None:
+                raise UserError(f"{method} chooses from importances: name their file, importances=FILE.safetensors")
             tokenizer = load_tokenizer(path, pad_token)
             pretrained = load_model(path, dtype).to(_device(device))
-            if policy is not None:
-                found = _statistics(pretrained, tokenizer, statistics, calibration, calibration_samples, max_length)
-                prune_(
-                    pretrained,
-                    policy,
-                    found,
-                    pruning_ratio=pruning_ratio,
-                    skip_layers=range(skip_layers),
-                    release_stats=True,
-                )
-                max_length = max_length or found.num_positions
+            if trained is not None:
+                prune_(pretrained, trained.method, trained.choices, **trained.amounts)
+                trained.attach(pretrained).merge()
+            elif policy is not None:
+                found: Evidence
+                if isinstance(policy, GradientMethod):
+                    assert importances is not None
+                    found = Importances.load(importances)
+                else:
+                    found = _statistics(pretrained, tokenizer, statistics, calibration, calibration_samples, max_length)
+                    max_length = max_length or found.num_positions
+                amount, skipped = pruning_ratio, range(skip_layers)
+                prune_(pretrained, policy, found, pruning_ratio=amount, skip_layers=skipped, release_stats=True)
         self.choices: dict[str, Any] = {
             "batch_size": int(batch_size),
             "order": "by length, longest first",

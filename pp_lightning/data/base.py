@@ -50,6 +50,7 @@ class EvaluationData(L.LightningDataModule, ABC):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._pad_id = 0
         self._rows: list[Row] | None = None
+        self._calibration_read = False
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Tokenise with ``tokenizer`` from now on; the model that is evaluated brings it."""
@@ -74,8 +75,15 @@ class EvaluationData(L.LightningDataModule, ABC):
         """
         length = min(window or self.window, self.window)
         number = samples or self.calibration_samples
+        self._calibration_read = True
         windows = document_windows(self.calibration.documents(), self._encode, length, number, self.seed)
         return batched(windows, batch_size or self.batch_size, self._pad_id)
+
+    def describe_calibration(self) -> dict[str, Any] | None:
+        """Number of windows and digest of the calibration text, for ``results.json``; None where nothing read it."""
+        if not self._calibration_read:
+            return None
+        return {"samples": self.calibration_samples, "seed": self.seed, **self.calibration.describe()}
 
     def train_dataloader(self) -> ShuffledBatches:
         """This process's share of the training rows, shuffled.

@@ -84,7 +84,7 @@ class LanguageModelling(EvaluationData):
             "order": "as in the text" if self.protocol == "contiguous" else "random starts",
             "limit_tokens": self.limit_tokens,
             "text": self.text.describe(),
-            "calibration": {"samples": self.calibration_samples, **self.calibration.describe()},
+            "calibration": self.describe_calibration(),
         }
 
     def _shared_out(self, batches: Sequence[Batch]) -> DataLoader[Batch]:

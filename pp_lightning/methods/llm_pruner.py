@@ -8,19 +8,19 @@ from torch import Tensor
 
 from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import Evidence
 from pp_lightning.functional.members import Reduction, reduced_unit_scores
 from pp_lightning.functional.selection import keep_best
 from pp_lightning.functional.taylor import Taylor
 from pp_lightning.importances import Importances
-from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, BlockToPrune, StaticChoice, StaticMethod, UnitName
+from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, BlockToPrune, StaticChoice, UnitName
+from pp_lightning.methods.gradient import GradientMethod
 
 TaylorName = Literal["vectorize", "param_first", "param_second", "param_mix"]
 ReductionName = Literal["sum", "mean", "max", "prod"]
 Range = tuple[int, int]
 
 
-class LLMPruner(StaticMethod[Importances]):
+class LLMPruner(GradientMethod):
     """Static: a unit is as important as the loss is sensitive to its weights, over all matrices that it has a part in.
 
     Args:
@@ -38,7 +38,6 @@ class LLMPruner(StaticMethod[Importances]):
     """
 
     label: ClassVar[str] = "llm_pruner"
-    evidence: ClassVar[type[Evidence]] = Importances
 
     def __init__(
         self,
@@ -67,6 +66,11 @@ class LLMPruner(StaticMethod[Importances]):
         self.window = window
 
     @property
+    def kind(self) -> str:
+        """The variant of the expansion."""
+        return self.taylor.value
+
+    @property
     def allocates(self) -> bool:
         """With a global ranking, or ranges of layers."""
         return self.global_ranking or self.attention_layers is not None or self.mlp_layers is not None
@@ -86,7 +90,7 @@ class LLMPruner(StaticMethod[Importances]):
 
     def unit_scores(self, block: BlockToPrune, evidence: Importances) -> Tensor:
         """Scores (U,) float32 of a block's units."""
-        members = [vector.to(block.weight.device) for vector in evidence.of(block.key, self.taylor.value)]
+        members = [vector.to(block.weight.device) for vector in evidence.of(block.key, self.kind)]
         return block.informative(reduced_unit_scores(members, block.units.number, self.reduction))
 
     def _within(self, block: BlockToPrune) -> bool:

@@ -6,15 +6,15 @@ from typing import ClassVar
 from torch import Tensor
 
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import Evidence
 from pp_lightning.functional.members import normalised_unit_scores
 from pp_lightning.importances import Importances
-from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, BlockToPrune, StaticMethod, UnitName
+from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, BlockToPrune, UnitName
+from pp_lightning.methods.gradient import GradientMethod
 
 LORA = "lora"  # the kind of importances that it chooses from
 
 
-class LoRAPrune(StaticMethod[Importances]):
+class LoRAPrune(GradientMethod):
     """Static: a unit scores ``|g (W + c B A)|``, g from its adapters' gradients, each matrix brought to unit length.
 
     Without recovery it chooses once, from the first gradient of fresh adapters, a random projection of the true one.
@@ -34,7 +34,6 @@ class LoRAPrune(StaticMethod[Importances]):
     """
 
     label: ClassVar[str] = "lora_prune"
-    evidence: ClassVar[type[Evidence]] = Importances
 
     def __init__(
         self,
@@ -61,7 +60,12 @@ class LoRAPrune(StaticMethod[Importances]):
         self.cooldown = cooldown
         self.every = every
 
+    @property
+    def kind(self) -> str:
+        """By the gradients of adapters."""
+        return LORA
+
     def unit_scores(self, block: BlockToPrune, evidence: Importances) -> Tensor:
         """Scores (U,) float32 of a block's units."""
-        members = [vector.to(block.weight.device) for vector in evidence.of(block.key, LORA)]
+        members = [vector.to(block.weight.device) for vector in evidence.of(block.key, self.kind)]
         return block.informative(normalised_unit_scores(members, block.units.number))

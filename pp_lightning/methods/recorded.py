@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import Evidence
+from pp_lightning.evidence import Evidence, fingerprint
 from pp_lightning.methods.base import BlockName, BlockToPrune, StaticChoice, StaticMethod, UnitName
 from pp_lightning.statistics import BlockKey
 
@@ -31,6 +32,17 @@ class Choices(Evidence):
     model: str
     choices: dict[BlockKey, StaticChoice] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Refuse another model than the one that was pruned.
+
+        Raises:
+            UserError: the fingerprints differ.
+        """
+        if self.model != fingerprint(model):
+            raise UserError(
+                "these choices were collected on another model, or on this one in another dtype: load what was pruned"
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """Kept indices and biases by name, on the CPU."""

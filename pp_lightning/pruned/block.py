@@ -14,10 +14,10 @@ from pp_lightning.functional.compensation import channel_mean, restored_mean, up
 from pp_lightning.functional.linear import linear
 from pp_lightning.functional.moments import Places, placed_second_moment, second_moment, update_history_
 from pp_lightning.functional.probe import Probe
-from pp_lightning.functional.selection import keep_best, store_by_columns, take_rows, unit_channels
+from pp_lightning.functional.selection import keep_best, store_by_columns, store_by_rows, take_rows, unit_channels
 from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod
 from pp_lightning.pruned.packing import PackedSlice, sliced_rows
-from pp_lightning.pruned.workspace import Memory, SliceWorkspace, fresh_memory
+from pp_lightning.pruned.workspace import Memory, SliceWorkspace
 
 
 class Projection(NamedTuple):
@@ -58,6 +58,11 @@ class Weights:
         weight, bias = self.projections["output"]
         total = vector if bias is None else bias.float() + vector
         return Weights({**self.projections, "output": Projection(weight, total.to(weight.dtype))}, self.kept)
+
+    def with_weight(self, role: str, weight: Tensor) -> "Weights":
+        """The same with another weight for ``role``."""
+        changed = Projection(weight, self.projections[role].bias)
+        return Weights({**self.projections, role: changed}, self.kept)
 
     def apply(self, role: str, states: Tensor) -> Tensor:
         """The linear map ``role`` of (..., in)."""
@@ -203,8 +208,11 @@ class PrunedBlock(nn.Module, ABC):
         width = modules.output_weight.shape[0]
         self.register_buffer("restored", torch.zeros(width, device=device) if restores else None, persistent=False)
         self._held: Weights | None = None
+        self._memory: SliceWorkspace | None = None  # of what is held
         block_size = sum(linear.weight.numel() for linear in (*modules.inputs.values(), modules.output))
         self.slice_size = block_size * keep // units.number
+        if self.chooses:
+            workspace.reserve(self.slice_size)
 
     @property
     def parts(self) -> BlockModules:
@@ -354,9 +362,12 @@ class PrunedBlock(nn.Module, ABC):
             self.restored.copy_(choice.restored)
 
     def prepare(self, how: HowToRun) -> None:
-        """Before a new batch: give up slices held for decoding, and start a packed slice where there is none yet."""
+        """Before a new batch: let go of slices held for decoding, and have memory for the next one."""
         self._held = None  # before slicing again, so that two never exist at once
-        if not (self.packs and self.chooses) or torch.is_grad_enabled():
+        if not self.chooses:
+            return
+        if not self.packs or torch.is_grad_enabled():
+            self.workspace.prepare(self.parts.output_weight)
             return
         roles = ["output"] if how.shares else list(self.widths)
         if self.packed is None or list(self.packed.rows) != roles:
@@ -368,15 +379,30 @@ class PrunedBlock(nn.Module, ABC):
         if self.packed is not None and not torch.is_grad_enabled():
             self.packed.replace(self._rows(roles), self.widths, choice.kept)
             return self._packed_weights(self.packed).restoring(choice.restored)
-        memory = self.workspace.begin(self.parts.output_weight, self.slice_size)
+        memory = self.workspace.begin(self.parts.output_weight)
         return Weights(self.slices(choice.kept, memory, roles), choice.kept).restoring(choice.restored)
 
     def _weights_to_hold(self) -> Weights:
-        """Slices for decoding."""
-        roles = list(self.widths)
-        if self.packed is not None and list(self.packed.rows) == roles:
-            return self._packed_weights(self.packed).restoring(self.restored)
-        return Weights(self.slices(self.kept, fresh_memory, roles), self.kept).restoring(self.restored)
+        """Slices for decoding, in memory that stays for the next choice to hold.
+
+        The output's is stored by rows too: single tokens are multiplied with it fastest.
+        """
+        whole, inputs = self.parts.output_weight, [role for role in self.widths if role != "output"]
+        packs = self.packed is not None and list(self.packed.rows) == list(self.widths)
+        if self._memory is None:
+            self._memory = SliceWorkspace()
+            self._memory.reserve(self.keep * self.units.channels * whole.shape[0] if packs else self.slice_size)
+        self._memory.prepare(whole)
+        memory = self._memory.begin(whole)
+        if packs:
+            assert self.packed is not None
+            held = self._packed_weights(self.packed)
+            output = held.projections["output"].weight
+        else:
+            held = Weights(self.slices(self.kept, memory, inputs), self.kept)
+            output = self.slices(self.kept, self.workspace.begin(whole), ["output"])["output"].weight
+        by_rows = store_by_rows(output, memory((output.shape[0], output.shape[1]), whole))
+        return held.with_weight("output", by_rows).restoring(self.restored)
 
     def _rows(self, roles: Sequence[str]) -> dict[str, Tensor]:
         """Of each projection that is sliced, the units' rows, contiguous."""
@@ -436,5 +462,5 @@ class PrunedBlock(nn.Module, ABC):
             if buffer is not None:
                 moved = fn(buffer)
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-        self._held = self.packed = None
+        self._held = self._memory = self.packed = None
         return self

@@ -59,13 +59,22 @@ def _(whole: Tensor, kept: Tensor, width: int) -> Tensor:
     return whole.new_empty(kept.shape[0] * width, whole.shape[1])
 
 
+@torch.library.custom_op("pp_lightning::gather_units_into", mutates_args=("out",))
+def gather_units_into_(out: Tensor, whole: Tensor, kept: Tensor, width: int) -> None:
+    """:func:`gather_units` into memory that is there already: ``out`` (K * w, D), contiguous."""
+    take_rows(whole, kept, width, out)
+
+
 def sliced_rows(whole: Tensor, kept: Tensor, width: int, out: Tensor | None) -> Tensor:
     """Rows of the kept units by the fastest way there is: see :func:`take_rows`."""
     in_graph = torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    if in_graph and whole.device.type == "cpu":
+    if not in_graph or whole.device.type != "cpu":
+        return take_rows(whole, kept, width, out)
+    if out is None:
         gathered: Tensor = gather_units(whole, kept, width)
         return gathered
-    return take_rows(whole, kept, width, out)
+    gather_units_into_(out, whole, kept, width)
+    return out
 
 
 class PackedSlice:

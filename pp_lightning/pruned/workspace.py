@@ -1,4 +1,4 @@
-"""One buffer that every block's slice is written into, one block after the other."""
+"""Memory for slices that is used again and again."""
 
 import math
 from collections.abc import Callable
@@ -16,44 +16,67 @@ def fresh_memory(shape: tuple[int, int], like: Tensor) -> Tensor | None:
 
 
 class SliceWorkspace:
-    """Memory for the slice of one block at a time, shared by all blocks of a model.
+    """Memory for one slice at a time: of all blocks in turn, or of one block while its choice is held.
 
     Fresh memory for every slice costs more than the copy itself where the system hands out pages that it has to clear
-    first. The buffer grows to the largest block's slice and stays.
+    first. The buffer has the size of the largest block's slice.
+
+    Attributes:
+        buffer: the memory, made by :meth:`prepare`.
     """
 
     def __init__(self) -> None:
-        self._buffer: Tensor | None = None
-        self._used = 0
+        self.buffer: Tensor | None = None
+        self._size = 0
 
-    def begin(self, like: Tensor, size: int) -> Memory:
-        """Start a new slice of ``size`` elements; the previous one is overwritten.
+    def reserve(self, size: int) -> None:
+        """Tell that there will be slices of ``size`` elements. All blocks do so before the first slice is made."""
+        self._size = max(self._size, size)
 
-        Memory is not reused while gradients are recorded, nor in compiled graphs, which plan their own.
+    def prepare(self, like: Tensor) -> None:
+        """Make the buffer where there is none yet for slices of ``like``. Not for graphs: they are given the buffer."""
+        if self._suits(like) or torch.is_grad_enabled():
+            return
+        self.buffer = None  # before the next one is made
+        with torch.inference_mode(False):  # made here, but written wherever the next batch runs
+            self.buffer = torch.empty(self._size, dtype=like.dtype, device=like.device)
+
+    def begin(self, like: Tensor) -> Memory:
+        """Start a new slice; the previous one is overwritten.
+
+        Memory is not reused while gradients are recorded, nor in graphs for an accelerator or for other tools, which
+        plan their own.
 
         Args:
             like: a weight of the block.
-            size: elements in the whole slice.
         """
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and like.requires_grad):
+        in_graph = torch.compiler.is_compiling() and (like.device.type != "cpu" or torch.compiler.is_exporting())
+        if self.buffer is None or in_graph or not self._suits(like) or torch.is_grad_enabled():
             return fresh_memory
-        if not self._suits(like, size):
-            self._buffer = None  # before the larger one is made
-            self._buffer = torch.empty(size, dtype=like.dtype, device=like.device)
-        self._used = 0
-        return self._take
+        return _Stretches(self.buffer)
 
-    def _suits(self, like: Tensor, size: int) -> bool:
-        buffer = self._buffer
-        if buffer is None or buffer.numel() < size or (buffer.dtype, buffer.device) != (like.dtype, like.device):
-            return False
-        return not buffer.is_inference() or torch.is_inference_mode_enabled()
-
-    def _take(self, shape: tuple[int, int], like: Tensor) -> Tensor:
-        assert self._buffer is not None
-        start, self._used = self._used, self._used + math.prod(shape)
-        return self._buffer[start : self._used].view(shape)
+    def _suits(self, like: Tensor) -> bool:
+        buffer = self.buffer
+        return (
+            buffer is not None
+            and buffer.numel() >= self._size
+            and (buffer.dtype, buffer.device) == (like.dtype, like.device)
+        )
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SliceWorkspace":
         """Copies of a model start with an empty workspace."""
-        return SliceWorkspace()
+        copied = SliceWorkspace()
+        copied.reserve(self._size)
+        return copied
+
+
+class _Stretches:
+    """Hands out one stretch of a buffer after the other."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self._buffer = buffer
+        self._used = 0
+
+    def __call__(self, shape: tuple[int, int], like: Tensor) -> Tensor:
+        start, self._used = self._used, self._used + math.prod(shape)
+        return self._buffer[start : self._used].view(shape)

@@ -71,6 +71,12 @@ class Recovered:
         return dict(self.choices.about["amounts"])
 
     @property
+    def uniform(self) -> bool:
+        """Whether every layer of the model keeps the same counts."""
+        counts = {(block, len(choice.kept)) for (_, block), choice in self.choices.choices.items()}
+        return not self.amounts["skip_layers"] and len(counts) == len({block for block, _ in counts})
+
+    @property
     def label(self) -> str:
         """Short name for tables."""
         return f"{self.choices.about['method']}_lora"

@@ -130,7 +130,8 @@ def test_overlap_question_shows_each_layer(type_in, arguments, tmp_path, monkeyp
         (["--model.uniform", "true"], "--model.uniform would settle"),
         (["--model.frozen_on", "history"], "--model.frozen_on would settle"),
         (["--data.protocol", "paper"], "protocol contiguous"),
-        (["--model.statistics", "file"], "leave model.statistics out"),
+        (["--model.statistics", "file"], "leave model.statistics and model.importances out"),
+        (["--model.importances", "file"], "leave model.statistics and model.importances out"),
     ],
 )
 def test_mistakes_are_one_line(type_in, arguments, capsys, tmp_path, extra, message):  # noqa: F811
@@ -225,6 +226,7 @@ def test_a_bench_puts_back_what_a_variant_overrules():
             raise InterruptedError
 
     class Model:
+        importances_file = None
         statistics_file, method, pruning_ratio, label = None, "before", 0.1, "dense"
         allocation, skip_layers = None, (0,)
 

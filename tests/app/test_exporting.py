@@ -118,6 +118,15 @@ def test_a_calibrated_model_needs_no_text(type_in, chosen, tmp_path, capsys):  #
     assert records[0]["calibration"]["batches"] == 2
 
 
+def test_importances_in_a_file_need_no_text(type_in, chosen, tmp_path, capsys):  # noqa: F811
+    given = {**chosen, "--model.method": "LLMPruner", "--model.importances": tmp_path / "importances.safetensors"}
+    assert type_in("export", given, extra=["--out", tmp_path / "first"]) == 0
+    assert type_in("export", without_data(given), extra=["--out", tmp_path / "second"]) == 0
+    assert "calibrated before" in capsys.readouterr().out
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
 def test_dtype_is_kept_or_chosen(type_in, chosen, tmp_path):  # noqa: F811
     assert type_in("export", chosen, extra=["--out", tmp_path / "kept"]) == 0
     assert type_in("export", chosen, extra=["--dtype", "bfloat16", "--out", tmp_path / "chosen"]) == 0

@@ -15,11 +15,13 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pp_lightning import prune_
+from pp_lightning import kept_units, prune_
 from pp_lightning.app.cli import main
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.data.train_tokenizer import train_tokenizer
+from pp_lightning.importances import Importances
 from pp_lightning.recovery import Recovered
+from tests.commonsense.samples import write_samples
 from tests.models import ids, logits, tiny
 
 REPOSITORY = Path(__file__).parents[2]
@@ -295,12 +297,131 @@ def test_compare_trains_lora_prune_on_the_calibration_text(run, settings, tmp_pa
     assert len(losses(tmp_path / "out" / "recovered" / "lora_prune_lora-0.4")) == 20
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_importances_are_kept_in_a_file(run, settings, tmp_path, monkeypatch, method):
+    """Written once, for all layers; then read, at any ratio, and nothing is collected."""
+    file = tmp_path / "kept" / "importances.safetensors"
+    given = evaluated(settings, method=METHODS[method], pruning_ratio=0.4)
+    assert run("test", given, "without") == 0
+    given["model"]["importances"] = str(file)
+    assert run("test", given, "written") == 0
+    written = file.read_bytes()
+    assert {layer for layer, _ in Importances.load(file).members} == {0, 1, 2, 3, 4}  # the skipped ones too
+    monkeypatch.setattr("pp_lightning.app.prunable.importances_for", None)
+    assert run("test", given, "read") == 0
+    perplexities = [row(tmp_path / out)["perplexity"] for out in ("without", "written", "read")]
+    assert perplexities[0] == perplexities[1] == perplexities[2]
+    assert run("compare", {**given, "methods": [method], "ratios": [0.2, 0.4]}, "compared") == 0
+    assert row(tmp_path / "compared", 2)["perplexity"] == perplexities[0]
+    assert row(tmp_path / "compared", 1)["perplexity"] != perplexities[0]
+    assert file.read_bytes() == written
+
+
+def test_importances_that_do_not_fit(run, settings, tmp_path, capsys):
+    file = tmp_path / "importances.safetensors"
+    given = evaluated(settings, method=METHODS["llm_pruner"], importances=str(file))
+    both = {**given, "methods": ["llm_pruner", "lora_prune"]}
+    assert run("compare", both, "out") == 2
+    assert "llm_pruner and lora_prune choose from importances of different kinds" in refused(capsys)
+    assert run("test", given, "first") == 0
+    for command, more in (("test", {}), ("compare", {"methods": ["lora_prune"]}), ("export", {})):
+        given["model"]["method"] = METHODS["lora_prune"]
+        assert run(command, given | more, "out") == 2
+        message = refused(capsys)
+        assert "holds importances of the kind param_first, but LoRAPrune chooses from lora" in message
+    other = tiny("llama", vocab_size=VOCABULARY)
+    other.model.layers[2].mlp.up_proj.weight.data.add_(0.01)
+    other.save_pretrained(tmp_path / "other")
+    train_tokenizer(VOCABULARY).save_pretrained(tmp_path / "other")
+    given["model"] |= {"path": str(tmp_path / "other"), "method": METHODS["llm_pruner"]}
+    assert run("test", given, "out") == 2
+    assert "these importances were collected on another model" in refused(capsys)
+    file.write_text("something else")
+    assert run("test", given, "out") == 2
+    assert "cannot read importances" in refused(capsys)
+    given["model"]["importances"] = str(file / "inside a file")
+    assert run("test", given, "out") == 2
+    assert "cannot write importances" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_prune_with_recovery_stands_beside_importances_of_another_kind(run, settings, tmp_path):
+    """It collects none."""
+    settings["model"]["importances"] = str(tmp_path / "importances.safetensors")
+    del settings["model"]["pruning_ratio"]
+    settings["trainer"]["max_steps"] = 20
+    assert run("compare", comparison(settings, ["llm_pruner", "lora_prune_lora"]) | {"variants": {}}, "out") == 0
+    assert Importances.load(tmp_path / "importances.safetensors").kind == "param_first"
+
+
+def test_recovery_of_a_ranking_over_all_layers(run, settings, tmp_path):
+    """Counts differ between layers and none is skipped; what is kept is what the same choice keeps without training."""
+    settings["model"] |= {"allocation": "global", "floor": 0.125, "round_to": 4}
+    settings["model"]["recovery"]["learning_rate"] = 0.0
+    wanda = {"class_path": "pp_lightning.methods.WandaSP"}
+    assert run("fit", {**settings, "model": settings["model"] | {"method": wanda}}, "trained") == 0
+    assert run("test", evaluated(settings, recovered=str(tmp_path / "trained")), "recovered") == 0
+    given = evaluated(settings, method=wanda, pruning_ratio=0.4, allocation="global", floor=0.125)
+    assert run("test", given, "pruned") == 0
+    recovered, pruned = row(tmp_path / "recovered"), row(tmp_path / "pruned")
+    assert recovered["kept"] == pruned["kept"] and pruned["kept"]["mlp"][0] < pruned["kept"]["mlp"][1]
+    assert recovered["perplexity"] == pytest.approx(pruned["perplexity"], rel=1e-6)
+    assert recovered["flops_ratio"] == pruned["flops_ratio"]
+    uniform = {**given, "model": given["model"] | {"allocation": "uniform"}}
+    assert run("test", uniform, "uniform") == 0
+    assert row(tmp_path / "uniform")["perplexity"] != pruned["perplexity"]
+
+    settings["model"]["recovery"]["learning_rate"] = 0.01
+    del settings["model"]["pruning_ratio"]
+    compared = {**settings, "methods": ["wanda_sp", "wanda_sp_lora", "ppsp"], "ratios": [0.4]}
+    assert run("compare", compared, "out") == 0
+    assert row(tmp_path / "out", 1)["perplexity"] == pruned["perplexity"]
+    assert row(tmp_path / "out", 2)["kept"] == pruned["kept"]
+    assert row(tmp_path / "out", 2)["perplexity"] < pruned["perplexity"]
+    assert run("compare", {**compared, "methods": ["ppsp"]}, "alone") == 0  # a recovered row before it changes nothing
+    assert row(tmp_path / "out", 3)["perplexity"] == row(tmp_path / "alone", 1)["perplexity"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_have_no_ranking_by_statistics(run, settings, tmp_path, capsys, method):
+    settings["model"]["allocation"] = "global"
+    assert run("fit", fitted(settings, method), "out") == 2
+    assert "leave out --model.allocation" in refused(capsys)
+    assert run("test", evaluated(settings, method=METHODS[method], allocation="global"), "out") == 2
+    assert "allocation=global ranks by calibration statistics" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_uniform_counts_are_trained_where_they_are_asked_for(run, settings, tmp_path):
+    settings["model"] |= {"uniform": True, "method": {"class_path": "pp_lightning.methods.FLAP"}}
+    assert run("fit", settings, "trained") == 0
+    assert Recovered.load(tmp_path / "trained").uniform
+    settings["model"]["uniform"] = False
+    assert run("fit", settings, "ranked") == 0
+    assert not Recovered.load(tmp_path / "ranked").uniform
+
+
+def test_commands_that_bring_their_own_rows_refuse_a_recovered_model(run, settings, tmp_path, capsys):
+    assert run("fit", fitted(settings, "llm_pruner"), "trained") == 0
+    given = evaluated(settings, recovered=str(tmp_path / "trained"))
+    for command, more in (("compare", {"methods": ["pp"]}), ("ablate", {}), ("fit", {})):
+        if command == "fit":
+            given = {**settings, "model": given["model"] | {"recovery": settings["model"]["recovery"]}}
+        assert run(command, given | more, "out") == 2
+        assert "recovered" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_compare_refuses_models_trained_otherwise(run, settings, tmp_path, capsys):
     given = comparison(settings, ["llm_pruner_lora"])
     assert run("compare", given, "out") == 0
     settings["model"]["recovery"]["rank"] = 4
     assert run("compare", given, "out") == 2
     assert "was trained with other recovery: remove it or name another --out" in refused(capsys)
+    settings["model"]["recovery"]["rank"] = 8
+    settings["model"]["skip_layers"] = [0]
+    assert run("compare", given, "out") == 2
+    assert "was trained with other amounts: remove it or name another --out" in refused(capsys)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -324,7 +445,7 @@ def test_export_of_skipped_layers_says_how(run, settings, tmp_path, capsys):
     assert run("fit", fitted(settings, "llm_pruner"), "trained") == 0
     given = evaluated(settings, recovered=str(tmp_path / "trained"))
     assert run("export", given, "out") == 2
-    assert "keeps the counts it was trained with, which skip layers" in refused(capsys)
+    assert "keeps the counts it was trained with, which differ between layers" in refused(capsys)
     assert not (tmp_path / "out").exists()
     assert run("export", {**given, "layout": "padded"}, "out") == 0
 
@@ -349,6 +470,12 @@ MISTAKES = {
     ),
     "too few rows": (("data", "train", "init_args", "batch_size"), 4000, "one step takes 4000: use more text"),
     "rank of zero": (("model", "recovery", "rank"), 0, "rank"),
+    "negative rate": (
+        ("model", "recovery", "learning_rate"),
+        -1.0,
+        "learning_rate, warmup_steps and a weight_decay from",
+    ),
+    "warm-up too long": (("model", "recovery", "warmup_steps"), 10, "warms up for 10 of 10 steps"),
     "too few documents": (
         ("data", "train"),
         {"class_path": "pp_lightning.data.FirstWindows", "init_args": {"documents": 20}},
@@ -382,6 +509,20 @@ def test_adapters_of_another_model(run, settings, place, tmp_path, capsys):
     assert "has no choices.safetensors: give the folder that a finished fit" in refused(capsys)
     assert run("test", {**given, "model": {**given["model"], "method": METHODS["llm_pruner"]}}, "out") == 2
     assert "recovered brings its own method" in refused(capsys)
+    assert run("test", {**given, "model": {**given["model"], "pruning_ratio": 0.2}}, "out") == 2
+    assert "was trained at ratio 0.4: leave out --model.pruning_ratio" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_checks_schedules_before_it_evaluates(run, settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(PrunedLM, "on_test_start", None)
+    settings["trainer"]["max_steps"] = 8  # the default schedule removes units every ten
+    given = comparison(settings, ["lora_prune_lora"])
+    assert run("compare", given, "out") == 2
+    assert "the pruning schedule reaches" in refused(capsys)
+    settings["model"]["recovery"]["warmup_steps"] = 10
+    assert run("compare", comparison(settings, ["wanda_sp_lora"]), "out") == 2
+    assert "warms up for 10 of 8 steps" in refused(capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -432,3 +573,77 @@ def test_two_processes_train_the_weights_of_one(run, settings, tmp_path, method)
     assert all(torch.equal(second[name], kept) for name, kept in first.items())
     moved = max(float(tensor.abs().max()) for name, tensor in one.items() if "lora_B" in name)  # from zero
     assert moved > 4e-4, "a tolerance that tells nothing"
+
+
+def tasks_of(settings, folder, **model):
+    """Settings of a commonsense run on rows made up for the tests."""
+    data = {"class_path": "pp_lightning.commonsense.CommonsenseData"}
+    data["init_args"] = {"path": str(write_samples(folder)), "window": 64, "batch_size": 8, "calibration_samples": 4}
+    return evaluated(settings, **model) | {"data": data, "trainer": {"accelerator": "cpu"}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tasks_of_a_recovered_model_are_those_of_the_harness(run, settings, place, tmp_path, method):
+    harness = pytest.importorskip("pp_lightning.commonsense.harness")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from tests.commonsense.harness_tasks import write_definitions
+
+    settings["trainer"]["max_steps"] = 20
+    assert run("fit", fitted(settings, method), "trained") == 0
+    given = tasks_of(settings, tmp_path / "rows", recovered=str(tmp_path / "trained"))
+    assert run("test", given, "out") == 0
+    found = row(tmp_path / "out")
+    assert found["method"] == f"{method}_lora" and found["flops_ratio"] < 1
+
+    asked = {"path": str(place / "model"), "recovered": str(tmp_path / "trained"), "device": "cpu"}
+    ours = harness.PrunedHFLM(batch_size=8, max_length=64, **asked)
+    recovered, model = Recovered.load(tmp_path / "trained"), tiny("llama", vocab_size=VOCABULARY)
+    prune_(model, recovered.method, recovered.choices, **recovered.amounts)
+    pruned = logits(model, ids(1, 20))
+    recovered.attach(model).merge()
+    theirs = HFLM(model, tokenizer=ours.tokenizer, batch_size=8, max_length=64)
+    assert not torch.allclose(logits(model, ids(1, 20)), pruned, atol=1e-2)  # or the adapters would show nothing
+    texts = [(None, [5, 6, 7], [8, 9]), (None, [9, 8], [7]), (None, [3], [2, 1, 4])]
+    scores, expected = ([score for score, _ in m._loglikelihood_tokens(texts)] for m in (ours, theirs))
+    assert scores == pytest.approx(expected, abs=1e-4)
+
+    manager = TaskManager(
+        include_path=str(write_definitions(tmp_path, tmp_path / "rows", limit=9)), include_defaults=False
+    )
+    names = [f"local_{name}" for name in found["tasks"]["tasks"]]
+    results = harness.run_harness(ours.model, ours.tokenizer, names, batch_size=8, max_length=64, task_manager=manager)[
+        "results"
+    ]
+    accuracies = {name: task["acc"] for name, task in found["tasks"]["tasks"].items()}
+    assert accuracies == pytest.approx({name: results[f"local_{name}"]["acc,none"] for name in accuracies})
+
+
+def test_the_harness_command_refuses_what_it_cannot_load(place, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+    mistakes = {
+        "recovered=nowhere": "nowhere has no choices.safetensors",
+        "recovered=nowhere,method=pp": "recovered brings its own method: leave out method",
+        "method=llm_pruner": "llm_pruner chooses from importances: name their file",
+    }
+    for arguments, message in mistakes.items():
+        given = ["--tasks", "piqa", "--batch_size", "2", "--model_args", f"path={place / 'model'},{arguments}"]
+        monkeypatch.setattr(sys, "argv", ["pp-lightning", "lm-eval", *given])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        assert message in refused(capsys)
+
+
+def test_the_harness_prunes_by_importances_in_a_file(run, settings, place, tmp_path):
+    harness = pytest.importorskip("pp_lightning.commonsense.harness")
+    file = tmp_path / "importances.safetensors"
+    given = evaluated(settings, method=METHODS["llm_pruner"], importances=str(file), pruning_ratio=0.4)
+    given["model"]["round_to"] = 64  # as in the harness
+    assert run("test", given, "out") == 0
+    asked = {"path": str(place / "model"), "method": "llm_pruner", "importances": str(file), "skip_layers": 2}
+    ours = harness.PrunedHFLM(batch_size=8, max_length=64, device="cpu", **asked)
+    kept = kept_units(ours.model)[3]
+    assert [len(kept.attention)] * 2 == row(tmp_path / "out")["kept"]["attention"]
+    assert [len(kept.mlp)] * 2 == row(tmp_path / "out")["kept"]["mlp"]

@@ -156,6 +156,7 @@ def test_calibration_and_description(tmp_path: Path) -> None:
     folder = str(write_samples(tmp_path))
     data = CommonsenseData(folder, calibration=Embedded("calibration"), calibration_samples=5, batch_size=4)
     data.use_tokenizer(tokenizer_of("metaspace"))
+    assert data.describe()["calibration"] is None
     batches = data.calibration_batches()
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(4, 512), (1, 512)]
     described = data.describe()

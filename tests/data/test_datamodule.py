@@ -105,6 +105,10 @@ def test_impossible_sizes(setting):
 
 
 def test_description_has_what_a_result_needs(make):
-    description = make().describe()
+    data = make()
+    assert data.describe()["calibration"] is None  # not read, and not wanted: it may not be at hand
+    data.calibration_batches()
+    description = data.describe()
+    assert len(description["calibration"]["sha256"]) == 64
     assert {"window", "batch_size", "protocol", "seed", "order", "text", "calibration"} <= set(description)
     assert len(description["text"]["sha256"]) == 64

@@ -55,32 +55,55 @@ def test_one_slice_at_a_time_in_one_buffer(name, unit):
     model = pruned(name, lambda: ProbePruning(attention_unit=unit))
     logits(model, ids())
     workspace = pruning_of(model).context.workspace
-    address, size = workspace._buffer.data_ptr(), workspace._buffer.numel()
+    address, size = workspace.buffer.data_ptr(), workspace.buffer.numel()
     assert size == max(block.slice_size for block in blocks_of(model))
     logits(model, ids(seed=2))
-    assert (workspace._buffer.data_ptr(), workspace._buffer.numel()) == (address, size)
+    assert (workspace.buffer.data_ptr(), workspace.buffer.numel()) == (address, size)
     # nothing is held between batches but that
     assert all(block._held is None for block in blocks_of(model))
 
 
+def workspace_of(size, like):
+    workspace = SliceWorkspace()
+    workspace.reserve(size)
+    workspace.prepare(like)
+    return workspace
+
+
+@torch.no_grad()
 def test_workspace_hands_out_one_buffer_in_turn():
-    workspace, like = SliceWorkspace(), torch.zeros(4, 4)
-    take = workspace.begin(like, 10)
+    like = torch.zeros(4, 4)
+    workspace = workspace_of(10, like)
+    take = workspace.begin(like)
     first, second = take((2, 3), like), take((2, 2), like)
     first.fill_(1.0)
     second.fill_(2.0)
     assert first.eq(1).all() and second.eq(2).all()  # they do not overlap
-    again = workspace.begin(like, 6)((2, 3), like)
+    again = workspace.begin(like)((2, 3), like)
     assert again.data_ptr() == first.data_ptr()
-    assert workspace.begin(like.half(), 6)((2, 3), like.half()).dtype == torch.float16
     assert fresh_memory((2, 3), like) is None
 
 
+@torch.no_grad()
+def test_workspace_follows_the_weights_type_and_the_largest_slice():
+    like = torch.zeros(4, 4)
+    workspace = workspace_of(6, like)
+    assert workspace.begin(like.half()) is fresh_memory  # not prepared for these
+    workspace.prepare(like.half())
+    assert workspace.begin(like.half())((2, 3), like.half()).dtype == torch.float16
+    workspace.reserve(12)
+    assert workspace.begin(like.half()) is fresh_memory
+    workspace.prepare(like.half())
+    assert workspace.buffer.numel() == 12
+
+
 def test_gradients_are_recorded_with_memory_of_their_own():
-    workspace, like = SliceWorkspace(), torch.zeros(4, 4, requires_grad=True)
-    assert workspace.begin(like, 10) is fresh_memory
+    like = torch.zeros(4, 4)
+    assert workspace_of(10, like).buffer is None
     with torch.no_grad():
-        assert workspace.begin(like, 10) is not fresh_memory
+        workspace = workspace_of(10, like)
+        assert workspace.begin(like) is not fresh_memory
+    assert workspace.begin(like) is fresh_memory
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_gqa", "opt"])
@@ -125,6 +148,28 @@ def test_a_held_slice_is_let_go_by_the_next_prompt():
         assert all(block._held is not None for block in blocks_of(model))
         model(input_ids=ids(seed=2), use_cache=False)
     assert all(block._held is None for block in blocks_of(model))
+
+
+@torch.no_grad()
+def decoded(model, prompt, token):
+    cache = model(input_ids=prompt, use_cache=True).past_key_values
+    return model(input_ids=token, past_key_values=cache, use_cache=True).logits
+
+
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("name", ["llama_gqa", "opt"])
+def test_memory_of_held_slices_is_used_again(name, packs):
+    model, fresh = (pruned(name, pack_slices=packs) for _ in range(2))
+    decoded(model, ids(), ids(4, 1))
+    addresses = [block._memory.buffer.data_ptr() for block in blocks_of(model)]
+    logits(fresh, ids())  # moves its history as well
+    second = decoded(model, ids(seed=2), ids(4, 1, seed=3))
+    assert torch.equal(second, decoded(fresh, ids(seed=2), ids(4, 1, seed=3)))
+    assert [block._memory.buffer.data_ptr() for block in blocks_of(model)] == addresses
+    for block in blocks_of(model):
+        assert block._held.projections["output"].weight.is_contiguous()
+        whole = block._memory.buffer.numel() == block.slice_size
+        assert whole != packs, "with packed slices nothing but the output's is made once more"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -154,8 +154,8 @@ def check_evenly_matched(model: PrunedLM, data: EvaluationData) -> LanguageModel
         UserError: a setting of the model would overrule what questions vary, its statistics come from a file, which
             holds those of one seed, or the data is not text in fixed windows.
     """
-    if model.statistics_file is not None:
-        raise UserError("ablate calibrates anew for every seed: leave model.statistics out")
+    if model.statistics_file is not None or model.importances_file is not None:
+        raise UserError("ablate calibrates anew for every seed: leave model.statistics and model.importances out")
     overruling = {
         "allocation": model.allocation is not None,
         "uniform": model.uniform,
