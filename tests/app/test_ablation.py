@@ -77,6 +77,7 @@ def test_ablate_writes_tables_pictures_and_every_measurement(type_in, arguments,
     assert published["perplexities"][0] != published["perplexities"][1]
     full = answers["methods", "Full-Batch Probing", 0.4]
     assert full["perplexities"][0] == full["perplexities"][1]
+    assert full["seeds"] == [0, 5]
     # one measurement where two questions share a variant
     assert answers["mlp_probe", "rows x tokens", 0.4]["perplexities"] == best["perplexities"]
     assert best["settings"]["compensation"] == "probe"

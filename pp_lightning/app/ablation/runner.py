@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -80,7 +81,7 @@ class Bench:
             figures = {name: getattr(done, name) for name in ("perplexity", "dense", "tokens", "flops_ratio")}
             self.finished.add(key, figures)
         self._done[key] = done
-        return done
+        return replace(done, seed=seed)  # of other seeds too, where the seed has no part in it
 
     def overlap(self, variant: Variant, ratio: float, seed: int) -> dict[str, float]:
         """Mean Jaccard index of the units that a variant keeps with those of Full-Batch Probing, by block."""
