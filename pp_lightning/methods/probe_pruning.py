@@ -92,7 +92,7 @@ class ProbePruning(DynamicMethod):
         return cls(
             token_ratio=0.25,
             row_ratio=0.1,
-            fusion_weight=0.5,
+            fusion_weight=0.75,
             rank_by="stratified",
             score="centered",
             compensation="probe",
