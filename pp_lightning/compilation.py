@@ -54,21 +54,25 @@ class Compilation:
 
     def __init__(self, mode: CompileMode) -> None:
         self.mode = mode
-        self._before = len(get_compilation_metrics())
         self._names: set[str] = set()
+        self._graphs: dict[tuple[str | None, str | None], Graph] = {}
 
     def watch(self, *functions: FunctionType) -> None:
         """Count what is compiled of these."""
         self._names |= {function.__code__.co_name for function in functions}
 
+    def collect(self) -> None:
+        """Note what has been compiled. To be called now and then: dynamo remembers the last 64 compilations only."""
+        for one in get_compilation_metrics():
+            if one.co_name in self._names and one.fail_type is None:
+                seconds = float(one.entire_frame_compile_time_s or 0.0)
+                self._graphs[one.co_name, one.compile_id] = Graph(seconds, one.recompile_reason)
+
     @property
     def graphs(self) -> list[Graph]:
         """All compilations so far, in order."""
-        return [
-            Graph(float(one.entire_frame_compile_time_s or 0.0), one.recompile_reason)
-            for one in get_compilation_metrics()[self._before :]
-            if one.co_name in self._names and one.fail_type is None
-        ]
+        self.collect()
+        return list(self._graphs.values())
 
     @property
     def seconds(self) -> float:
@@ -150,6 +154,8 @@ class _TwoGraphs:
         settings: dict[str, Any] = {"fullgraph": True, "mode": None if mode == "default" else mode}
         self._exact = torch.compile(exact, dynamic=False, **settings)
         self._dynamic = torch.compile(dynamic, dynamic=True, **settings)
+        self._compilation = compilation
+        self._seen: set[object] = set()
         self._first: object = None
 
     def __call__(self, widths: tuple[int, ...], layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -158,7 +164,11 @@ class _TwoGraphs:
         self._first = self._first or sizes
         run = self._exact if sizes == self._first else self._dynamic
         with torch._dynamo.config.patch(_DYNAMO):
-            return run(layer, hidden, *args, **kwargs)
+            result = run(layer, hidden, *args, **kwargs)
+        if sizes not in self._seen:
+            self._seen.add(sizes)
+            self._compilation.collect()
+        return result
 
     def __deepcopy__(self, memo: dict[int, object]) -> "_TwoGraphs":
         """Copies of a model share the graphs."""

@@ -81,6 +81,15 @@ def test_batches_of_one_shape_and_all_layers_share_one_graph(name):
     assert compilation.seconds > 0
 
 
+def test_graphs_are_counted_when_dynamo_has_forgotten_them():
+    """It remembers a limited number of compilations, those of others included."""
+    _, compiled, compilation = pair("llama", ProbePruning(**PROBE))
+    with torch.inference_mode():
+        compiled(input_ids=ids(), use_cache=False)
+    torch._dynamo.utils.clear_compilation_metrics()
+    assert len(compilation.graphs) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_equals_eager(name):
