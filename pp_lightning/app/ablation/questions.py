@@ -69,6 +69,7 @@ def _sized(variant: Callable[..., Variant], rows: float, tokens: float, x: float
 _SIZES = ((0.05, 0.05), (0.05, 0.1), (0.05, 0.25), (0.05, 0.5), (0.1, 0.5), (0.25, 0.5), (0.5, 0.5), (1.0, 1.0))
 _SHAPES = ((0.05, 0.5), (0.1, 0.25), (0.25, 0.1), (0.5, 0.05))
 _WEIGHTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+_BEST_WEIGHT = ProbePruning.best().fusion_weight
 
 QUESTIONS: Mapping[str, Question] = {
     "methods": Question(
@@ -149,7 +150,8 @@ QUESTIONS: Mapping[str, Question] = {
     ),
     "weight": Question(
         "How much should the probe of the best settings count against the history?",
-        [_best("0.5 (best)", 0.5)] + [_best(f"{w:g}", w, fusion_weight=w) for w in _WEIGHTS if w != 0.5],
+        [_best(f"{_BEST_WEIGHT:g} (best)", _BEST_WEIGHT)]
+        + [_best(f"{w:g}", w, fusion_weight=w) for w in _WEIGHTS if w != _BEST_WEIGHT],
         axis="weight of the probe",
     ),
     "best_size": Question(
