@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from pp_lightning.architectures import architecture_of, shape_of
 from pp_lightning.compilation import with_own_code
 from pp_lightning.plan import make_plan
-from pp_lightning.pruned.block import PrunedBlock, Surroundings
+from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruned.context import BatchContext
 from pp_lightning.pruned.dynamic import layer_pruner
 from pp_lightning.pruned.layer import LayerPruner
+from pp_lightning.pruned.surroundings import Surroundings
 from pp_lightning.pruning import pruners_of
 
 BlockFunction = Callable[[int], object]

@@ -59,13 +59,25 @@ def probe_rows(num_rows: int, row_ratio: float) -> int:
     return min(num_rows, max(1, _ceil(row_ratio * num_rows)))
 
 
-def one_projection_is_cheaper(probe_places: int, batch_places: int, kept: int, number: int) -> bool:
+def one_projection_is_cheaper(
+    probe_places: int, batch_places: int, kept: int, number: int, *, sliced_anyway: bool = False
+) -> bool:
     """Whether probe and batch should come from one projection of the batch with all weights.
 
     Projecting the probe with all weights and then the batch with the kept ones costs ``p + k`` times as much, where p
     is the probe's share of the batch and k the kept units'. That is 1 or more in a batch of one row, where the probe is
-    half of it, and wherever the whole batch is the probe.
+    half of it, and wherever the whole batch is the probe. Where the slices are needed afterwards, one projection saves
+    no copy, and only a probe of the whole batch makes it worth while.
+
+    Args:
+        probe_places: rows x tokens of the probe.
+        batch_places: rows x tokens of the batch.
+        kept: units that stay.
+        number: of all units.
+        sliced_anyway: whether the slices are needed afterwards, for decoding.
     """
+    if sliced_anyway:
+        return probe_places >= batch_places
     return probe_places * number + batch_places * kept >= batch_places * number
 
 

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from pp_lightning.functional.attention import attend, join_heads, rotate, split_heads
-from pp_lightning.pruned.block import PrunedBlock, Surroundings
+from pp_lightning.pruned.block import PrunedBlock
+from pp_lightning.pruned.surroundings import Surroundings
 
 
 class PrunedAttention(PrunedBlock):

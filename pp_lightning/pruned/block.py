@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,118 +11,13 @@ from torch import Tensor, nn
 from pp_lightning.blocks import BlockModules, Units
 from pp_lightning.functional.budget import one_projection_is_cheaper
 from pp_lightning.functional.compensation import channel_mean, restored_mean, update_mean_
-from pp_lightning.functional.linear import linear
 from pp_lightning.functional.moments import Places, placed_second_moment, second_moment, update_history_
-from pp_lightning.functional.probe import Probe
-from pp_lightning.functional.selection import keep_best, store_by_columns, store_by_rows, take_rows, unit_channels
+from pp_lightning.functional.selection import keep_best, store_by_columns, unit_channels
 from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod
 from pp_lightning.pruned.packing import PackedSlice, sliced_rows
+from pp_lightning.pruned.surroundings import Surroundings
+from pp_lightning.pruned.weights import Projection, Weights
 from pp_lightning.pruned.workspace import Memory, SliceWorkspace
-
-
-class Projection(NamedTuple):
-    """Weight (out, in) and bias (out,) of a linear map, whole or sliced."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def of_outputs(self, units: Tensor, per_unit: int, memory: Memory) -> "Projection":
-        """Only the outputs (rows) of these units."""
-        shape = (len(units) * per_unit, self.weight.shape[1])
-        return self.with_outputs(sliced_rows(self.weight, units, per_unit, memory(shape, self.weight)), units, per_unit)
-
-    def with_outputs(self, weight: Tensor, units: Tensor, per_unit: int) -> "Projection":
-        """``weight``, which has the outputs of these units, with their bias."""
-        return Projection(weight, None if self.bias is None else take_rows(self.bias, units, per_unit))
-
-    def of_inputs(self, units: Tensor, per_unit: int, memory: Memory) -> "Projection":
-        """Only the inputs (columns) of these units; the bias belongs to the outputs and stays.
-
-        The weight must be stored by columns, see :func:`store_by_columns`.
-        """
-        shape = (len(units) * per_unit, self.weight.shape[0])
-        return Projection(sliced_rows(self.weight.t(), units, per_unit, memory(shape, self.weight)).t(), self.bias)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A block's projections by role, whole (``kept`` is None) or reduced to the kept units (K,)."""
-
-    projections: Mapping[str, Projection]
-    kept: Tensor | None = None
-
-    def restoring(self, vector: Tensor | None) -> "Weights":
-        """The same with ``vector`` (D,) float32 added to the output's bias: it then costs nothing to add."""
-        if vector is None:
-            return self
-        weight, bias = self.projections["output"]
-        total = vector if bias is None else bias.float() + vector
-        return Weights({**self.projections, "output": Projection(weight, total.to(weight.dtype))}, self.kept)
-
-    def with_weight(self, role: str, weight: Tensor) -> "Weights":
-        """The same with another weight for ``role``."""
-        changed = Projection(weight, self.projections[role].bias)
-        return Weights({**self.projections, role: changed}, self.kept)
-
-    def apply(self, role: str, states: Tensor) -> Tensor:
-        """The linear map ``role`` of (..., in)."""
-        return linear(states, *self.projections[role])
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What a block needs to know of its batch beside its input. Tensors and constants only, so that it traces.
-
-    Attributes:
-        mask: the decoder's attention mask, (B or 1, 1, S, T), bool or additive; None is causal.
-        rotation: cos and sin, each (B or 1, S, d); None without rotary positions.
-        places: positions of the batch; None where columns are positions and nothing is padding.
-        probe_sizes: rows and tokens of the probe; None leaves it to the method.
-        lots: (2, M) float32, uniform numbers to draw the probes of attention and MLP with; None where none are drawn.
-        remember: whether histories move.
-        cache: takes the keys and values of every layer, and gives those to attend to; None without caching.
-    """
-
-    mask: Tensor | None = None
-    rotation: tuple[Tensor, Tensor] | None = None
-    places: Places | None = None
-    probe_sizes: tuple[int, int] | None = None
-    lots: Tensor | None = None
-    remember: bool = True
-    cache: Any = None
-
-    def of_batch(self, num_tokens: int) -> "Surroundings":
-        """The same without the places of a cache beyond the batch: a static one has more than it holds."""
-        mask = None if self.mask is None else self.mask[..., :num_tokens]
-        return replace(self, mask=mask)
-
-    def of_mlp(self) -> "Surroundings":
-        """What is left for a block without attention."""
-        return replace(self, mask=None, rotation=None, cache=None)
-
-    def of_probe(self, probe: AnyProbe) -> "Surroundings":
-        """Mask and rotary positions of the probe's rows and tokens, at their true positions and without a cache."""
-        return Surroundings(self._probe_mask(probe), self._probe_rotation(probe))
-
-    def _probe_mask(self, probe: AnyProbe) -> Tensor | None:
-        if self.mask is None:
-            return None
-        assert isinstance(probe, Probe)  # attention runs among rows and tokens
-        rows = self.mask if self.mask.shape[0] == 1 else self.mask.index_select(0, probe.rows)
-        mask = rows.index_select(2, probe.tokens).index_select(3, probe.tokens)
-        if probe.real_tokens is None:
-            return mask
-        return (
-            mask & probe.real_tokens
-            if mask.dtype == torch.bool
-            else mask.masked_fill(~probe.real_tokens, torch.finfo(mask.dtype).min)
-        )
-
-    def _probe_rotation(self, probe: AnyProbe) -> tuple[Tensor, Tensor] | None:
-        if self.rotation is None:
-            return None
-        cos, sin = (t if t.shape[0] == 1 else t.index_select(0, probe.rows) for t in self.rotation)
-        return cos.index_select(1, probe.tokens), sin.index_select(1, probe.tokens)
 
 
 class Choice(NamedTuple):
@@ -143,10 +38,12 @@ class HowToRun(NamedTuple):
     Attributes:
         keep: K, the units that stay.
         shares: whether probe and batch come from one projection.
+        leaves: whether the slices are left where decoding will find them.
     """
 
     keep: int
     shares: bool
+    leaves: bool = False
 
 
 class PrunedBlock(nn.Module, ABC):
@@ -168,6 +65,7 @@ class PrunedBlock(nn.Module, ABC):
 
     Attributes:
         mixes_tokens: whether tokens see each other in the block's front half.
+        decodes: whether a choice has been held for decoding. From then on, prompts leave their slices for it.
     """
 
     mixes_tokens: ClassVar[bool]
@@ -207,6 +105,7 @@ class PrunedBlock(nn.Module, ABC):
         restores = self.chooses and method.restores_means
         width = modules.output_weight.shape[0]
         self.register_buffer("restored", torch.zeros(width, device=device) if restores else None, persistent=False)
+        self.decodes = False
         self._held: Weights | None = None
         self._memory: SliceWorkspace | None = None  # of what is held
         block_size = sum(linear.weight.numel() for linear in (*modules.inputs.values(), modules.output))
@@ -242,13 +141,13 @@ class PrunedBlock(nn.Module, ABC):
     def widths(self) -> Mapping[str, int]:
         """Rows (of ``output``: columns) that a unit has in each projection. What is not named stays whole."""
 
-    def slices(self, kept: Tensor, memory: Memory, roles: Sequence[str]) -> Mapping[str, Projection]:
+    def slices(self, kept: Tensor, memory: Memory, roles: Sequence[str]) -> Weights:
         """The block's projections, those of ``roles`` reduced to the kept units (K,) and written into ``memory``."""
-        sliced = dict(self.dense().projections)
+        whole, rows = self.dense(), {}
         for role in roles:
-            whole = sliced[role]
-            sliced[role] = (whole.of_inputs if role == "output" else whole.of_outputs)(kept, self.widths[role], memory)
-        return sliced
+            source, width = whole.rows(role), self.widths[role]
+            rows[role] = sliced_rows(source, kept, width, memory((len(kept) * width, source.shape[1]), source))
+        return whole.reduced(rows, kept, self.widths)
 
     def forward(
         self, residual: Tensor, probed: Tensor, around: Surroundings, how: HowToRun
@@ -276,13 +175,16 @@ class PrunedBlock(nn.Module, ABC):
         else:
             states = self.states(probe.take(source), self.dense(), around.of_probe(probe))
         choice = self.choose(states, probe, around, how.keep)
-        return self.run(normed, choice, around), choice
+        return self.run(normed, choice, around, how), choice
 
-    def how_to_run(self, num_rows: int, num_tokens: int, *, parallel: bool) -> HowToRun:
+    def how_to_run(self, num_rows: int, num_tokens: int, *, parallel: bool, caching: bool = False) -> HowToRun:
         """How a batch of (B, S) is run: the same for all batches of one shape."""
         rows, tokens = self.method.probe_sizes(num_rows, num_tokens)
-        shares = one_projection_is_cheaper(rows * tokens, num_rows * num_tokens, self.keep, self.units.number)
-        return HowToRun(self.keep, shares and not parallel)
+        sliced_anyway = caching and self.decodes and not torch.is_grad_enabled()
+        shares = not parallel and one_projection_is_cheaper(
+            rows * tokens, num_rows * num_tokens, self.keep, self.units.number, sliced_anyway=sliced_anyway
+        )
+        return HowToRun(self.keep, shares, leaves=sliced_anyway and not shares)
 
     @torch.no_grad()
     def probe(self, source: Tensor, probed: Tensor, around: Surroundings) -> AnyProbe | None:
@@ -341,9 +243,9 @@ class PrunedBlock(nn.Module, ABC):
             reduced[role] = heads.index_select(2, kept).flatten(2)
         return reduced
 
-    def run(self, normed: Tensor, choice: Choice, around: Surroundings) -> Tensor:
+    def run(self, normed: Tensor, choice: Choice, around: Surroundings, how: HowToRun) -> Tensor:
         """The output (B, S, D) of the whole batch on the choice; the history moves."""
-        weights = self._weights(choice, list(self.widths))
+        weights = self._weights(choice, list(self.widths), leaves=how.leaves)
         return self._finish(self.states(normed, weights, around), weights, around)
 
     def decode(self, residual: Tensor, around: Surroundings) -> Tensor:
@@ -351,15 +253,18 @@ class PrunedBlock(nn.Module, ABC):
         if not self.chooses:
             weights = self.dense()
         else:
+            self.decodes = True
             weights = self._held = self._held or self._weights_to_hold()
         states = self.states(self.parts.norm(residual), weights, around)
         return self._finish(states, weights, replace(around, remember=False))
 
-    def hold(self, choice: Choice) -> None:
-        """Note the choice of the batch, for decoding and for whoever asks."""
+    def hold(self, choice: Choice, how: HowToRun) -> None:
+        """Note the choice of the batch, and where its slices are, for decoding and for whoever asks."""
         self.kept.copy_(choice.kept)
         if self.restored is not None and choice.restored is not None:
             self.restored.copy_(choice.restored)
+        if how.leaves:
+            self._held = self._weights_left()
 
     def prepare(self, how: HowToRun) -> None:
         """Before a new batch: let go of slices held for decoding, and have memory for the next one."""
@@ -367,58 +272,65 @@ class PrunedBlock(nn.Module, ABC):
         if not self.chooses:
             return
         if not self.packs or torch.is_grad_enabled():
-            self.workspace.prepare(self.parts.output_weight)
+            self.packed = None
+            workspace = self._memory_to_hold() if how.leaves else self.workspace
+            workspace.prepare(self.parts.output_weight)
             return
         roles = ["output"] if how.shares else list(self.widths)
         if self.packed is None or list(self.packed.rows) != roles:
             self.packed = None  # before the next one is made
             self.packed = PackedSlice(self._rows(roles), self.widths, self.kept)
 
-    def _weights(self, choice: Choice, roles: Sequence[str]) -> Weights:
+    def _weights(self, choice: Choice, roles: Sequence[str], *, leaves: bool = False) -> Weights:
         """Slices of these projections for a new batch; the others whole."""
-        if self.packed is not None and not torch.is_grad_enabled():
+        if self.packed is not None:
             self.packed.replace(self._rows(roles), self.widths, choice.kept)
             return self._packed_weights(self.packed).restoring(choice.restored)
-        memory = self.workspace.begin(self.parts.output_weight)
-        return Weights(self.slices(choice.kept, memory, roles), choice.kept).restoring(choice.restored)
+        workspace = self._memory_to_hold() if leaves else self.workspace
+        memory = workspace.begin(self.parts.output_weight, stays=leaves)
+        return self.slices(choice.kept, memory, roles).restoring(choice.restored)
 
     def _weights_to_hold(self) -> Weights:
-        """Slices for decoding, in memory that stays for the next choice to hold.
+        """Slices for decoding, in memory that stays for the next choice to hold."""
+        if self._packs_all:
+            return self._weights_left()
+        workspace, like = self._memory_to_hold(), self.parts.output_weight
+        workspace.prepare(like)
+        # in the order in which a cache has the heads
+        kept = self.kept if self.packed is None else self.packed.slots
+        return self.slices(kept, workspace.begin(like, stays=True), list(self.widths)).restoring(self.restored)
 
-        The output's is stored by rows too: single tokens are multiplied with it fastest.
-        """
-        whole, inputs = self.parts.output_weight, [role for role in self.widths if role != "output"]
-        packs = self.packed is not None and list(self.packed.rows) == list(self.widths)
+    def _weights_left(self) -> Weights:
+        """The slices of the last batch, where it left them."""
+        if self._packs_all:
+            assert self.packed is not None
+            return self._packed_weights(self.packed).restoring(self.restored)
+        whole, rows = self.dense(), {}
+        memory = self._memory_to_hold().begin(self.parts.output_weight, stays=True)
+        for role, width in self.widths.items():
+            source = whole.rows(role)
+            written = memory((self.keep * width, source.shape[1]), source)
+            assert written is not None  # prepared before the batch
+            rows[role] = written
+        return whole.reduced(rows, self.kept, self.widths).restoring(self.restored)
+
+    def _memory_to_hold(self) -> SliceWorkspace:
         if self._memory is None:
             self._memory = SliceWorkspace()
-            self._memory.reserve(self.keep * self.units.channels * whole.shape[0] if packs else self.slice_size)
-        self._memory.prepare(whole)
-        memory = self._memory.begin(whole)
-        if packs:
-            assert self.packed is not None
-            held = self._packed_weights(self.packed)
-            output = held.projections["output"].weight
-        else:
-            held = Weights(self.slices(self.kept, memory, inputs), self.kept)
-            output = self.slices(self.kept, self.workspace.begin(whole), ["output"])["output"].weight
-        by_rows = store_by_rows(output, memory((output.shape[0], output.shape[1]), whole))
-        return held.with_weight("output", by_rows).restoring(self.restored)
+            self._memory.reserve(self.slice_size)
+        return self._memory
+
+    @property
+    def _packs_all(self) -> bool:
+        return self.packed is not None and list(self.packed.rows) == list(self.widths)
 
     def _rows(self, roles: Sequence[str]) -> dict[str, Tensor]:
         """Of each projection that is sliced, the units' rows, contiguous."""
-        whole = self.dense().projections
-        return {role: whole[role].weight.t() if role == "output" else whole[role].weight for role in roles}
+        whole = self.dense()
+        return {role: whole.rows(role) for role in roles}
 
     def _packed_weights(self, packed: PackedSlice) -> Weights:
-        projections = dict(self.dense().projections)
-        for role, rows in packed.rows.items():
-            whole = projections[role]
-            projections[role] = (
-                Projection(rows.t(), whole.bias)
-                if role == "output"
-                else whole.with_outputs(rows, packed.slots, self.widths[role])
-            )
-        return Weights(projections, packed.slots)
+        return self.dense().reduced(packed.rows, packed.slots, self.widths)
 
     def _finish(self, states: Tensor, weights: Weights, around: Surroundings) -> Tensor:
         """Move the history by the batch's states (B, S, C or K * d), and apply the output matrix to them."""

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pp_lightning.pruned.attention import PrunedAttention
-from pp_lightning.pruned.block import Choice, HowToRun, Surroundings
+from pp_lightning.pruned.block import Choice, HowToRun
 from pp_lightning.pruned.context import BatchContext
 from pp_lightning.pruned.mlp import PrunedMLP
+from pp_lightning.pruned.surroundings import Surroundings
 
 
 class LayerPruner(nn.Module):
@@ -49,7 +50,8 @@ class LayerPruner(nn.Module):
             return middle + self.mlp.decode(middle, around)
         rows, tokens = hidden.shape[:2]
         blocks = (self.attention, self.mlp)
-        how = tuple(block.how_to_run(rows, tokens, parallel=self.parallel) for block in blocks)
+        purpose = {"parallel": self.parallel, "caching": cache is not None}
+        how = tuple(block.how_to_run(rows, tokens, **purpose) for block in blocks)
         for block, own in zip(blocks, how, strict=True):
             block.prepare(own)
         if cache is not None:
@@ -59,9 +61,9 @@ class LayerPruner(nn.Module):
         around = Surroundings(mask, rotation, context.places(mask), sizes, lots, remember=not context.frozen)
         earlier = context.earlier if self.parallel else None
         result = self.run_batch(self, hidden, earlier, around, how, cache is not None)
-        for block, choice in ((self.attention, result.attention_choice), (self.mlp, result.mlp_choice)):
+        for block, choice, own in zip(blocks, (result.attention_choice, result.mlp_choice), how, strict=True):
             if choice is not None:
-                block.hold(choice)
+                block.hold(choice, own)
         context.earlier = result.middle if self.parallel else None
         if cache is not None:
             cache.update(*result.keys_and_values, self.attention.layer_index)

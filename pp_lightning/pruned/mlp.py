@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from pp_lightning.pruned.block import PrunedBlock, Surroundings
+from pp_lightning.pruned.block import PrunedBlock
+from pp_lightning.pruned.surroundings import Surroundings
 
 _CAN_WORK_IN_PLACE: Mapping[type[nn.Module], Callable[..., Tensor]] = {
     SiLUActivation: nn.functional.silu,

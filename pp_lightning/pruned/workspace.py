@@ -41,16 +41,18 @@ class SliceWorkspace:
         with torch.inference_mode(False):  # made here, but written wherever the next batch runs
             self.buffer = torch.empty(self._size, dtype=like.dtype, device=like.device)
 
-    def begin(self, like: Tensor) -> Memory:
+    def begin(self, like: Tensor, *, stays: bool = False) -> Memory:
         """Start a new slice; the previous one is overwritten.
 
         Memory is not reused while gradients are recorded, nor in graphs for an accelerator or for other tools, which
-        plan their own.
+        plan their own; but where the slice has to stay, it has to be here.
 
         Args:
             like: a weight of the block.
+            stays: whether the slice is looked for after the batch.
         """
-        in_graph = torch.compiler.is_compiling() and (like.device.type != "cpu" or torch.compiler.is_exporting())
+        plans = like.device.type != "cpu" or torch.compiler.is_exporting()
+        in_graph = torch.compiler.is_compiling() and plans and not stays
         if self.buffer is None or in_graph or not self._suits(like) or torch.is_grad_enabled():
             return fresh_memory
         return _Stretches(self.buffer)

@@ -157,19 +157,68 @@ def decoded(model, prompt, token):
 
 
 @pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", ["llama_gqa", "opt"])
-def test_memory_of_held_slices_is_used_again(name, packs):
+def test_once_a_model_decodes_its_prompts_leave_the_slices_for_it(name, rows, packs):
+    """A prompt of one row would share one projection with its probe; and a batch that nothing continues leaves none."""
     model, fresh = (pruned(name, pack_slices=packs) for _ in range(2))
+    first, second, token = ids(rows), ids(rows, seed=2), ids(rows, 1, seed=3)
+    with torch.no_grad():
+        model(input_ids=first, use_cache=True)
+    assert all(block._held is None for block in blocks_of(model)), "nobody knows yet that this model decodes"
+    logits(fresh, first)  # moves its history as well
+    decoded(model, first, token)
+    memory = [None if packs else block._memory.buffer.data_ptr() for block in blocks_of(model)]
+    logits(model, first)
+    logits(fresh, first)
+    assert all(block._held is None for block in blocks_of(model))
+    logits(fresh, first)
+    with torch.no_grad():
+        cache = model(input_ids=second, use_cache=True).past_key_values
+    left = [block._held for block in blocks_of(model)]
+    assert all(held is not None for held in left)
+    with torch.no_grad():
+        found = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+    assert [block._held for block in blocks_of(model)] == left
+    assert [None if packs else block._memory.buffer.data_ptr() for block in blocks_of(model)] == memory
+    expected = decoded(fresh, second, token)
+    assert choices(kept_units(model)) == choices(kept_units(fresh))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_slices_are_held_as_they_are():
+    model = pruned(pack_slices=True)
     decoded(model, ids(), ids(4, 1))
-    addresses = [block._memory.buffer.data_ptr() for block in blocks_of(model)]
-    logits(fresh, ids())  # moves its history as well
-    second = decoded(model, ids(seed=2), ids(4, 1, seed=3))
-    assert torch.equal(second, decoded(fresh, ids(seed=2), ids(4, 1, seed=3)))
-    assert [block._memory.buffer.data_ptr() for block in blocks_of(model)] == addresses
     for block in blocks_of(model):
-        assert block._held.projections["output"].weight.is_contiguous()
-        whole = block._memory.buffer.numel() == block.slice_size
-        assert whole != packs, "with packed slices nothing but the output's is made once more"
+        assert block._memory is None, "no second copy"
+        assert block._held.projections["output"].weight.data_ptr() == block.packed.rows["output"].data_ptr()
+
+
+def test_packed_slices_of_an_earlier_batch_do_not_hide_gradients():
+    model, plain, text = pruned(pack_slices=True), pruned(), ids()
+    for one in (model, plain):
+        logits(one, ids(seed=2))
+        first = one(input_ids=text, labels=text, use_cache=True)
+        first.loss.backward()
+        with torch.no_grad():
+            one.continued = one(input_ids=ids(4, 1), past_key_values=first.past_key_values, use_cache=True).logits
+    for found, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(model.continued, plain.continued, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_left_is_what_a_copy_would_be():
+    model = pruned()
+    decoded(model, ids(), ids(4, 1))
+    model(input_ids=ids(seed=2), use_cache=True)
+    for block in blocks_of(model):
+        left = block._held
+        copied = block.slices(block.kept, fresh_memory, list(block.widths))
+        for role, projection in copied.projections.items():
+            assert torch.equal(left.projections[role].weight, projection.weight), role
+        other = block.slices((block.kept + 1) % block.units.number, fresh_memory, ["output"])
+        assert not torch.equal(left.projections["output"].weight, other.projections["output"].weight)
 
 
 @pytest.mark.parametrize("name", MODELS)
