@@ -51,8 +51,16 @@ def dense_flops(shape: ModelShape, rows: int, tokens: int) -> Flops:
     return Flops(blocks, probe=0, vocabulary=2 * rows * tokens * shape.hidden_size * shape.vocabulary)
 
 
-def pruned_flops(shape: ModelShape, pruning: Pruning, rows: int, tokens: int) -> Flops:
-    """FLOPs of a pruned model on a (B, S) batch, probes included."""
+def pruned_flops(shape: ModelShape, pruning: Pruning, rows: int, tokens: int, *, sliced_anyway: bool = False) -> Flops:
+    """FLOPs of a pruned model on a (B, S) batch, probes included.
+
+    Args:
+        shape: the model's sizes.
+        pruning: what stays, and by which method.
+        rows: B.
+        tokens: S.
+        sliced_anyway: whether the batch is a prompt of a model that decodes, which leaves its slices for that.
+    """
     dense = dense_flops(shape, rows, tokens)
     blocks = dict(dense.blocks)
     probe = 0
@@ -65,7 +73,9 @@ def pruned_flops(shape: ModelShape, pruning: Pruning, rows: int, tokens: int) ->
             whole = heads == shape.num_heads
             blocks[layer, block] = attention_flops(shape, rows, tokens, heads, keys)
         if isinstance(pruning.method, DynamicMethod) and not whole:
-            probe += choosing_flops(shape, block, pruning.method, pruning.plan.unit, keep, rows, tokens)
+            probe += choosing_flops(
+                shape, block, pruning.method, pruning.plan.unit, keep, rows, tokens, sliced_anyway=sliced_anyway
+            )
             probe += compensation_flops(shape, block) if pruning.method.restores_means else 0
     return Flops(blocks, probe, dense.vocabulary)
 
@@ -101,7 +111,15 @@ def probe_flops(shape: ModelShape, block: Block, rows: int, tokens: int) -> int:
 
 
 def choosing_flops(
-    shape: ModelShape, block: Block, method: DynamicMethod, unit: AttentionUnit, keep: int, rows: int, tokens: int
+    shape: ModelShape,
+    block: Block,
+    method: DynamicMethod,
+    unit: AttentionUnit,
+    keep: int,
+    rows: int,
+    tokens: int,
+    *,
+    sliced_anyway: bool = False,
 ) -> int:
     """What choosing for a (B, S) batch adds to one pruned block: its probe, or what a shared projection does too much.
 
@@ -113,10 +131,12 @@ def choosing_flops(
         keep: units that stay.
         rows: B.
         tokens: S.
+        sliced_anyway: see :func:`pruned_flops`.
     """
     probe = method.probe_sizes(rows, tokens)
     number = units_of(shape, block, unit).number
-    shared = one_projection_is_cheaper(probe[0] * probe[1], rows * tokens, keep, number)
+    places = probe[0] * probe[1], rows * tokens
+    shared = one_projection_is_cheaper(*places, keep, number, sliced_anyway=sliced_anyway)
     if not shared or method.probe_source == "previous":
         return probe_flops(shape, block, *probe)
     if block is Block.MLP:

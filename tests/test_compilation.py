@@ -195,3 +195,23 @@ def test_it_can_be_undone():
     compile_(compiled)
     with pytest.raises(UserError, match="uncompile_ it first"):
         prune_(compiled, FullBatchProbing(), **SETTINGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama_gqa", "opt"])
+def test_compiled_prompts_leave_their_slices_for_decoding(name):
+    eager, compiled, compilation = pair(name, ProbePruning(**PROBE))
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    for model in (eager, compiled):
+        model.generate(ids(2, 12), **settings)
+    made = len(compilation.graphs)
+    for seed in (1, 2):
+        prompt = ids(2, 12, seed)
+        for model in (eager, compiled):
+            model.generate(prompt, max_new_tokens=1, do_sample=False)
+        for pruner in pruners_of(compiled).values():
+            assert pruner.attention._held is not None and pruner.mlp._held is not None
+        assert torch.equal(compiled.generate(prompt, **settings), eager.generate(prompt, **settings))
+    assert len(compilation.graphs) == made + 1, "one more graph, for all layers"
+    for key, history in histories(eager).items():
+        torch.testing.assert_close(histories(compiled)[key], history, rtol=1e-5, atol=1e-6)

@@ -35,9 +35,9 @@ def test_probe_share_of_the_default_probe(name, percent):
     assert round(100 * probe / dense_flops(shape, 20, 1024).layers, 2) == percent
 
 
-def counted(model, input_ids):
+def counted(model, input_ids, use_cache=False):
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(input_ids=input_ids, use_cache=False)
+        model(input_ids=input_ids, use_cache=use_cache)
     return counter.get_total_flops()
 
 
@@ -72,3 +72,20 @@ def test_pruned_model_agrees_with_the_counter(name, unit, method):
 
 def test_counts_need_no_weights():
     assert dense_flops(shape_of(PUBLISHED["llama-2-7b"]), 1, 1).vocabulary == 2 * 4096 * 32000
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "opt"])
+@pytest.mark.parametrize("method", [ProbePruning, FullBatchProbing])
+def test_prompts_of_a_model_that_decodes(name, method):
+    """One row shares a projection with its probe, unless slices are wanted for decoding anyway."""
+    model = tiny(name, attn_implementation="eager")
+    prune_(model, method(), statistics(name), **{**SETTINGS, "pruning_ratio": 0.2})
+    shape, pruning, text = shape_of(model.config), pruning_of(model), ids(1, TOKENS)
+    first, later = (pruned_flops(shape, pruning, 1, TOKENS, sliced_anyway=wanted).model for wanted in (False, True))
+    assert (first < later) == (method is ProbePruning), "a probe of the whole batch always shares"
+    assert counted(model, text, use_cache=True) == first
+    with torch.no_grad():
+        cache = model(input_ids=text, use_cache=True).past_key_values
+        model(input_ids=ids(1, 1), past_key_values=cache, use_cache=True)
+    assert counted(model, text, use_cache=True) == later
+    assert counted(model, text) == first

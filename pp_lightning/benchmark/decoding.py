@@ -12,17 +12,19 @@ PROMPT_TOKENS = 64
 
 
 def decoding_runner(model: PreTrainedModel, prompts: Sequence[Tensor], new_tokens: int) -> Runner:
-    """Decodes greedily after a prompt; the time is that of one token, the prompt's own left out.
+    """Decodes greedily after a prompt: ``prompt`` is the time of the prompt, ``decoding`` that of one token after it.
 
     Args:
         model: dense or pruned.
         prompts: (B, S) each, one a batch.
-        new_tokens: tokens to decode. The first one includes making the slices that are then held.
+        new_tokens: tokens to decode. From the second prompt on, the slices for them are made along with the prompt; the
+            first token after the first one makes its own.
     """
     clock = stopwatch_for(model.device)
 
     def run(index: int) -> Mapping[str, float]:
         cache = DynamicCache(config=model.config)
+        clock.mark()
         start = model(input_ids=prompts[index], past_key_values=cache, use_cache=True, logits_to_keep=1)
         token = start.logits.argmax(-1)
         clock.mark()
@@ -30,6 +32,7 @@ def decoding_runner(model: PreTrainedModel, prompts: Sequence[Tensor], new_token
             step = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
             token = step.logits.argmax(-1)
         clock.mark()
-        return {"decoding": clock.laps()[0] / new_tokens}
+        prompt, decoding = clock.laps()
+        return {"prompt": prompt, "decoding": decoding / new_tokens}
 
     return run

@@ -30,7 +30,7 @@ class Row:
     Attributes:
         variant: how the model ran.
         part: ``decoder`` (all layers), ``model`` (with the projection to the vocabulary), ``attention block``,
-            ``MLP block`` or ``decoding``.
+            ``MLP block``, ``prompt`` (in front of what is decoded) or ``decoding`` (one token).
         dtype, rows, tokens, pruning_ratio: the case.
         median, fastest, slowest: milliseconds; of one token in decoding.
         rounds: timed rounds.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pp_lightning.architectures import shape_of
+from pp_lightning.architectures import ModelShape, shape_of
 from pp_lightning.benchmark.blocks import choosing_function, dense_pruner, held_function, meetings
 from pp_lightning.benchmark.clock import stopwatch_for
 from pp_lightning.benchmark.decoding import PROMPT_TOKENS, decoding_runner
@@ -26,7 +26,7 @@ from pp_lightning.flops import (
     pruned_flops,
 )
 from pp_lightning.methods.dynamic import DynamicMethod
-from pp_lightning.pruning import is_pruned, pruners_of, pruning_of
+from pp_lightning.pruning import Pruning, is_pruned, pruners_of, pruning_of
 
 Tell = Callable[[str], None]
 
@@ -224,26 +224,37 @@ def _decoding(
     interleaved(runners, rounds=1, **arguments)  # type: ignore[arg-type]
     samples = interleaved(runners, rounds=settings.repeats, **arguments)  # type: ignore[arg-type]
     past = PROMPT_TOKENS + settings.decode_tokens // 2
-    dense = decoding_flops(shape, None, batch, past)
     rows = []
-    for name in names:
-        own = samples[name].seconds["decoding"]
-        pruning = pruning_of(models[name]) if is_pruned(models[name]) else None
-        rows.append(
-            Row.timed(
-                own,
-                samples["dense"].seconds["decoding"],
-                tokens_a_round=batch,
-                variant=name,
-                part="decoding",
-                dtype=dtype,
-                rows=batch,
-                tokens=PROMPT_TOKENS,
-                pruning_ratio=subject.ratio,
-                flops_ratio=decoding_flops(shape, pruning, batch, past) / dense,
+    for part, tokens_a_row in (("prompt", PROMPT_TOKENS), ("decoding", 1)):
+        for name in names:
+            pruning = pruning_of(models[name]) if is_pruned(models[name]) else None
+            if part == "prompt":
+                flops = [_prompt_flops(shape, one, batch) for one in (pruning, None)]
+            else:
+                flops = [decoding_flops(shape, one, batch, past) for one in (pruning, None)]
+            rows.append(
+                Row.timed(
+                    samples[name].seconds[part],
+                    samples["dense"].seconds[part],
+                    tokens_a_round=batch * tokens_a_row,
+                    variant=name,
+                    part=part,
+                    dtype=dtype,
+                    rows=batch,
+                    tokens=PROMPT_TOKENS,
+                    pruning_ratio=subject.ratio,
+                    flops_ratio=flops[0] / flops[1],
+                )
             )
-        )
     return rows
+
+
+def _prompt_flops(shape: ModelShape, pruning: Pruning | None, rows: int) -> int:
+    """A prompt whose last tokens alone are projected to the vocabulary."""
+    size = rows, PROMPT_TOKENS
+    dense = dense_flops(shape, *size)
+    flops = dense if pruning is None else pruned_flops(shape, pruning, *size, sliced_anyway=True)
+    return flops.layers + dense.vocabulary // PROMPT_TOKENS
 
 
 @torch.inference_mode()

@@ -57,7 +57,7 @@ def test_every_case_has_its_rows(measured, monkeypatch):
     eager(monkeypatch)
     rows = run_benchmark(measured, tell=lambda _: None)
     assert {(row.rows, row.tokens) for row in rows if row.part == "decoder"} == {(4, 16), (1, 8)}
-    assert {row.part for row in rows} == {"decoder", "model", "attention block", "MLP block", "decoding"}
+    assert {row.part for row in rows} == {"decoder", "model", "attention block", "MLP block", "prompt", "decoding"}
     by = {(row.variant, row.part, row.rows, row.tokens): row for row in rows}
     for row in rows:
         assert 0 < row.fastest <= row.median <= row.slowest

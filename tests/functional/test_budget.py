@@ -5,6 +5,7 @@ from pp_lightning.functional.budget import (
     kept_channels,
     kept_heads,
     layer_ratio,
+    one_projection_is_cheaper,
     probe_rows,
     probe_tokens,
     rounded_up,
@@ -106,3 +107,11 @@ def test_everything_would_go():
 def test_round_to_must_be_positive():
     with pytest.raises(UserError, match="round_to must be at least 1, not 0"):
         kept_channels(100, 0.5, round_to=0)
+
+
+def test_one_projection_is_cheaper_where_probe_and_kept_units_make_up_the_whole():
+    assert not one_projection_is_cheaper(1, 10, 8, 10)
+    assert one_projection_is_cheaper(2, 10, 8, 10)
+    assert one_projection_is_cheaper(10, 10, 1, 10)
+    assert not one_projection_is_cheaper(9, 10, 8, 10, sliced_anyway=True)
+    assert one_projection_is_cheaper(10, 10, 1, 10, sliced_anyway=True)
