@@ -1,5 +1,6 @@
 """Linear maps, by the kernel that is fastest for their shape."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,9 +14,26 @@ THIN = 64
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 
+# Types that this machine's CPU has arithmetic for; others are emulated.
+_NATIVE: Mapping[torch.dtype, bool] = {
+    torch.bfloat16: _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: _ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
+
+
+def wants_rows(weight: Tensor) -> bool:
+    """Whether a product with ``weight`` is only fast where it is stored by rows.
+
+    So it is in half precision on a CPU without arithmetic for it: by columns it takes ten times as long there, and a
+    copy far less.
+    """
+    return weight.device.type == "cpu" and not _NATIVE.get(weight.dtype, True) and not torch.compiler.is_exporting()
+
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``states @ weight.T + bias``: (..., in) to (..., out)."""
+    if wants_rows(weight):
+        weight = weight.contiguous()
     if not torch.is_grad_enabled() and _has_thin_kernel(states, weight) and states.numel() // states.shape[-1] <= THIN:
         product: Tensor = thin_linear(states, weight, bias)
         return product

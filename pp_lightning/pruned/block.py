@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pp_lightning.blocks import BlockModules, Units
 from pp_lightning.functional.budget import one_projection_is_cheaper
 from pp_lightning.functional.compensation import channel_mean, restored_mean, update_mean_
+from pp_lightning.functional.linear import wants_rows
 from pp_lightning.functional.moments import Places, placed_second_moment, second_moment, update_history_
 from pp_lightning.functional.selection import keep_best, store_by_columns, unit_channels
 from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod
@@ -180,7 +181,7 @@ class PrunedBlock(nn.Module, ABC):
     def how_to_run(self, num_rows: int, num_tokens: int, *, parallel: bool, caching: bool = False) -> HowToRun:
         """How a batch of (B, S) is run: the same for all batches of one shape."""
         rows, tokens = self.method.probe_sizes(num_rows, num_tokens)
-        sliced_anyway = caching and self.decodes and not torch.is_grad_enabled()
+        sliced_anyway = caching and self.decodes and self._holds_slices_as_they_are()
         shares = not parallel and one_projection_is_cheaper(
             rows * tokens, num_rows * num_tokens, self.keep, self.units.number, sliced_anyway=sliced_anyway
         )
@@ -293,12 +294,13 @@ class PrunedBlock(nn.Module, ABC):
     def _weights_to_hold(self) -> Weights:
         """Slices for decoding, in memory that stays for the next choice to hold."""
         if self._packs_all:
-            return self._weights_left()
+            return self._weights_left().by_rows()
         workspace, like = self._memory_to_hold(), self.parts.output_weight
         workspace.prepare(like)
         # in the order in which a cache has the heads
         kept = self.kept if self.packed is None else self.packed.slots
-        return self.slices(kept, workspace.begin(like, stays=True), list(self.widths)).restoring(self.restored)
+        held = self.slices(kept, workspace.begin(like, stays=True), list(self.widths))
+        return held.restoring(self.restored).by_rows()
 
     def _weights_left(self) -> Weights:
         """The slices of the last batch, where it left them."""
@@ -319,6 +321,9 @@ class PrunedBlock(nn.Module, ABC):
             self._memory = SliceWorkspace()
             self._memory.reserve(self.slice_size)
         return self._memory
+
+    def _holds_slices_as_they_are(self) -> bool:
+        return not torch.is_grad_enabled() and not wants_rows(self.parts.output_weight)
 
     @property
     def _packs_all(self) -> bool:

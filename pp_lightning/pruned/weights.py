@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pp_lightning.functional.linear import linear
+from pp_lightning.functional.linear import linear, wants_rows
 from pp_lightning.functional.selection import take_rows
 
 
@@ -57,6 +57,13 @@ class Weights:
                 own_bias = None if bias is None else take_rows(bias, kept, widths[role])
                 projections[role] = Projection(own, own_bias)
         return Weights(projections, kept)
+
+    def by_rows(self) -> "Weights":
+        """The same, the output stored by rows where products want that."""
+        weight, bias = self.projections["output"]
+        if not wants_rows(weight):
+            return self
+        return Weights({**self.projections, "output": Projection(weight.contiguous(), bias)}, self.kept)
 
     def apply(self, role: str, states: Tensor) -> Tensor:
         """The linear map ``role`` of (..., in)."""

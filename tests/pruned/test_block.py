@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pp_lightning import calibrate, kept_units, prune_, unprune_
+from pp_lightning.functional import linear as linear_module
 from pp_lightning.methods import FullBatchProbing, ProbePruning
 from pp_lightning.pruned.workspace import SliceWorkspace, fresh_memory
 from pp_lightning.pruning import pruners_of, pruning_of
@@ -183,6 +184,17 @@ def test_once_a_model_decodes_its_prompts_leave_the_slices_for_it(name, rows, pa
     assert [None if packs else block._memory.buffer.data_ptr() for block in blocks_of(model)] == memory
     expected = decoded(fresh, second, token)
     assert choices(kept_units(model)) == choices(kept_units(fresh))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_where_products_want_rows_slices_are_held_by_rows(monkeypatch, packs):
+    model, plain = (pruned(pack_slices=packs) for _ in range(2))
+    expected = [decoded(plain, ids(seed=seed), ids(4, 1)) for seed in (1, 2)]
+    assert not any(block._held.projections["output"].weight.is_contiguous() for block in blocks_of(plain))
+    monkeypatch.setattr(linear_module, "_NATIVE", {torch.float32: False})  # as half precision on many a laptop
+    found = [decoded(model, ids(seed=seed), ids(4, 1)) for seed in (1, 2)]
+    assert all(block._held.projections["output"].weight.is_contiguous() for block in blocks_of(model))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
