@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from pp_lightning.architectures import architecture_of
 from pp_lightning.errors import UserError
-from pp_lightning.pruned.layer import run_batch
+from pp_lightning.pruned.batch import choose_ahead, run_batch, run_chosen
 from pp_lightning.pruning import COMPILED, pruners_of
+
+_RECORDING = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
 
@@ -108,16 +110,22 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
     pruners = pruners_of(model)
     compilation = Compilation(mode)
     shared: dict[Callable[..., Any], _TwoGraphs] = {}
-    for index, layer in enumerate(architecture_of(model.config).layers_of(model)):
-        pruner = pruners.get(index)
-        function = type(layer).forward if pruner is None else run_batch
+
+    def graphs_of(function: Callable[..., Any]) -> _TwoGraphs:
         if function not in shared:
             shared[function] = _TwoGraphs(function, mode, compilation)
-        graphs = shared[function]
+        return shared[function]
+
+    for index, layer in enumerate(architecture_of(model.config).layers_of(model)):
+        pruner = pruners.get(index)
         if pruner is None:
-            layer.forward = MethodType(_StockForward(graphs, _widths(layer)), layer)
-        else:
-            pruner.run_batch = partial(graphs, (pruner.attention.keep, pruner.mlp.keep))
+            layer.forward = MethodType(_StockForward(graphs_of(type(layer).forward), _widths(layer)), layer)
+            continue
+        widths = (pruner.attention.keep, pruner.mlp.keep)
+        pruner.run_batch = partial(graphs_of(run_batch), widths)
+        pruner.choose_ahead = partial(graphs_of(choose_ahead), widths)
+        pruner.run_chosen = partial(graphs_of(run_chosen), widths)
+        pruner.context.overlaps = mode not in _RECORDING
     setattr(model, COMPILED, compilation)
     return compilation
 
@@ -133,7 +141,9 @@ def uncompile_(model: PreTrainedModel) -> None:
     pruners = pruners_of(model)
     for index, layer in enumerate(architecture_of(model.config).layers_of(model)):
         if index in pruners:
-            pruners[index].run_batch = run_batch
+            pruner = pruners[index]
+            pruner.run_batch, pruner.choose_ahead, pruner.run_chosen = run_batch, choose_ahead, run_chosen
+            pruner.context.overlaps = True
         else:
             del layer.forward
     delattr(model, COMPILED)
@@ -143,7 +153,7 @@ class _TwoGraphs:
     """A function of a layer in two compilations: one for the first sizes it sees, one with dynamic sizes for the rest.
 
     Args:
-        function: its first argument is the layer (or its pruner), the second the residual (B, S, D).
+        function: its first argument is the layer, its pruner or a block, the second the residual (B, S, D).
         mode: torch.compile's mode.
         compilation: told of the code objects that are compiled.
     """

@@ -5,7 +5,7 @@ import torch
 
 from pp_lightning import UserError, calibrate, compile_, kept_units, prune_, uncompile_, unprune_
 from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, StaticPPsp
-from pp_lightning.pruned.layer import run_batch
+from pp_lightning.pruned.batch import run_batch
 from pp_lightning.pruning import pruners_of
 from tests.models import (
     GROUPED,

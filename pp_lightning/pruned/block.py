@@ -166,17 +166,28 @@ class PrunedBlock(nn.Module, ABC):
         """
         normed = self.parts.norm(residual)
         if not self.chooses:
-            return self._finish(self.states(normed, self.dense(), around), self.dense(), around), None
+            return self.run_whole(normed, around), None
         source = normed if probed is residual else self.parts.norm(probed)
-        probe = self.probe(source, probed, around)
         if how.shares:
-            return self._run_shared(normed, probe, around, how.keep)
+            return self._run_shared(normed, self.probe(source, probed, around), around, how.keep)
+        choice = self.choose_from(source, probed, around, how.keep)
+        return self.run(normed, choice, around, how), choice
+
+    def choose_from(self, source: Tensor, probed: Tensor, around: Surroundings, keep: int) -> Choice:
+        """Run the probe ahead and choose by it.
+
+        Args:
+            source: (B, S, D), the normalised ``probed``.
+            probed: (B, S, D), the residual that the probe is taken from.
+            around: mask and positions.
+            keep: K.
+        """
+        probe = self.probe(source, probed, around)
         if probe is None:
             states = self.states(source, self.dense(), replace(around, cache=None))
         else:
             states = self.states(probe.take(source), self.dense(), around.of_probe(probe))
-        choice = self.choose(states, probe, around, how.keep)
-        return self.run(normed, choice, around, how), choice
+        return self.choose(states, probe, around, keep)
 
     def how_to_run(self, num_rows: int, num_tokens: int, *, parallel: bool, caching: bool = False) -> HowToRun:
         """How a batch of (B, S) is run: the same for all batches of one shape."""
@@ -243,6 +254,10 @@ class PrunedBlock(nn.Module, ABC):
             heads = projected[role].unflatten(-1, (-1, self.widths[role]))
             reduced[role] = heads.index_select(2, kept).flatten(2)
         return reduced
+
+    def run_whole(self, normed: Tensor, around: Surroundings) -> Tensor:
+        """The output (B, S, D) of a block that keeps all its units."""
+        return self._finish(self.states(normed, self.dense(), around), self.dense(), around)
 
     def run(self, normed: Tensor, choice: Choice, around: Surroundings, how: HowToRun) -> Tensor:
         """The output (B, S, D) of the whole batch on the choice; the history moves."""

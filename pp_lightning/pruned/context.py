@@ -1,7 +1,7 @@
 """What the pruned layers of one model share during a forward pass."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
@@ -9,7 +9,20 @@ from torch import Tensor, nn
 
 from pp_lightning.errors import UserError
 from pp_lightning.functional.moments import Places
+from pp_lightning.pruned.streams import SideStream
 from pp_lightning.pruned.workspace import SliceWorkspace
+
+
+class Earlier(NamedTuple):
+    """A residual (B, S, D) that a parallel probe can be taken from.
+
+    Attributes:
+        residual: the residual.
+        since: when it was there, where that is known: on an accelerator, outside of graphs.
+    """
+
+    residual: Tensor
+    since: torch.Event | None
 
 
 class BatchContext:
@@ -22,6 +35,8 @@ class BatchContext:
         decoding: the batch continues a filled cache, so the choice is held.
         choice: number of the current choice; a cache carries the number that it was filled under.
         earlier: the residual of a previous point, for parallel probing; None where there is none yet.
+        overlaps: whether parallel probes may have a stream of their own. Not where CUDA graphs are recorded: these
+            share their memory, and must not run side by side.
 
     Args:
         num_positions: see above.
@@ -34,7 +49,9 @@ class BatchContext:
         self.frozen = False
         self.decoding = False
         self.choice = 0
-        self.earlier: Tensor | None = None
+        self.earlier: Earlier | None = None
+        self.overlaps = True
+        self._side: SideStream | None = None
         self._draw = draw
         self._lots: Tensor | None = None
         self._name = uuid4().hex  # tells this pruning's caches from those of another one of the same model
@@ -86,7 +103,16 @@ class BatchContext:
 
     def publish(self, residual: Tensor) -> None:
         """Offer a residual, (B, S, D) or (B * S, D), to the parallel probe of the next pruned layer."""
-        self.earlier = residual.view(*self._shape, -1)
+        side = None if torch.compiler.is_compiling() else self.side_stream(residual.device)
+        self.earlier = Earlier(residual.view(*self._shape, -1), None if side is None else side.moment())
+
+    def side_stream(self, device: torch.device) -> SideStream | None:
+        """The stream of parallel probes; None where there is nothing to gain from one."""
+        if device.type == "cpu" or not self.overlaps:
+            return None
+        if self._side is None or self._side.device != device:
+            self._side = SideStream(device)
+        return self._side
 
     def _locate(self, shape: torch.Size, real: Tensor | None, position_ids: Tensor | None) -> None:
         self._explicit_positions = position_ids is not None

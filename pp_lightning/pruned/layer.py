@@ -1,25 +1,28 @@
 """A decoder layer whose two blocks are pruned per batch."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pp_lightning.pruned.attention import PrunedAttention
-from pp_lightning.pruned.block import Choice, HowToRun
+from pp_lightning.pruned.batch import BatchResult, choose_ahead, run_batch, run_chosen
+from pp_lightning.pruned.block import Choice, HowToRun, PrunedBlock
 from pp_lightning.pruned.context import BatchContext
 from pp_lightning.pruned.mlp import PrunedMLP
+from pp_lightning.pruned.streams import Ahead, SideStream
 from pp_lightning.pruned.surroundings import Surroundings
 
 
 class LayerPruner(nn.Module):
     """Runs a decoder layer's two blocks, pruned. It hangs on the layer as ``layer.pruner`` and owns no weight.
 
-    What happens here is Python around :func:`run_batch`, which is all tensors: that part can be compiled.
+    What happens here is Python around the functions of :mod:`pp_lightning.pruned.batch`, which are all tensors: these
+    can be compiled.
 
     Args:
         attention: the attention block.
@@ -28,7 +31,9 @@ class LayerPruner(nn.Module):
         parallel: probe earlier residuals, so that a probe need not wait for the block in front of it.
 
     Attributes:
-        run_batch: :func:`run_batch`, or a compiled one.
+        run_batch: :func:`run_batch`, or a compiled one: the whole layer.
+        choose_ahead: :func:`choose_ahead`, or a compiled one: a parallel probe on a stream of its own.
+        run_chosen: :func:`run_chosen`, or a compiled one: a block whose choice was made there.
     """
 
     def __init__(self, attention: PrunedAttention, mlp: PrunedMLP, context: BatchContext, *, parallel: bool) -> None:
@@ -37,7 +42,9 @@ class LayerPruner(nn.Module):
         self.mlp = mlp
         self.context = context
         self.parallel = parallel
-        self.run_batch: BatchRunner = run_batch
+        self.run_batch: Callable[..., BatchResult] = run_batch
+        self.choose_ahead: Callable[..., Choice] = choose_ahead
+        self.run_chosen: Callable[..., tuple[Tensor, tuple[Tensor, ...]]] = run_chosen
 
     def forward(
         self, hidden: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor] | None, cache: Any
@@ -51,7 +58,7 @@ class LayerPruner(nn.Module):
         rows, tokens = hidden.shape[:2]
         blocks = (self.attention, self.mlp)
         purpose = {"parallel": self.parallel, "caching": cache is not None}
-        how = tuple(block.how_to_run(rows, tokens, **purpose) for block in blocks)
+        how = (self.attention.how_to_run(rows, tokens, **purpose), self.mlp.how_to_run(rows, tokens, **purpose))
         for block, own in zip(blocks, how, strict=True):
             block.prepare(own)
         if cache is not None:
@@ -59,76 +66,55 @@ class LayerPruner(nn.Module):
         sizes = self.attention.method.probe_sizes(rows, tokens)
         lots = context.lots_of(self.attention.layer_index)
         around = Surroundings(mask, rotation, context.places(mask), sizes, lots, remember=not context.frozen)
-        earlier = context.earlier if self.parallel else None
-        result = self.run_batch(self, hidden, earlier, around, how, cache is not None)
+        side = context.side_stream(hidden.device) if self.parallel else None
+        if side is None:
+            earlier = context.earlier.residual if self.parallel and context.earlier is not None else None
+            result = self.run_batch(self, hidden, earlier, around, how, cache is not None)
+        else:
+            result = self._run_beside(side, hidden, around, how, cache is not None)
         for block, choice, own in zip(blocks, (result.attention_choice, result.mlp_choice), how, strict=True):
             if choice is not None:
                 block.hold(choice, own)
-        context.earlier = result.middle if self.parallel else None
+        if self.parallel and side is None:
+            context.publish(result.middle)
         if cache is not None:
             cache.update(*result.keys_and_values, self.attention.layer_index)
         return result.output
 
+    def _run_beside(
+        self, side: SideStream, hidden: Tensor, around: Surroundings, how: tuple[HowToRun, HowToRun], caching: bool
+    ) -> BatchResult:
+        """:func:`run_batch` with both choices on a side stream.
 
-class BatchResult(NamedTuple):
-    """What a layer gives for a new batch.
+        The one for attention runs beside the MLP of the layer in front, if the host is ahead of the device; the one for
+        the MLP beside this layer's attention.
+        """
+        context, around = self.context, around.of_batch(hidden.shape[1])
+        entered = side.moment()
+        probed, since = hidden, entered
+        if context.earlier is not None:
+            probed, since = context.earlier.residual, context.earlier.since or entered
+        heads = self._start(side, self.attention, since, probed, around, how[0])
+        channels = self._start(side, self.mlp, entered, hidden, around.of_mlp(), how[1])
+        head_choice = None if heads is None else side.join(heads)
+        middle, seen = self.run_chosen(self.attention, hidden, head_choice, around, how[0], caching)
+        context.publish(middle)
+        channel_choice = None if channels is None else side.join(channels)
+        output, _ = self.run_chosen(self.mlp, middle, channel_choice, around.of_mlp(), how[1], False)
+        return BatchResult(output, middle, head_choice, channel_choice, seen)
 
-    Attributes:
-        output: (B, S, D), the residual that leaves the layer.
-        middle: (B, S, D), the residual between its blocks.
-        attention_choice: what the attention block ran on; None where it keeps all units.
-        mlp_choice: the same of the MLP block.
-        keys_and_values: what a cache keeps, each (B, K, S, d); empty without caching.
-    """
-
-    output: Tensor
-    middle: Tensor
-    attention_choice: Choice | None
-    mlp_choice: Choice | None
-    keys_and_values: tuple[Tensor, ...]
-
-
-def run_batch(
-    pruner: LayerPruner,
-    hidden: Tensor,
-    earlier: Tensor | None,
-    around: Surroundings,
-    how: tuple[HowToRun, HowToRun],
-    caching: bool,
-) -> BatchResult:
-    """A layer on a new batch: probe, score, choose, slice, run and remember, for both blocks.
-
-    Everything in here traces into one graph, and layers of the same shape share it.
-
-    Args:
-        pruner: the layer's pruner.
-        hidden: (B, S, D) entering the layer.
-        earlier: the residual that the attention probe is taken from in parallel probing, where there is one.
-        around: mask and positions.
-        how: to run attention and MLP.
-        caching: whether keys and values are wanted.
-    """
-    seen = SeenKeysAndValues()
-    around = replace(around.of_batch(hidden.shape[1]), cache=seen if caching else None)
-    attended, heads = pruner.attention(hidden, hidden if earlier is None else earlier, around, how[0])
-    middle = hidden + attended
-    transformed, channels = pruner.mlp(middle, hidden if pruner.parallel else middle, around.of_mlp(), how[1])
-    return BatchResult(middle + transformed, middle, heads, channels, seen.keys_and_values)
-
-
-BatchRunner = Callable[..., BatchResult]
-
-
-class SeenKeysAndValues:
-    """Stands in for a cache that is empty: everything there is to attend to is in the batch."""
-
-    def __init__(self) -> None:
-        self.keys_and_values: tuple[Tensor, ...] = ()
-
-    def update(self, key: Tensor, value: Tensor, layer_index: int) -> tuple[Tensor, Tensor]:
-        """Keep the whole batch's keys and values, (B, K, S, d)."""
-        self.keys_and_values = (key, value)
-        return key, value
+    def _start(
+        self,
+        side: SideStream,
+        block: PrunedBlock,
+        since: torch.Event,
+        probed: Tensor,
+        around: Surroundings,
+        how: HowToRun,
+    ) -> Ahead | None:
+        if not block.chooses:
+            return None
+        return side.start(since, partial(self.choose_ahead, block, probed, around, how.keep))
 
 
 def install_pruner(layer: nn.Module, pruner: LayerPruner) -> None:

@@ -10,7 +10,7 @@ from pp_lightning.functional.draws import ScatteredProbe
 from pp_lightning.functional.probe import Probe
 from pp_lightning.functional.selection import unit_channels
 from pp_lightning.methods import ProbePruning
-from pp_lightning.pruned.layer import run_batch
+from pp_lightning.pruned.batch import run_batch
 from pp_lightning.pruning import pruners_of
 from tests.models import MODELS, PRUNED, SETTINGS, choices, ids, logits, ragged, statistics, tiny
 from tests.recording import RecordingProbePruning

@@ -1,0 +1,169 @@
+"""Parallel probes on a stream of their own: the same numbers in whatever order the device works.
+
+No accelerator is needed: a stand-in does the side stream's work at once, or as late as it may be done.
+"""
+
+import copy
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from pp_lightning import compile_, kept_units, prune_
+from pp_lightning.methods import ProbePruning
+from pp_lightning.pruned import streams
+from pp_lightning.pruned.block import Choice
+from pp_lightning.pruned.context import BatchContext
+from pp_lightning.pruned.streams import SideStream
+from pp_lightning.pruning import pruning_of
+from tests.models import SETTINGS, choices, histories, ids, logits, padded, statistics, tiny
+
+METHODS = {
+    "paper": lambda: ProbePruning(probe_source="previous"),
+    "attention": lambda: ProbePruning(probe_source="previous", blocks=("attention",)),
+    "mlp": lambda: ProbePruning(probe_source="previous", blocks=("mlp",)),
+    "restoring": lambda: ProbePruning(probe_source="previous", compensation="probe", rank_by="stratified"),
+}
+
+
+class Started(NamedTuple):
+    after: int
+    choice: object
+
+
+class StandIn:
+    """Counts moments, and makes choices when they are started, or when they are joined."""
+
+    def __init__(self, *, late: bool) -> None:
+        self.late = late
+        self.now = 0
+        self.log = []
+
+    def moment(self) -> int:
+        self.now += 1
+        return self.now
+
+    def start(self, after, choose):
+        self.log.append(("start", after, self.now))
+        return Started(after, choose if self.late else choose())
+
+    def join(self, started):
+        self.log.append(("join", started.after, self.now))
+        return started.choice() if self.late else started.choice
+
+
+def pruned(name="llama", method="paper"):
+    model = tiny(name)
+    prune_(model, METHODS[method](), statistics(name), **SETTINGS)
+    return model
+
+
+@torch.no_grad()
+def outputs(model, batch):
+    return model(**batch, use_cache=False).logits
+
+
+def beside(monkeypatch, *, late):
+    side = StandIn(late=late)
+    monkeypatch.setattr(BatchContext, "side_stream", lambda self, device: side if self.overlaps else None)
+    return side
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llama_gqa", "opt"])
+def test_the_same_as_in_line(monkeypatch, name, method, late):
+    inline, model = pruned(name, method), pruned(name, method)
+    batches = [{"input_ids": ids(seed=1)}, padded(ids(seed=2), left=3), {"input_ids": ids(seed=3)}]
+    expected = [outputs(inline, batch) for batch in batches]
+    text = inline.generate(ids(2, 12), max_new_tokens=5, do_sample=False)
+    side = beside(monkeypatch, late=late)
+    found = [outputs(model, batch) for batch in batches]
+    assert side.log
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(model.generate(ids(2, 12), max_new_tokens=5, do_sample=False), text)
+    assert choices(kept_units(model)) == choices(kept_units(inline))
+    for key, history in histories(inline).items():
+        torch.testing.assert_close(histories(model)[key], history)
+
+
+def test_an_attention_probe_starts_before_the_mlp_in_front_of_it(monkeypatch):
+    """Layers 1 to 4 are pruned. Each marks two moments: when it is entered, and after its attention."""
+    side = beside(monkeypatch, late=False)
+    model = pruned("llama")
+    logits(model, ids())
+    first = next(iter(pruning_of(model).keep))[0]
+    starts = [(after, now) for what, after, now in side.log if what == "start"]
+    attention, mlp = starts[::2], starts[1::2]
+    assert len(attention) == len(mlp) == len(pruning_of(model).keep) // 2
+    assert all(after < now for after, now in attention), "the moment lies before the MLP of the layer in front"
+    assert all(after == now for after, now in mlp), "the residual that enters the layer is there just now"
+    joins = [what for what, *_ in side.log]
+    assert joins == ["start", "start", "join", "join"] * len(attention)
+    assert first > 0, "a dense layer in front published its residual too"
+
+
+@pytest.mark.slow
+def test_compiled_choices_run_beside_too(monkeypatch):
+    side = beside(monkeypatch, late=True)
+    eager, compiled = pruned("llama_gqa"), pruned("llama_gqa")
+    compilation = compile_(compiled)
+    for seed in (1, 2, 3):
+        with torch.inference_mode():
+            expected, found = (m(input_ids=ids(seed=seed), use_cache=False).logits for m in (eager, compiled))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert choices(kept_units(compiled)) == choices(kept_units(eager))
+    assert side.log and compilation.graphs
+
+
+@pytest.mark.parametrize(("mode", "overlaps"), [("default", True), ("reduce-overhead", False), ("max-autotune", False)])
+def test_recorded_graphs_do_not_run_beside(mode, overlaps):
+    model = pruned()
+    compile_(model, mode=mode)
+    assert pruning_of(model).context.overlaps == overlaps
+
+
+def test_a_cpu_has_no_side_stream():
+    assert BatchContext(None).side_stream(torch.device("cpu")) is None
+
+
+def test_the_side_waits_for_what_it_reads_and_is_waited_for(monkeypatch):
+    log = []
+
+    class Stream(nullcontext):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def record_event(self):
+            return f"event of {self.name}"
+
+        def wait_event(self, event):
+            log.append(f"{self.name} waits for {event}")
+
+        def __enter__(self):
+            log.append(f"{self.name} entered")
+
+        def __exit__(self, *error):
+            log.append(f"{self.name} left")
+
+    class Kept:
+        def record_stream(self, stream):
+            log.append(f"kept is used by {stream.name}")
+
+    main, device = Stream("main"), torch.device("cuda")
+    monkeypatch.setattr(streams.torch, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(streams.torch.accelerator, "current_stream", lambda device: main)
+    side = SideStream(device)
+    ahead = side.start(side.moment(), lambda: log.append("chosen") or Choice(Kept()))
+    assert side.join(ahead) is ahead.choice
+    assert log == [
+        "side waits for event of main",
+        "side entered",
+        "chosen",
+        "side left",
+        "main waits for event of side",
+        "kept is used by main",
+    ]
+    assert copy.deepcopy(side) is not side and copy.deepcopy(side).device == device
