@@ -357,7 +357,7 @@ class PrunedBlock(nn.Module, ABC):
         if self.history is not None and around.remember:
             assert weights.kept is not None
             with torch.no_grad():
-                self._remember(states, weights.kept, around.places)
+                self.remember(states, weights.kept, around.places)
         return weights.apply("output", states)
 
     def dense(self) -> Weights:
@@ -376,7 +376,14 @@ class PrunedBlock(nn.Module, ABC):
         weight = self.parts.output.weight
         weight.data = weight.data.contiguous()
 
-    def _remember(self, states: Tensor, kept: Tensor, places: Places | None) -> None:
+    def remember(self, states: Tensor, kept: Tensor, places: Places | None) -> None:
+        """Move the history, and the running mean where there is one, by a batch.
+
+        Args:
+            states: (B, S, C or K * d), the input of the output matrix.
+            kept: (K,) int64, the units that it has.
+            places: positions of the batch.
+        """
         assert self.history is not None
         channels = unit_channels(kept, self.units.channels)
         if places is None:
