@@ -14,17 +14,19 @@ from pp_lightning.benchmark.decoding import PROMPT_TOKENS, decoding_runner
 from pp_lightning.benchmark.memory import peak_megabytes
 from pp_lightning.benchmark.rows import Row
 from pp_lightning.benchmark.settings import BenchmarkSettings, Case, MeasuredDtype
-from pp_lightning.benchmark.subject import Subject
+from pp_lightning.benchmark.subject import Subject, chosen_device
 from pp_lightning.benchmark.timing import Runner, Samples, interleaved, model_runner, part_runner
 from pp_lightning.benchmark.variants import VARIANTS, Variant, chosen_variants, reference_of
 from pp_lightning.blocks import Block
 from pp_lightning.compilation import compile_, uncompile_
+from pp_lightning.errors import UserError
 from pp_lightning.flops import (
     choosing_flops,
     decoding_flops,
     dense_flops,
     pruned_flops,
 )
+from pp_lightning.functional.linear import is_emulated
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.pruning import Pruning, is_pruned, pruners_of, pruning_of
 
@@ -48,7 +50,7 @@ def run_benchmark(settings: BenchmarkSettings, tell: Tell = print) -> list[Row]:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     rows: list[Row] = []
-    for dtype in settings.dtypes:
+    for dtype in _measurable(settings, tell):
         for ratio in settings.ratios:
             subject = Subject(settings, dtype, ratio)
             models = {name: subject.variant(variant) for name, variant in variants.items()}
@@ -57,6 +59,17 @@ def run_benchmark(settings: BenchmarkSettings, tell: Tell = print) -> list[Row]:
             for batch in settings.decode:
                 rows += _decoding(subject, models, variants, dtype, batch, tell)
     return rows
+
+
+def _measurable(settings: BenchmarkSettings, tell: Tell) -> list[MeasuredDtype]:
+    """The types that are worth measuring here."""
+    device = chosen_device(settings)
+    emulated = [d for d in settings.dtypes if not settings.emulated and is_emulated(getattr(torch, d), device)]
+    for dtype in emulated:
+        tell(f"{dtype} is left out: this CPU has no arithmetic for it (--emulated true measures it all the same)")
+    if len(emulated) == len(settings.dtypes):
+        raise UserError("nothing is left to measure: add float32 to dtypes, or set emulated to true")
+    return [dtype for dtype in settings.dtypes if dtype not in emulated]
 
 
 class _Case:

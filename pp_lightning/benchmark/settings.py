@@ -46,7 +46,8 @@ class BenchmarkSettings:
     Attributes:
         model: shape or checkpoint.
         cases: batch sizes.
-        dtypes: of the weights.
+        dtypes: of the weights. Those that the CPU has no arithmetic for are left out.
+        emulated: measure these too. It takes very long.
         ratios: pruning ratios, fraction removed.
         variants: which rows to measure; dense eager and dense compiled are always among them.
         skip_layers: layers left dense.
@@ -68,6 +69,7 @@ class BenchmarkSettings:
     model: ModelChoice = field(default_factory=ModelChoice)
     cases: list[Case] = field(default_factory=lambda: [Case(20, 128)])
     dtypes: list[MeasuredDtype] = field(default_factory=lambda: ["float32"])
+    emulated: bool = False
     ratios: list[float] = field(default_factory=lambda: [0.4])
     variants: list[str] = field(default_factory=lambda: ["all"])
     skip_layers: list[int] = field(default_factory=list)

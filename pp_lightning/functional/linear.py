@@ -21,13 +21,18 @@ _NATIVE: Mapping[torch.dtype, bool] = {
 }
 
 
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this machine computes in ``dtype`` without arithmetic for it, far slower than in float32."""
+    return device.type == "cpu" and not _NATIVE.get(dtype, True)
+
+
 def wants_rows(weight: Tensor) -> bool:
     """Whether a product with ``weight`` is only fast where it is stored by rows.
 
     So it is in half precision on a CPU without arithmetic for it: by columns it takes ten times as long there, and a
     copy far less.
     """
-    return weight.device.type == "cpu" and not _NATIVE.get(weight.dtype, True) and not torch.compiler.is_exporting()
+    return is_emulated(weight.dtype, weight.device) and not torch.compiler.is_exporting()
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

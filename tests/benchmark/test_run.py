@@ -14,6 +14,7 @@ from pp_lightning.benchmark.rows import Row, comma_separated, markdown, paired_r
 from pp_lightning.benchmark.timing import interleaved
 from pp_lightning.benchmark.variants import VARIANTS, chosen_variants, pruned_copy, reference_of
 from pp_lightning.benchmark.write import write_results
+from pp_lightning.functional import linear
 from tests.models import SETTINGS, ids, logits, statistics, tiny
 
 
@@ -167,3 +168,18 @@ def test_it_runs_where_lightning_is_not_installed(tmp_path):
     peaks = {row["variant"]: row["peak_megabytes"] for row in rows if row["part"] == "model"}
     assert all(peak > 600 for peak in peaks.values()), "the weights alone have more"
     assert {row["graphs"] for row in rows if row["variant"] == "dense, compiled" and row["part"] == "model"} == {1}
+
+
+def test_types_without_arithmetic_are_left_out(measured, monkeypatch):
+    eager(monkeypatch)
+    measured.cases, measured.decode, measured.blocks, measured.variants = [Case(4, 16)], [], False, ["PP"]
+    measured.dtypes = ["float32", "bfloat16"]
+    monkeypatch.setattr(linear, "_NATIVE", {torch.bfloat16: False})
+    told = []
+    assert {row.dtype for row in run_benchmark(measured, told.append)} == {"float32"}
+    assert "bfloat16 is left out" in told[0]
+    measured.emulated = True
+    assert {row.dtype for row in run_benchmark(measured, told.append)} == {"float32", "bfloat16"}
+    measured.emulated, measured.dtypes = False, ["bfloat16"]
+    with pytest.raises(UserError, match="add float32 to dtypes"):
+        run_benchmark(measured, told.append)
