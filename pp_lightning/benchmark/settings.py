@@ -47,7 +47,7 @@ class BenchmarkSettings:
         model: shape or checkpoint.
         cases: batch sizes.
         dtypes: of the weights. Those that the CPU has no arithmetic for are left out.
-        emulated: measure these too. It takes very long.
+        emulated: measure types that the CPU has no arithmetic for all the same. It takes very long.
         ratios: pruning ratios, fraction removed.
         variants: which rows to measure; dense eager and dense compiled are always among them.
         skip_layers: layers left dense.
