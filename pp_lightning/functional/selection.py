@@ -53,13 +53,3 @@ def take_columns(weight: Tensor, units: Tensor, columns_per_unit: int, out: Tens
 def store_by_columns(weight: Tensor) -> Tensor:
     """The same matrix (D, C), laid out in memory so that each column is contiguous."""
     return weight.t().contiguous().t()
-
-
-def store_by_rows(weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """The same matrix (D, C), laid out in memory so that each row is contiguous.
-
-    Args:
-        weight: stored in any way.
-        out: memory for the result, (D, C), contiguous; None allocates.
-    """
-    return weight.contiguous() if out is None else out.copy_(weight)

@@ -11,7 +11,7 @@ Memory = Callable[[tuple[int, int], Tensor], Tensor | None]
 
 
 def fresh_memory(shape: tuple[int, int], like: Tensor) -> Tensor | None:
-    """Leave it to torch: for slices that are held, and where memory cannot be reused."""
+    """Leave it to torch: where memory cannot be reused."""
     return None
 
 

@@ -3,7 +3,6 @@ import torch
 from pp_lightning.functional.selection import (
     keep_best,
     store_by_columns,
-    store_by_rows,
     take_columns,
     take_rows,
     unit_channels,
@@ -55,10 +54,3 @@ def test_slices_are_written_where_they_are_told():
     taken = take_columns(store_by_columns(weight), torch.tensor([0, 1]), 2, columns)
     assert taken.data_ptr() == columns.data_ptr()
     assert torch.equal(taken, weight)
-
-
-def test_store_by_rows_into_memory_and_without():
-    weight = store_by_columns(torch.randn(3, 5))
-    memory = torch.empty(3, 5)
-    assert store_by_rows(weight).is_contiguous() and store_by_rows(weight).equal(weight)
-    assert store_by_rows(weight, memory) is memory and memory.equal(weight)
