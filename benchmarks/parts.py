@@ -32,11 +32,10 @@ class Parts:
     def __init__(self, block: PrunedBlock, met: list[tuple[torch.Tensor, Surroundings]]) -> None:
         self.block = block
         self.met = [(residual, block.parts.norm(residual), around) for residual, around in met]
-        self.how = HowToRun(block.keep, shares=False)
         self.choices = [
             block.choose_from(normed, residual, around, block.keep) for residual, normed, around in self.met
         ]
-        block.prepare(self.how)
+        block.prepare(HowToRun(block.keep, shares=False))
         self.slices = [block.slices(choice.kept, fresh_memory, list(block.widths)) for choice in self.choices]
         self.seen = [self.states(index) for index in range(len(met))]
 

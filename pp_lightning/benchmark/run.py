@@ -237,14 +237,14 @@ def _decoding(
     interleaved(runners, rounds=1, **arguments)  # type: ignore[arg-type]
     samples = interleaved(runners, rounds=settings.repeats, **arguments)  # type: ignore[arg-type]
     past = PROMPT_TOKENS + settings.decode_tokens // 2
+    prunings = {name: pruning_of(models[name]) if is_pruned(models[name]) else None for name in names}
+    parts = {
+        "prompt": (PROMPT_TOKENS, {name: _prompt_flops(shape, one, batch) for name, one in prunings.items()}),
+        "decoding": (1, {name: decoding_flops(shape, one, batch, past) for name, one in prunings.items()}),
+    }
     rows = []
-    for part, tokens_a_row in (("prompt", PROMPT_TOKENS), ("decoding", 1)):
+    for part, (tokens_a_row, flops) in parts.items():
         for name in names:
-            pruning = pruning_of(models[name]) if is_pruned(models[name]) else None
-            if part == "prompt":
-                flops = [_prompt_flops(shape, one, batch) for one in (pruning, None)]
-            else:
-                flops = [decoding_flops(shape, one, batch, past) for one in (pruning, None)]
             rows.append(
                 Row.timed(
                     samples[name].seconds[part],
@@ -256,7 +256,7 @@ def _decoding(
                     rows=batch,
                     tokens=PROMPT_TOKENS,
                     pruning_ratio=subject.ratio,
-                    flops_ratio=flops[0] / flops[1],
+                    flops_ratio=flops[name] / flops["dense"],
                 )
             )
     return rows
