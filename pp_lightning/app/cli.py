@@ -17,7 +17,7 @@ from pp_lightning.app.ablation.questions import QUESTIONS
 from pp_lightning.app.ablation.runner import UNFINISHED
 from pp_lightning.app.help import ExamplesFormatter
 from pp_lightning.app.module import PrunedLM
-from pp_lightning.app.progress import EvaluationProgress
+from pp_lightning.app.progress import progress_display
 from pp_lightning.app.report import comma_separated, grids, markdown, plot, show
 from pp_lightning.app.results import Comparison
 from pp_lightning.app.trainer import PruningTrainer
@@ -103,11 +103,11 @@ class PruningCLI(LightningCLI):
         parser.link_arguments("out", "trainer.default_root_dir")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add our progress bar, unless the user wants none or brings one."""
+        """Show progress, unless the user wants none or brings one."""
         wanted = self._get(self.config_init, "trainer")
         own = [callback for callback in wanted["callbacks"] or [] if isinstance(callback, ProgressBar)]
         if wanted["enable_progress_bar"] is not False and not own:
-            self.trainer_defaults = {**self.trainer_defaults, "callbacks": [EvaluationProgress()]}
+            self.trainer_defaults = {**self.trainer_defaults, "callbacks": [progress_display()]}
         return super().instantiate_trainer(**kwargs)
 
     @property
