@@ -17,7 +17,8 @@ from pp_lightning.benchmark.settings import BenchmarkSettings, Case
 from pp_lightning.benchmark.subject import Subject
 from pp_lightning.benchmark.timing import Samples, interleaved, part_runner
 from pp_lightning.benchmark.variants import VARIANTS
-from pp_lightning.pruned.block import HowToRun, PrunedBlock
+from pp_lightning.pruned.block import PrunedBlock
+from pp_lightning.pruned.choice import HowToRun
 from pp_lightning.pruned.layer import LayerPruner
 from pp_lightning.pruned.surroundings import Surroundings
 from pp_lightning.pruned.workspace import fresh_memory
@@ -36,7 +37,7 @@ class Parts:
             block.choose_from(normed, residual, around, block.keep) for residual, normed, around in self.met
         ]
         block.prepare(HowToRun(block.keep, shares=False))
-        self.slices = [block.slices(choice.kept, fresh_memory, list(block.widths)) for choice in self.choices]
+        self.slices = [block.slices.of(choice, fresh_memory) for choice in self.choices]
         self.seen = [self.states(index) for index in range(len(met))]
 
     def choose(self, index: int) -> object:
@@ -46,8 +47,7 @@ class Parts:
 
     def slice(self, index: int) -> object:
         """The copy of the kept weights."""
-        memory = self.block.workspace.begin(self.block.parts.output_weight)
-        return self.block.slices(self.choices[index].kept, memory, list(self.block.widths))
+        return self.block.slices.for_batch(self.choices[index])
 
     def compute(self, index: int) -> object:
         """The whole batch on slices that are there already."""

@@ -42,7 +42,7 @@ def measure(variant: str, rows: int, tokens: int, ratio: float) -> dict[str, flo
         prune_(model, ProbePruning(), stats, pruning_ratio=ratio, skip_layers=(), release_stats=True)
         blocks = [block for pruner in pruners_of(model).values() for block in (pruner.attention, pruner.mlp)]
         sizes["history"] = sum(block.history.nbytes for block in blocks if block.history is not None) / MEGA
-        sizes["slice"] = 4 * max(block.slice_size for block in blocks) / MEGA
+        sizes["slice"] = 4 * max(block.slices.size for block in blocks) / MEGA
     for _ in range(3):
         run(model, batch(model, rows, tokens))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGA

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import get_compilation_metrics
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from pp_lightning.architectures import architecture_of
@@ -52,10 +53,14 @@ class Compilation:
 
     Args:
         mode: torch.compile's mode.
+
+    Attributes:
+        step_hook: tells CUDA graphs where a forward pass begins, in the modes that record them.
     """
 
     def __init__(self, mode: CompileMode) -> None:
         self.mode = mode
+        self.step_hook: RemovableHandle | None = None
         self._names: set[str] = set()
         self._graphs: dict[tuple[str | None, str | None], Graph] = {}
 
@@ -97,7 +102,8 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
 
     Args:
         model: a supported model. Prune it first: :func:`~pp_lightning.prune_` refuses a compiled one.
-        mode: torch.compile's mode; ``reduce-overhead`` records CUDA graphs.
+        mode: torch.compile's mode; ``reduce-overhead`` and ``max-autotune`` record CUDA graphs. Hidden states that a
+            forward pass returns are then overwritten by the next one: copy what is to stay. Logits stay.
 
     Returns:
         A record that counts graphs and their seconds as they are made.
@@ -107,8 +113,10 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
     """
     if hasattr(model, COMPILED):
         raise UserError("the model is compiled already: uncompile_ it first")
-    pruners = pruners_of(model)
+    architecture, pruners = architecture_of(model.config), pruners_of(model)
     compilation = Compilation(mode)
+    if mode in _RECORDING:
+        compilation.step_hook = architecture.decoder_of(model).register_forward_pre_hook(_begin_step)
     shared: dict[Callable[..., Any], _TwoGraphs] = {}
 
     def graphs_of(function: Callable[..., Any]) -> _TwoGraphs:
@@ -116,7 +124,7 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
             shared[function] = _TwoGraphs(function, mode, compilation)
         return shared[function]
 
-    for index, layer in enumerate(architecture_of(model.config).layers_of(model)):
+    for index, layer in enumerate(architecture.layers_of(model)):
         pruner = pruners.get(index)
         if pruner is None:
             layer.forward = MethodType(_StockForward(graphs_of(type(layer).forward), _widths(layer)), layer)
@@ -138,6 +146,9 @@ def uncompile_(model: PreTrainedModel) -> None:
     """
     if not hasattr(model, COMPILED):
         raise UserError("the model is not compiled: compile_ it first")
+    compilation: Compilation = getattr(model, COMPILED)
+    if compilation.step_hook is not None:
+        compilation.step_hook.remove()
     pruners = pruners_of(model)
     for index, layer in enumerate(architecture_of(model.config).layers_of(model)):
         if index in pruners:
@@ -147,6 +158,15 @@ def uncompile_(model: PreTrainedModel) -> None:
         else:
             del layer.forward
     delattr(model, COMPILED)
+
+
+def _begin_step(decoder: nn.Module, inputs: object) -> None:
+    """Begin a forward pass of recorded graphs.
+
+    Without a word from us, every call of a compiled function begins one, and may reuse the memory of what earlier calls
+    returned. But here a layer's output is the next layer's input.
+    """
+    torch.compiler.cudagraph_mark_step_begin()
 
 
 class _TwoGraphs:

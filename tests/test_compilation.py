@@ -1,5 +1,7 @@
 """Compiled layers: full graphs, one for all layers of a shape, that choose, compute and remember what eager ones do."""
 
+import copy
+
 import pytest
 import torch
 
@@ -174,6 +176,26 @@ def test_half_precision_keeps_what_eager_keeps():
     assert all(history.dtype == torch.float32 for history in histories(compiled).values())
 
 
+@pytest.mark.parametrize(("mode", "steps"), [("default", 0), ("reduce-overhead", 1), ("max-autotune", 1)])
+@pytest.mark.parametrize("method", [None, ProbePruning(**PROBE)], ids=["dense", "pruned"])
+def test_recorded_graphs_are_told_where_a_forward_pass_begins(monkeypatch, mode, steps, method):
+    """Otherwise each layer begins one, and takes its input, the output of the layer in front, for free memory."""
+    begun = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    _, compiled, _ = pair("llama", method, mode)
+
+    def steps_of(model):
+        begun.clear()
+        for layer in model.model.layers:
+            layer.forward = lambda hidden_states, **_: hidden_states
+        model(input_ids=ids(), use_cache=False)
+        return len(begun)
+
+    assert (steps_of(compiled), steps_of(copy.deepcopy(compiled))) == (steps, steps)
+    uncompile_(compiled)
+    assert steps_of(compiled) == 0
+
+
 def test_generation_goes_on_from_a_compiled_prompt():
     eager, compiled, _ = pair("llama", ProbePruning(**PROBE))
     settings = {"max_new_tokens": 6, "do_sample": False}
@@ -210,7 +232,7 @@ def test_compiled_prompts_leave_their_slices_for_decoding(name):
         for model in (eager, compiled):
             model.generate(prompt, max_new_tokens=1, do_sample=False)
         for pruner in pruners_of(compiled).values():
-            assert pruner.attention._held is not None and pruner.mlp._held is not None
+            assert pruner.attention.slices.held is not None and pruner.mlp.slices.held is not None
         assert torch.equal(compiled.generate(prompt, **settings), eager.generate(prompt, **settings))
     assert len(compilation.graphs) == made + 1, "one more graph, for all layers"
     for key, history in histories(eager).items():

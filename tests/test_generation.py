@@ -7,8 +7,7 @@ from transformers import DynamicCache
 from pp_lightning import UserError, kept_units, prune_, unprune_
 from pp_lightning.architectures import shape_of
 from pp_lightning.methods import FullBatchProbing, ProbePruning, WandaSP
-from pp_lightning.pruned.attention import PrunedAttention
-from pp_lightning.pruned.mlp import PrunedMLP
+from pp_lightning.pruned.slicing import BlockSlices
 from tests.models import (
     GROUPED,
     GROUPS,
@@ -176,14 +175,14 @@ def test_decoding_goes_beyond_the_calibrated_positions():
 @pytest.mark.parametrize("steps", [4, STEPS])
 def test_slices_are_made_once_while_decoding(monkeypatch, steps):
     made = []
-    for block in (PrunedAttention, PrunedMLP):
-        original = block.slices
+    original = BlockSlices.of
 
-        def counted(self, kept, memory, roles, original=original):
-            made.extend((self, role) for role in roles)
-            return original(self, kept, memory, roles)
+    def counted(self, choice, memory, roles=None):
+        sliced = original(self, choice, memory, roles)
+        made.extend((self, role) for role in sliced.projections)
+        return sliced
 
-        monkeypatch.setattr(block, "slices", counted)
+    monkeypatch.setattr(BlockSlices, "of", counted)
     model = pruned("llama")
     generate(model, {"input_ids": ids(3, 20)}, max_new_tokens=1)
     prefill = len(made)

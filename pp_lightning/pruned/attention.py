@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pp_lightning.blocks import Units
 from pp_lightning.functional.attention import attend, join_heads, rotate, split_heads
 from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruned.surroundings import Surroundings
@@ -22,19 +23,26 @@ class PrunedAttention(PrunedBlock):
         scale: factor on the query-key products.
         layer_index: the layer's slot in the cache.
         queries_per_key: H / G.
+        units: heads, or groups of them.
         **block: see :class:`PrunedBlock`.
     """
 
     mixes_tokens = True
 
-    def __init__(self, *, head_size: int, scale: float, layer_index: int, queries_per_key: int, **block: Any) -> None:
-        super().__init__(**block)
+    def __init__(
+        self, *, head_size: int, scale: float, layer_index: int, queries_per_key: int, units: Units, **block: Any
+    ) -> None:
+        # Single query heads of a group: keys and values are computed whole, then picked for each query head.
+        shares_keys = queries_per_key > 1 and units.channels == head_size
+        widths = {"query": units.channels, "output": units.channels}
+        if not shares_keys:
+            widths |= dict.fromkeys(("key", "value"), units.channels // queries_per_key)
+        super().__init__(units=units, widths=widths, **block)
         self.head_size = head_size
         self.scale = scale
         self.layer_index = layer_index
         self.queries_per_key = queries_per_key
-        # Single query heads of a group: keys and values are computed whole, then picked for each query head.
-        self.shares_keys = queries_per_key > 1 and self.units.channels == head_size
+        self.shares_keys = shares_keys
 
     def mix(self, projected: Mapping[str, Tensor], around: Surroundings, kept: Tensor | None) -> Tensor:
         """Queries, keys and values (B, S, heads * d) to the input of the output projection, (B, S, K * d)."""
@@ -48,14 +56,6 @@ class PrunedAttention(PrunedBlock):
             heads = kept // self.queries_per_key
             key, value = key.index_select(1, heads), value.index_select(1, heads)
         return join_heads(attend(query, key, value, around.mask, self.scale))
-
-    @property
-    def widths(self) -> Mapping[str, int]:
-        """Query rows and output columns; key and value rows where these belong to the unit."""
-        width = self.units.channels
-        own = {"query": width, "output": width}
-        shared = width // self.queries_per_key
-        return own if self.shares_keys else {**own, "key": shared, "value": shared}
 
     def _normed(self, role: str, states: Tensor) -> Tensor:
         norm: nn.Module | None = self.parts.extras.get(role)

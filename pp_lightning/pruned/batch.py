@@ -6,7 +6,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from pp_lightning.pruned.attention import PrunedAttention
-from pp_lightning.pruned.block import Choice, HowToRun, PrunedBlock
+from pp_lightning.pruned.block import PrunedBlock
+from pp_lightning.pruned.choice import Choice, HowToRun
 from pp_lightning.pruned.mlp import PrunedMLP
 from pp_lightning.pruned.surroundings import Surroundings
 

@@ -1,9 +1,9 @@
 """What a pruned attention and a pruned MLP block have in common: choose, slice, run, remember."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,40 +11,14 @@ from torch import Tensor, nn
 from pp_lightning.blocks import BlockModules, Units
 from pp_lightning.functional.budget import one_projection_is_cheaper
 from pp_lightning.functional.compensation import channel_mean, restored_mean, update_mean_
-from pp_lightning.functional.linear import wants_rows
 from pp_lightning.functional.moments import Places, placed_second_moment, second_moment, update_history_
-from pp_lightning.functional.selection import keep_best, store_by_columns, unit_channels
+from pp_lightning.functional.selection import keep_best, unit_channels
 from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod
-from pp_lightning.pruned.packing import PackedSlice, sliced_rows
+from pp_lightning.pruned.choice import Choice, HowToRun
+from pp_lightning.pruned.slicing import BlockSlices
 from pp_lightning.pruned.surroundings import Surroundings
-from pp_lightning.pruned.weights import Projection, Weights
-from pp_lightning.pruned.workspace import Memory, SliceWorkspace
-
-
-class Choice(NamedTuple):
-    """What a block runs a batch on.
-
-    Attributes:
-        kept: (K,) int64, ascending, the units that stay.
-        restored: (D,) float32, what the others contribute on average, added to the output; None adds nothing.
-    """
-
-    kept: Tensor
-    restored: Tensor | None = None
-
-
-class HowToRun(NamedTuple):
-    """How a batch is run: Python constants, known from its shape.
-
-    Attributes:
-        keep: K, the units that stay.
-        shares: whether probe and batch come from one projection.
-        leaves: whether the slices are left where decoding will find them.
-    """
-
-    keep: int
-    shares: bool
-    leaves: bool = False
+from pp_lightning.pruned.weights import Weights
+from pp_lightning.pruned.workspace import SliceWorkspace
 
 
 class PrunedBlock(nn.Module, ABC):
@@ -57,14 +31,16 @@ class PrunedBlock(nn.Module, ABC):
     Args:
         modules: the block's modules.
         units: its units.
+        widths: rows (of ``output``: columns) that a unit has in each projection. What is not named stays whole.
         keep: K, how many of them stay; all of them means that the block runs densely and never probes.
         method: the policy.
         workspace: memory for slices, shared by the blocks of the model.
         history: (P_max, C) float32 to start from, or None for methods without.
         mean: (C,) float32, the running mean to start from, or None for methods without.
-        packs: keep the slice between batches, and copy only what the next choice changes. It costs the slice's memory.
+        packs: keep the slice between batches, see :class:`BlockSlices`.
 
     Attributes:
+        slices: the block's weights, whole and sliced.
         mixes_tokens: whether tokens see each other in the block's front half.
         decodes: whether a choice has been held for decoding. From then on, prompts leave their slices for it.
     """
@@ -80,6 +56,7 @@ class PrunedBlock(nn.Module, ABC):
         self,
         modules: BlockModules,
         units: Units,
+        widths: Mapping[str, int],
         keep: int,
         method: DynamicMethod,
         workspace: SliceWorkspace,
@@ -88,12 +65,10 @@ class PrunedBlock(nn.Module, ABC):
         packs: bool = False,
     ) -> None:
         super().__init__()
-        self.packs = packs
-        self.packed: PackedSlice | None = None
         self.units = units
+        self.widths = widths
         self.keep = keep
         self.method = method
-        self.workspace = workspace
         self._modules_of_layer = (modules,)  # in a tuple: the layer owns them, not this module
         device = modules.output_weight.device
         self.chooses = keep < units.number
@@ -107,12 +82,7 @@ class PrunedBlock(nn.Module, ABC):
         width = modules.output_weight.shape[0]
         self.register_buffer("restored", torch.zeros(width, device=device) if restores else None, persistent=False)
         self.decodes = False
-        self._held: Weights | None = None
-        self._memory: SliceWorkspace | None = None  # of what is held
-        block_size = sum(linear.weight.numel() for linear in (*modules.inputs.values(), modules.output))
-        self.slice_size = block_size * keep // units.number
-        if self.chooses:
-            workspace.reserve(self.slice_size)
+        self.slices = BlockSlices(modules, widths, keep, units.number, workspace, packs=packs)
 
     @property
     def parts(self) -> BlockModules:
@@ -136,19 +106,6 @@ class PrunedBlock(nn.Module, ABC):
             around: mask, positions and cache.
             kept: (K,) the kept units; None where all are there.
         """
-
-    @property
-    @abstractmethod
-    def widths(self) -> Mapping[str, int]:
-        """Rows (of ``output``: columns) that a unit has in each projection. What is not named stays whole."""
-
-    def slices(self, kept: Tensor, memory: Memory, roles: Sequence[str]) -> Weights:
-        """The block's projections, those of ``roles`` reduced to the kept units (K,) and written into ``memory``."""
-        whole, rows = self.dense(), {}
-        for role in roles:
-            source, width = whole.rows(role), self.widths[role]
-            rows[role] = sliced_rows(source, kept, width, memory((len(kept) * width, source.shape[1]), source))
-        return whole.reduced(rows, kept, self.widths)
 
     def forward(
         self, residual: Tensor, probed: Tensor, around: Surroundings, how: HowToRun
@@ -184,15 +141,15 @@ class PrunedBlock(nn.Module, ABC):
         """
         probe = self.probe(source, probed, around)
         if probe is None:
-            states = self.states(source, self.dense(), replace(around, cache=None))
+            states = self.states(source, self.slices.whole(), replace(around, cache=None))
         else:
-            states = self.states(probe.take(source), self.dense(), around.of_probe(probe))
+            states = self.states(probe.take(source), self.slices.whole(), around.of_probe(probe))
         return self.choose(states, probe, around, keep)
 
     def how_to_run(self, num_rows: int, num_tokens: int, *, parallel: bool, caching: bool = False) -> HowToRun:
         """How a batch of (B, S) is run: the same for all batches of one shape."""
         rows, tokens = self.method.probe_sizes(num_rows, num_tokens)
-        sliced_anyway = caching and self.decodes and self._holds_slices_as_they_are()
+        sliced_anyway = caching and self.decodes and self.slices.can_be_left
         shares = not parallel and one_projection_is_cheaper(
             rows * tokens, num_rows * num_tokens, self.keep, self.units.number, sliced_anyway=sliced_anyway
         )
@@ -231,18 +188,18 @@ class PrunedBlock(nn.Module, ABC):
         self, normed: Tensor, probe: AnyProbe | None, around: Surroundings, keep: int
     ) -> tuple[Tensor, Choice]:
         """Probe and batch from one projection with all weights."""
-        projected = self.project(normed, self.dense())
+        projected = self.project(normed, self.slices.whole())
         if self.mixes_tokens:
             ahead = projected if probe is None else {role: probe.take(states) for role, states in projected.items()}
             inside = replace(around, cache=None) if probe is None else around.of_probe(probe)
             choice = self.choose(self.mix(ahead, inside, None), probe, around, keep)
-            weights = self._weights(choice, ["output"])
+            weights = self.slices.for_batch(choice, ["output"])
             assert weights.kept is not None  # the kept units in the order of the slices
             states = self.mix(self._of_units(projected, weights.kept), around, weights.kept)
         else:  # token by token: the probe's states are among the batch's
             whole = self.mix(projected, around, None)
             choice = self.choose(whole if probe is None else probe.take(whole), probe, around, keep)
-            weights = self._weights(choice, ["output"])
+            weights = self.slices.for_batch(choice, ["output"])
             assert weights.kept is not None
             states = whole.index_select(-1, unit_channels(weights.kept, self.units.channels))
         return self._finish(states, weights, around), choice
@@ -257,20 +214,17 @@ class PrunedBlock(nn.Module, ABC):
 
     def run_whole(self, normed: Tensor, around: Surroundings) -> Tensor:
         """The output (B, S, D) of a block that keeps all its units."""
-        return self._finish(self.states(normed, self.dense(), around), self.dense(), around)
+        return self._finish(self.states(normed, self.slices.whole(), around), self.slices.whole(), around)
 
     def run(self, normed: Tensor, choice: Choice, around: Surroundings, how: HowToRun) -> Tensor:
         """The output (B, S, D) of the whole batch on the choice; the history moves."""
-        weights = self._weights(choice, list(self.widths), leaves=how.leaves)
+        weights = self.slices.for_batch(choice, leave=how.leaves)
         return self._finish(self.states(normed, weights, around), weights, around)
 
     def decode(self, residual: Tensor, around: Surroundings) -> Tensor:
         """The output (B, S, D) of tokens that continue a batch, on the choice made for it; the history stays."""
-        if not self.chooses:
-            weights = self.dense()
-        else:
-            self.decodes = True
-            weights = self._held = self._held or self._weights_to_hold()
+        self.decodes = self.chooses
+        weights = self.slices.hold(self._last)
         states = self.states(self.parts.norm(residual), weights, around)
         return self._finish(states, weights, replace(around, remember=False))
 
@@ -280,77 +234,16 @@ class PrunedBlock(nn.Module, ABC):
         if self.restored is not None and choice.restored is not None:
             self.restored.copy_(choice.restored)
         if how.leaves:
-            self._held = self._weights_left()
+            self.slices.hold_left(self._last)
 
     def prepare(self, how: HowToRun) -> None:
         """Before a new batch: let go of slices held for decoding, and have memory for the next one."""
-        self._held = None  # before slicing again, so that two never exist at once
-        if not self.chooses:
-            return
-        if not self.packs or torch.is_grad_enabled():
-            self.packed = None
-            workspace = self._memory_to_hold() if how.leaves else self.workspace
-            workspace.prepare(self.parts.output_weight)
-            return
-        roles = ["output"] if how.shares else list(self.widths)
-        if self.packed is None or list(self.packed.rows) != roles:
-            self.packed = None  # before the next one is made
-            self.packed = PackedSlice(self._rows(roles), self.widths, self.kept)
-
-    def _weights(self, choice: Choice, roles: Sequence[str], *, leaves: bool = False) -> Weights:
-        """Slices of these projections for a new batch; the others whole."""
-        if self.packed is not None:
-            self.packed.replace(self._rows(roles), self.widths, choice.kept)
-            return self._packed_weights(self.packed).restoring(choice.restored)
-        workspace = self._memory_to_hold() if leaves else self.workspace
-        memory = workspace.begin(self.parts.output_weight, stays=leaves)
-        return self.slices(choice.kept, memory, roles).restoring(choice.restored)
-
-    def _weights_to_hold(self) -> Weights:
-        """Slices for decoding, in memory that stays for the next choice to hold."""
-        if self._packs_all:
-            return self._weights_left().by_rows()
-        workspace, like = self._memory_to_hold(), self.parts.output_weight
-        workspace.prepare(like)
-        # in the order in which a cache has the heads
-        kept = self.kept if self.packed is None else self.packed.slots
-        held = self.slices(kept, workspace.begin(like, stays=True), list(self.widths))
-        return held.restoring(self.restored).by_rows()
-
-    def _weights_left(self) -> Weights:
-        """The slices of the last batch, where it left them."""
-        if self._packs_all:
-            assert self.packed is not None
-            return self._packed_weights(self.packed).restoring(self.restored)
-        whole, rows = self.dense(), {}
-        memory = self._memory_to_hold().begin(self.parts.output_weight, stays=True)
-        for role, width in self.widths.items():
-            source = whole.rows(role)
-            written = memory((self.keep * width, source.shape[1]), source)
-            assert written is not None  # prepared before the batch
-            rows[role] = written
-        return whole.reduced(rows, self.kept, self.widths).restoring(self.restored)
-
-    def _memory_to_hold(self) -> SliceWorkspace:
-        if self._memory is None:
-            self._memory = SliceWorkspace()
-            self._memory.reserve(self.slice_size)
-        return self._memory
-
-    def _holds_slices_as_they_are(self) -> bool:
-        return not torch.is_grad_enabled() and not wants_rows(self.parts.output_weight)
+        self.slices.prepare(how, self.kept)
 
     @property
-    def _packs_all(self) -> bool:
-        return self.packed is not None and list(self.packed.rows) == list(self.widths)
-
-    def _rows(self, roles: Sequence[str]) -> dict[str, Tensor]:
-        """Of each projection that is sliced, the units' rows, contiguous."""
-        whole = self.dense()
-        return {role: whole.rows(role) for role in roles}
-
-    def _packed_weights(self, packed: PackedSlice) -> Weights:
-        return self.dense().reduced(packed.rows, packed.slots, self.widths)
+    def _last(self) -> Choice:
+        """What the last batch was run on."""
+        return Choice(self.kept, self.restored)
 
     def _finish(self, states: Tensor, weights: Weights, around: Surroundings) -> Tensor:
         """Move the history by the batch's states (B, S, C or K * d), and apply the output matrix to them."""
@@ -359,22 +252,6 @@ class PrunedBlock(nn.Module, ABC):
             with torch.no_grad():
                 self.remember(states, weights.kept, around.places)
         return weights.apply("output", states)
-
-    def dense(self) -> Weights:
-        """The block's projections, whole."""
-        modules = {**self.parts.inputs, "output": self.parts.output}
-        return Weights({role: Projection(module.weight, module.bias) for role, module in modules.items()})
-
-    def lay_out_for_slicing(self) -> None:
-        """Store the output matrix so that the kept columns are copied whole. No value changes, only the strides."""
-        if self.chooses:
-            weight = self.parts.output.weight
-            weight.data = store_by_columns(weight.data)
-
-    def lay_out_as_stock(self) -> None:
-        """Undo :meth:`lay_out_for_slicing`."""
-        weight = self.parts.output.weight
-        weight.data = weight.data.contiguous()
 
     def remember(self, states: Tensor, kept: Tensor, places: Places | None) -> None:
         """Move the history, and the running mean where there is one, by a batch.
@@ -401,5 +278,5 @@ class PrunedBlock(nn.Module, ABC):
             if buffer is not None:
                 moved = fn(buffer)
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-        self._held = self._memory = self.packed = None
+        self.slices.forget()
         return self

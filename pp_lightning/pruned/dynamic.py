@@ -1,5 +1,7 @@
 """Putting a layer's pruned blocks together."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +47,7 @@ def layer_pruner(
         UserError: a weight is not finite, or the statistics do not cover the layer.
     """
 
-    def arguments(block: BlockPlan) -> dict[str, object]:
+    def arguments(block: BlockPlan) -> dict[str, Any]:
         return {
             "modules": block_modules(architecture, layer, block.block),
             "units": block.units,
@@ -66,7 +68,7 @@ def layer_pruner(
         queries_per_key=shape.num_heads // shape.num_key_value_heads,
         **arguments(blocks[0]),
     )
-    mlp = PrunedMLP(**arguments(blocks[1]))  # type: ignore[arg-type]
+    mlp = PrunedMLP(**arguments(blocks[1]))
     for name, block in ((Block.ATTENTION, attention), (Block.MLP, mlp)):
         _check_finite(block, name, index)
     return LayerPruner(attention, mlp, context, parallel=method.probe_source == "previous")

@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from pp_lightning.pruned.attention import PrunedAttention
 from pp_lightning.pruned.batch import BatchResult, choose_ahead, run_batch, run_chosen
-from pp_lightning.pruned.block import Choice, HowToRun, PrunedBlock
+from pp_lightning.pruned.block import PrunedBlock
+from pp_lightning.pruned.choice import Choice, HowToRun
 from pp_lightning.pruned.context import BatchContext
 from pp_lightning.pruned.mlp import PrunedMLP
 from pp_lightning.pruned.streams import Ahead, SideStream
@@ -119,8 +120,8 @@ class LayerPruner(nn.Module):
 
 def install_pruner(layer: nn.Module, pruner: LayerPruner) -> None:
     """Make a stock decoder layer run pruned: same object, same class, same weights, another ``forward``."""
-    pruner.attention.lay_out_for_slicing()
-    pruner.mlp.lay_out_for_slicing()
+    pruner.attention.slices.lay_out_for_slicing()
+    pruner.mlp.slices.lay_out_for_slicing()
     layer.pruner = pruner
     layer.forward = MethodType(_pruned_forward, layer)
 
@@ -129,8 +130,8 @@ def remove_pruner(layer: nn.Module) -> None:
     """Undo :func:`install_pruner`."""
     pruner = layer.pruner
     assert isinstance(pruner, LayerPruner)
-    pruner.attention.lay_out_as_stock()
-    pruner.mlp.lay_out_as_stock()
+    pruner.attention.slices.lay_out_as_stock()
+    pruner.mlp.slices.lay_out_as_stock()
     del layer.forward
     del layer.pruner
 

@@ -12,14 +12,16 @@ from torch import Tensor
 from pp_lightning.functional.selection import take_rows
 
 
-@torch.library.custom_op("pp_lightning::replace_units", mutates_args=("packed", "slots"))
+@torch.library.custom_op(
+    "pp_lightning::replace_units", mutates_args=("packed", "slots"), tags=torch.Tag.cudagraph_unsafe
+)
 def replace_units_(
     packed: Sequence[Tensor], slots: Tensor, whole: Sequence[Tensor], widths: Sequence[int], kept: Tensor
 ) -> None:
     """Replace what is packed and no longer kept by what is kept and not yet packed, in place.
 
     How much that is depends on the data, so it is one operator to a compiler, which need not look inside. On a CPU that
-    costs nothing; on an accelerator the host waits for the device.
+    costs nothing; on an accelerator the host waits for the device, which no CUDA graph may record.
 
     Args:
         packed: (K * w, D) each, contiguous: the rows of the units in ``slots``.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from pp_lightning.pruned.block import Choice
+from pp_lightning.pruned.choice import Choice
 
 
 class Ahead(NamedTuple):

@@ -19,13 +19,18 @@ class SliceWorkspace:
     """Memory for one slice at a time: of all blocks in turn, or of one block while its choice is held.
 
     Fresh memory for every slice costs more than the copy itself where the system hands out pages that it has to clear
-    first. The buffer has the size of the largest block's slice.
+    first, as for a CPU; on an accelerator torch keeps freed memory at hand itself. The buffer has the size of the
+    largest block's slice.
+
+    Args:
+        outlives_batch: slices are looked for after the batch, so that they have to be here on every device.
 
     Attributes:
-        buffer: the memory, made by :meth:`prepare`.
+        buffer: the memory, made by :meth:`prepare`; None where slices get fresh memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, outlives_batch: bool = False) -> None:
+        self.outlives_batch = outlives_batch
         self.buffer: Tensor | None = None
         self._size = 0
 
@@ -35,25 +40,24 @@ class SliceWorkspace:
 
     def prepare(self, like: Tensor) -> None:
         """Make the buffer where there is none yet for slices of ``like``. Not for graphs: they are given the buffer."""
-        if self._suits(like) or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self._suits(like):
             return
         self.buffer = None  # before the next one is made
-        with torch.inference_mode(False):  # made here, but written wherever the next batch runs
-            self.buffer = torch.empty(self._size, dtype=like.dtype, device=like.device)
+        if self.outlives_batch or like.device.type == "cpu":
+            with torch.inference_mode(False):  # made here, but written wherever the next batch runs
+                self.buffer = torch.empty(self._size, dtype=like.dtype, device=like.device)
 
-    def begin(self, like: Tensor, *, stays: bool = False) -> Memory:
+    def begin(self, like: Tensor) -> Memory:
         """Start a new slice; the previous one is overwritten.
 
-        Memory is not reused while gradients are recorded, nor in graphs for an accelerator or for other tools, which
-        plan their own; but where the slice has to stay, it has to be here.
+        Memory is not reused while gradients are recorded. Graphs for other tools plan their own, except for a slice
+        that outlives the batch.
 
         Args:
             like: a weight of the block.
-            stays: whether the slice is looked for after the batch.
         """
-        plans = like.device.type != "cpu" or torch.compiler.is_exporting()
-        in_graph = torch.compiler.is_compiling() and plans and not stays
-        if self.buffer is None or in_graph or not self._suits(like) or torch.is_grad_enabled():
+        plans_its_own = torch.compiler.is_exporting() and not self.outlives_batch
+        if self.buffer is None or plans_its_own or torch.is_grad_enabled() or not self._suits(like):
             return fresh_memory
         return _Stretches(self.buffer)
 
@@ -67,7 +71,7 @@ class SliceWorkspace:
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SliceWorkspace":
         """Copies of a model start with an empty workspace."""
-        copied = SliceWorkspace()
+        copied = SliceWorkspace(outlives_batch=self.outlives_batch)
         copied.reserve(self._size)
         return copied
 

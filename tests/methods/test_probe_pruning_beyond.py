@@ -200,14 +200,14 @@ def test_a_held_choice_holds_what_it_restores():
         model(input_ids=text[:, :1], past_key_values=filled, use_cache=True)
     for block in blocks_of(model).values():
         assert block.restored.abs().sum() > 0
-        torch.testing.assert_close(block._held.projections["output"].bias, block.restored)
+        torch.testing.assert_close(block.slices.held.projections["output"].bias, block.restored)
 
 
 def test_bias_of_the_output_matrix_stays():
     model = pruned("opt", ProbePruning(compensation="probe"))
     block = blocks_of(model)[2, Block.MLP]
     own = block.parts.output.bias.clone()
-    weights = block.dense().restoring(torch.ones(64))
+    weights = block.slices.whole().restoring(torch.ones(64))
     torch.testing.assert_close(weights.projections["output"].bias, own + 1)
     logits(model, ids())
     assert torch.equal(block.parts.output.bias, own)  # and no weight changes

@@ -6,6 +6,7 @@ import torch
 from pp_lightning import calibrate, kept_units, prune_, unprune_
 from pp_lightning.functional import linear as linear_module
 from pp_lightning.methods import FullBatchProbing, ProbePruning
+from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.workspace import SliceWorkspace, fresh_memory
 from pp_lightning.pruning import pruners_of, pruning_of
 from tests.models import (
@@ -57,11 +58,11 @@ def test_one_slice_at_a_time_in_one_buffer(name, unit):
     logits(model, ids())
     workspace = pruning_of(model).context.workspace
     address, size = workspace.buffer.data_ptr(), workspace.buffer.numel()
-    assert size == max(block.slice_size for block in blocks_of(model))
+    assert size == max(block.slices.size for block in blocks_of(model))
     logits(model, ids(seed=2))
     assert (workspace.buffer.data_ptr(), workspace.buffer.numel()) == (address, size)
     # nothing is held between batches but that
-    assert all(block._held is None for block in blocks_of(model))
+    assert all(block.slices.held is None for block in blocks_of(model))
 
 
 def workspace_of(size, like):
@@ -96,6 +97,16 @@ def test_workspace_follows_the_weights_type_and_the_largest_slice():
     assert workspace.begin(like.half()) is fresh_memory
     workspace.prepare(like.half())
     assert workspace.buffer.numel() == 12
+
+
+@torch.no_grad()
+def test_an_accelerator_keeps_freed_memory_at_hand_itself():
+    like = torch.zeros(4, 4, device="meta")
+    assert workspace_of(10, like).buffer is None
+    outliving = SliceWorkspace(outlives_batch=True)
+    outliving.reserve(10)
+    outliving.prepare(like)
+    assert outliving.buffer.device == like.device
 
 
 def test_gradients_are_recorded_with_memory_of_their_own():
@@ -146,9 +157,9 @@ def test_a_held_slice_is_let_go_by_the_next_prompt():
     with torch.no_grad():
         cache = model(input_ids=ids(), use_cache=True).past_key_values
         model(input_ids=ids(4, 1), past_key_values=cache, use_cache=True)
-        assert all(block._held is not None for block in blocks_of(model))
+        assert all(block.slices.held is not None for block in blocks_of(model))
         model(input_ids=ids(seed=2), use_cache=False)
-    assert all(block._held is None for block in blocks_of(model))
+    assert all(block.slices.held is None for block in blocks_of(model))
 
 
 @torch.no_grad()
@@ -166,22 +177,22 @@ def test_once_a_model_decodes_its_prompts_leave_the_slices_for_it(name, rows, pa
     first, second, token = ids(rows), ids(rows, seed=2), ids(rows, 1, seed=3)
     with torch.no_grad():
         model(input_ids=first, use_cache=True)
-    assert all(block._held is None for block in blocks_of(model)), "nobody knows yet that this model decodes"
+    assert all(block.slices.held is None for block in blocks_of(model)), "nobody knows yet that this model decodes"
     logits(fresh, first)  # moves its history as well
     decoded(model, first, token)
-    memory = [None if packs else block._memory.buffer.data_ptr() for block in blocks_of(model)]
+    memory = [None if packs else block.slices._own.buffer.data_ptr() for block in blocks_of(model)]
     logits(model, first)
     logits(fresh, first)
-    assert all(block._held is None for block in blocks_of(model))
+    assert all(block.slices.held is None for block in blocks_of(model))
     logits(fresh, first)
     with torch.no_grad():
         cache = model(input_ids=second, use_cache=True).past_key_values
-    left = [block._held for block in blocks_of(model)]
+    left = [block.slices.held for block in blocks_of(model)]
     assert all(held is not None for held in left)
     with torch.no_grad():
         found = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-    assert [block._held for block in blocks_of(model)] == left
-    assert [None if packs else block._memory.buffer.data_ptr() for block in blocks_of(model)] == memory
+    assert [block.slices.held for block in blocks_of(model)] == left
+    assert [None if packs else block.slices._own.buffer.data_ptr() for block in blocks_of(model)] == memory
     expected = decoded(fresh, second, token)
     assert choices(kept_units(model)) == choices(kept_units(fresh))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -191,10 +202,10 @@ def test_once_a_model_decodes_its_prompts_leave_the_slices_for_it(name, rows, pa
 def test_where_products_want_rows_slices_are_held_by_rows(monkeypatch, packs):
     model, plain = (pruned(pack_slices=packs) for _ in range(2))
     expected = [decoded(plain, ids(seed=seed), ids(4, 1)) for seed in (1, 2)]
-    assert not any(block._held.projections["output"].weight.is_contiguous() for block in blocks_of(plain))
+    assert not any(block.slices.held.projections["output"].weight.is_contiguous() for block in blocks_of(plain))
     monkeypatch.setattr(linear_module, "_NATIVE", {torch.float32: False})  # as half precision on many a laptop
     found = [decoded(model, ids(seed=seed), ids(4, 1)) for seed in (1, 2)]
-    assert all(block._held.projections["output"].weight.is_contiguous() for block in blocks_of(model))
+    assert all(block.slices.held.projections["output"].weight.is_contiguous() for block in blocks_of(model))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -202,8 +213,10 @@ def test_packed_slices_are_held_as_they_are():
     model = pruned(pack_slices=True)
     decoded(model, ids(), ids(4, 1))
     for block in blocks_of(model):
-        assert block._memory is None, "no second copy"
-        assert block._held.projections["output"].weight.data_ptr() == block.packed.rows["output"].data_ptr()
+        assert block.slices._own is None, "no second copy"
+        assert (
+            block.slices.held.projections["output"].weight.data_ptr() == block.slices.packed.rows["output"].data_ptr()
+        )
 
 
 def test_packed_slices_of_an_earlier_batch_do_not_hide_gradients():
@@ -225,11 +238,11 @@ def test_what_is_left_is_what_a_copy_would_be():
     decoded(model, ids(), ids(4, 1))
     model(input_ids=ids(seed=2), use_cache=True)
     for block in blocks_of(model):
-        left = block._held
-        copied = block.slices(block.kept, fresh_memory, list(block.widths))
+        left = block.slices.held
+        copied = block.slices.of(Choice(block.kept), fresh_memory)
         for role, projection in copied.projections.items():
             assert torch.equal(left.projections[role].weight, projection.weight), role
-        other = block.slices((block.kept + 1) % block.units.number, fresh_memory, ["output"])
+        other = block.slices.of(Choice((block.kept + 1) % block.units.number), fresh_memory, ["output"])
         assert not torch.equal(left.projections["output"].weight, other.projections["output"].weight)
 
 

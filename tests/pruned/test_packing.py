@@ -59,9 +59,9 @@ def test_a_packed_model_is_the_same_model(name, rows, ratio):
             torch.testing.assert_close(histories(packs)[key], history, rtol=1e-5, atol=1e-6)
     assert len(seen) > 1, "choices must change, or nothing is replaced"
     block = next(iter(pruners_of(packs).values())).mlp
-    assert block.packed is not None
-    assert (len(block.packed.rows) == 1) == (rows == 1)
-    assert next(iter(pruners_of(plain).values())).mlp.packed is None
+    assert block.slices.packed is not None
+    assert (len(block.slices.packed.rows) == 1) == (rows == 1)
+    assert next(iter(pruners_of(plain).values())).mlp.slices.packed is None
 
 
 def test_a_packed_model_generates_and_moves():
@@ -72,4 +72,4 @@ def test_a_packed_model_generates_and_moves():
     for rows in (4, 1):
         assert torch.equal(packs.generate(ids(rows, 12), **settings), plain.generate(ids(rows, 12), **settings))
     packs.double()
-    assert all(pruner.mlp.packed is None for pruner in pruners_of(packs).values()), "made anew in the new dtype"
+    assert all(pruner.mlp.slices.packed is None for pruner in pruners_of(packs).values()), "made anew in the new dtype"

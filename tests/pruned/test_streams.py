@@ -13,7 +13,7 @@ import torch
 from pp_lightning import compile_, kept_units, prune_
 from pp_lightning.methods import ProbePruning
 from pp_lightning.pruned import streams
-from pp_lightning.pruned.block import Choice
+from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.context import BatchContext
 from pp_lightning.pruned.streams import SideStream
 from pp_lightning.pruning import pruning_of

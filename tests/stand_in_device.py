@@ -1,0 +1,169 @@
+"""Runs pruned models on a device that is not there, and tells what an accelerator would have met.
+
+Tensors are fake: they have shapes, types and a device, and no values. So whatever asks for a value, which on an
+accelerator makes the host wait, is an error here, and so is whatever mixes devices. It needs a device type of its own,
+which stays registered in the process: run it in one of its own.
+
+    python -m tests.stand_in_device CASE...        JSON: for each case its findings
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from pp_lightning import prune_
+from pp_lightning.methods import DynamicMethod, FullBatchProbing, ProbePruning
+from pp_lightning.pruned.batch import run_batch
+from pp_lightning.pruning import pruners_of, pruning_of
+from tests.models import MODELS, SETTINGS, statistics, tiny
+
+DEVICE = "stand_in"
+PAPER = ProbePruning(row_ratio=0.3)
+
+
+@dataclass
+class Findings:
+    """What came out of one case.
+
+    Attributes:
+        error: what stopped it: a value that was asked for, or devices that were mixed.
+        device: where the logits are.
+        elsewhere: nodes of the compiled graph whose result is on another device.
+        moving: inputs of the graph whose address may change from batch to batch; CUDA graphs copy these.
+        written: inputs of the graph that it writes to.
+    """
+
+    error: str | None = None
+    device: str | None = None
+    elsewhere: list[str] = field(default_factory=list)
+    moving: list[str] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
+
+
+class WaitingMethod(FullBatchProbing):
+    """What must be found: it looks at a score before it goes on."""
+
+    def unit_scores(self, energy: Tensor, weight_norm: Tensor, channels: int) -> Tensor:
+        """Scores, after a look at them."""
+        scores = super().unit_scores(energy, weight_norm, channels)
+        return scores * 2 if scores.sum() > 0 else scores
+
+
+class MixingMethod(FullBatchProbing):
+    """What must be found: it forgets on which device it is."""
+
+    def unit_scores(self, energy: Tensor, weight_norm: Tensor, channels: int) -> Tensor:
+        """Scores, with a vector from the host."""
+        scores = super().unit_scores(energy, weight_norm, channels)
+        return scores + torch.zeros(scores.shape)
+
+
+class _Slot(DynamicLayer):
+    """A layer's cache that starts without ``torch.tensor``, which makes values."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """No tokens yet."""
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+
+@contextmanager
+def on_device(model: PreTrainedModel) -> Iterator[None]:
+    """The model's tensors replaced by fake ones on the stand-in device."""
+    described = {
+        (module, name): (tensor.shape, tensor.stride(), tensor.dtype)
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+    with FakeTensorMode(), torch.inference_mode():
+        for (module, name), (shape, stride, dtype) in described.items():
+            fake = torch.empty_strided(shape, stride, dtype=dtype, device=DEVICE)
+            if name in module._parameters:
+                module._parameters[name] = nn.Parameter(fake, requires_grad=False)
+            else:
+                module._buffers[name] = fake
+        yield
+
+
+def inspect(name: str, method: DynamicMethod, **settings: Any) -> Findings:
+    """One model and method: a batch, decoding, and a batch through a compiled layer."""
+    model, findings = tiny(name), Findings()
+    needed = statistics(name) if method.needs_statistics else None
+    prune_(model, method, needed, **{**SETTINGS, **settings})
+    pruning_of(model).context.overlaps = False  # the stand-in has no streams
+    try:
+        with on_device(model):
+            ids = torch.zeros(4, 24, dtype=torch.long, device=DEVICE)
+            findings.device = str(model(input_ids=ids, use_cache=False).logits.device.type)
+            for _ in range(2):  # a second prompt leaves its slices for decoding
+                cache = Cache(layer_class_to_replicate=_Slot)
+                model(input_ids=ids, past_key_values=cache, use_cache=True)
+                model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            torch._dynamo.reset()
+            compiled = torch.compile(run_batch, backend=_inspector(findings), fullgraph=True, dynamic=False)
+            for pruner in pruners_of(model).values():
+                pruner.run_batch = compiled
+            model(input_ids=ids, use_cache=False)
+    except Exception as error:  # what a faulty method raises depends on where it is found
+        findings.error = f"{type(error).__name__}: {error}"
+    return findings
+
+
+def _inspector(findings: Findings) -> Callable[[GraphModule, list[Tensor]], Callable[..., Any]]:
+    """A backend that runs a graph as it is, after a look at it."""
+
+    def backend(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        for node in placeholders:
+            if not (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"):
+                findings.moving.append(node.name)
+
+        def look(functional: GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+            for node in functional.graph.nodes:
+                value = node.meta.get("val")
+                if isinstance(value, Tensor) and value.device.type != DEVICE:
+                    findings.elsewhere.append(f"{node.name}: {value.device.type}")
+            for node in functional.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+                number = functional.graph.find_nodes(op="placeholder").index(node.args[0])
+                findings.written.append(placeholders[number].name)
+            return functional.forward
+
+        return aot_module_simplified(graph, examples, fw_compiler=look, keep_inference_input_mutations=True)
+
+    return backend
+
+
+CASES: dict[str, Callable[[], Findings]] = {
+    **{f"{name}-paper": partial(inspect, name, PAPER) for name in MODELS},
+    **{f"{name}-best": partial(inspect, name, ProbePruning.best()) for name in MODELS},
+    "llama_gqa-parallel": partial(inspect, "llama_gqa", ProbePruning(row_ratio=0.3, probe_source="previous")),
+    "opt-full_batch": partial(inspect, "opt", FullBatchProbing()),
+    "llama-packed": partial(inspect, "llama", PAPER, pack_slices=True),
+    "waits": partial(inspect, "llama", WaitingMethod()),
+    "mixes": partial(inspect, "llama", MixingMethod()),
+}
+
+
+def main() -> None:
+    """The cases that were named, and what each found."""
+    _setup_privateuseone_for_python_backend(DEVICE)
+    json.dump({case: asdict(CASES[case]()) for case in sys.argv[1:]}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

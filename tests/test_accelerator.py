@@ -1,0 +1,48 @@
+"""Pruned models on an accelerator, as far as that can be told without one: see :mod:`tests.stand_in_device`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.stand_in_device import CASES, DEVICE
+
+ROOT = Path(__file__).parent.parent
+FAULTY = {"waits": "DataDependentOutputException", "mixes": "FakeTensorDeviceMismatchError"}
+QUICK = {"llama_gqa-paper", "opt-best", "llama-packed"}
+SOUND = [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES if case not in FAULTY]
+# The batch itself, and what depends on it: everything else stays where it is.
+MAY_MOVE = {"hidden", "earlier", "around_mask", "around_lots", "around_rotation_0", "around_rotation_1"}
+
+
+@pytest.fixture(scope="module")
+def found(request):
+    """Findings of the wanted cases, from a process of its own."""
+    wanted = {item.callspec.params["case"] for item in request.session.items if "found" in item.fixturenames}
+    command = [sys.executable, "-m", "tests.stand_in_device", *sorted(wanted)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_an_accelerator_waits_for_nothing_and_records_everything(found, case):
+    """Batches, decoding and compiled layers ask for no value and mix no devices; and what CUDA graphs need holds: all
+    of a graph is on the device, and what it writes to, as all that does not change with the batch, stays in its place.
+    """
+    findings = found[case]
+    assert findings["error"] is None
+    assert findings["device"] == DEVICE
+    assert findings["elsewhere"] == []
+    moving = {name.removeprefix("l_").removesuffix("_") for name in findings["moving"]}
+    assert "hidden" in moving <= MAY_MOVE
+    written = {name.rstrip("_").split("_")[-1] for name in findings["written"]}
+    assert ("history" in written) == ("full_batch" not in case)
+    assert not set(findings["written"]) & set(findings["moving"])
+
+
+@pytest.mark.parametrize("case", FAULTY)
+def test_faults_are_found(found, case):
+    assert found[case]["error"].startswith(FAULTY[case])
