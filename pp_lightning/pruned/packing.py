@@ -13,7 +13,7 @@ from pp_lightning.functional.selection import take_rows
 
 
 @torch.library.custom_op(
-    "pp_lightning::replace_units", mutates_args=("packed", "slots"), tags=torch.Tag.cudagraph_unsafe
+    "pp_lightning::replace_units", mutates_args=("packed", "slots"), tags=(torch.Tag.cudagraph_unsafe,)
 )
 def replace_units_(
     packed: Sequence[Tensor], slots: Tensor, whole: Sequence[Tensor], widths: Sequence[int], kept: Tensor
