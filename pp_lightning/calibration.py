@@ -36,7 +36,8 @@ def calibrate(
     """Collect count, sum and sum of squares of every block's states by position and channel.
 
     Everything is summed in float32. Interrupted and called again with the same ``save_to`` and batches, it goes on
-    where the file stands and ends with the same statistics, bit for bit.
+    where the file stands and ends with the same statistics, bit for bit; where batches are padded, on accelerators up
+    to rounding: sums by position have no order there.
 
     Args:
         model: a dense causal language model. It is run in evaluation mode and left as it was.

@@ -18,7 +18,7 @@ from pp_lightning.errors import UserError
 from pp_lightning.pruned.batch import choose_ahead, run_batch, run_chosen
 from pp_lightning.pruning import COMPILED, pruners_of
 
-_RECORDING = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs
+RECORDING_MODES = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
 
@@ -115,7 +115,7 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
         raise UserError("the model is compiled already: uncompile_ it first")
     architecture, pruners = architecture_of(model.config), pruners_of(model)
     compilation = Compilation(mode)
-    if mode in _RECORDING:
+    if mode in RECORDING_MODES:
         compilation.step_hook = architecture.decoder_of(model).register_forward_pre_hook(_begin_step)
     shared: dict[Callable[..., Any], _TwoGraphs] = {}
 
@@ -133,7 +133,7 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
         pruner.run_batch = partial(graphs_of(run_batch), widths)
         pruner.choose_ahead = partial(graphs_of(choose_ahead), widths)
         pruner.run_chosen = partial(graphs_of(run_chosen), widths)
-        pruner.context.overlaps = mode not in _RECORDING
+        pruner.context.overlaps = mode not in RECORDING_MODES
     setattr(model, COMPILED, compilation)
     return compilation
 

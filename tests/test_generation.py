@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from pp_lightning import UserError, kept_units, prune_, unprune_
 from pp_lightning.architectures import shape_of
 from pp_lightning.methods import FullBatchProbing, ProbePruning, WandaSP
 from pp_lightning.pruned.slicing import BlockSlices
+from pp_lightning.pruning import pruners_of
 from tests.models import (
     GROUPED,
     GROUPS,
@@ -124,6 +125,24 @@ def test_static_cache(name, unit, method):
         expected = generate(dynamic, batch)
         assert torch.equal(generate(static, batch, cache_implementation="static"), expected)
         assert torch.equal(expected, greedy_without_cache(reference(static, name, unit), batch, STEPS))
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "opt"])
+@torch.no_grad()
+def test_a_cache_of_fixed_size_finds_its_slices_made(monkeypatch, name):
+    """On accelerators transformers compiles decoding with one: slices made inside a CUDA graph would not outlive it."""
+    model, made = pruned(name), []
+    original = BlockSlices.of
+    cache = StaticCache(config=model.config, max_cache_len=24)
+    model(input_ids=ids(2, 12), past_key_values=cache, use_cache=True)
+    held = [block.slices.held for pruner in pruners_of(model).values() for block in (pruner.attention, pruner.mlp)]
+    assert None not in held
+    monkeypatch.setattr(BlockSlices, "of", lambda *arguments: made.append(1) or original(*arguments))
+    model(input_ids=ids(2, 1), past_key_values=cache, use_cache=True)
+    assert not made
+    assert held == [
+        block.slices.held for pruner in pruners_of(model).values() for block in (pruner.attention, pruner.mlp)
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_gqa", "opt"])

@@ -30,8 +30,12 @@ def main(words: Sequence[str]) -> None:
     """Read the options, measure, write and show."""
     options = _parser().parse_args(list(words))
     settings = BenchmarkSettings.from_plain(_settings(options))
-    rows = run_benchmark(settings, tell=lambda line: print(line, file=sys.stderr, flush=True))
     out = Path(options.out)
+    rows = run_benchmark(
+        settings,
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+        keep=lambda so_far: write_results(so_far, settings, out),
+    )
     print(write_results(rows, settings, out))
     plot(rows, caption(settings), out / "results.png")
     rank_zero_info("written to %s", out)

@@ -20,7 +20,11 @@ def main() -> None:
     options = parser.parse_args()
     try:
         settings = BenchmarkSettings.from_plain(yaml.safe_load(Path(options.config).read_text()) or {})
-        rows = run_benchmark(settings, tell=lambda line: print(line, file=sys.stderr, flush=True))
+        rows = run_benchmark(
+            settings,
+            tell=lambda line: print(line, file=sys.stderr, flush=True),
+            keep=lambda so_far: write_results(so_far, settings, Path(options.out)),
+        )
     except (UserError, OSError) as error:
         print(f"pp_lightning.benchmark: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pp_lightning.architectures import architecture_of, shape_of
-from pp_lightning.compilation import with_own_code
+from pp_lightning.compilation import CompileMode, with_own_code
 from pp_lightning.plan import make_plan
 from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruned.context import BatchContext
@@ -61,20 +61,26 @@ def meetings(model: PreTrainedModel, index: int, batches: Sequence[Tensor]) -> l
 
 
 def choosing_function(
-    block: PrunedBlock, inputs: Sequence[tuple[Tensor, Surroundings]], *, compiled: bool
+    block: PrunedBlock, inputs: Sequence[tuple[Tensor, Surroundings]], *, compiled: CompileMode | None
 ) -> BlockFunction:
-    """A block that chooses for every batch, or a whole one, as a function of the batch's number."""
-    run = _compiled(_run_block) if compiled else _run_block
+    """A block that chooses for every batch, or a whole one, as a function of the batch's number.
+
+    Args:
+        block: the block.
+        inputs: what it meets in each batch.
+        compiled: torch.compile's mode; None runs it eagerly.
+    """
+    run = _run_block if compiled is None else _compiled(_run_block, compiled)
     return lambda index: run(block, *inputs[index])
 
 
 @torch.inference_mode()
 def held_function(
-    block: PrunedBlock, inputs: Sequence[tuple[Tensor, Surroundings]], *, compiled: bool
+    block: PrunedBlock, inputs: Sequence[tuple[Tensor, Surroundings]], *, compiled: CompileMode | None
 ) -> BlockFunction:
-    """A block on a choice made once: what a static method of the same ratio costs."""
+    """:func:`choosing_function` on a choice made once: what a static method of the same ratio costs."""
     _run_held(block, *inputs[0])  # makes the slices: not while a clock runs, and not inside the graph
-    run = _compiled(_run_held) if compiled else _run_held
+    run = _run_held if compiled is None else _compiled(_run_held, compiled)
     return lambda index: run(block, *inputs[index])
 
 
@@ -87,6 +93,7 @@ def _run_held(block: PrunedBlock, residual: Tensor, around: Surroundings) -> Ten
     return residual + block.decode(residual, replace(around, remember=False))
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(with_own_code(function), fullgraph=True, dynamic=False)
+def _compiled(function: Callable[..., Any], mode: CompileMode) -> Callable[..., Any]:
+    chosen = None if mode == "default" else mode
+    compiled: Callable[..., Any] = torch.compile(with_own_code(function), fullgraph=True, dynamic=False, mode=chosen)
     return compiled

@@ -49,7 +49,7 @@ class DeviceStopwatch(Stopwatch):
     def mark(self) -> None:
         """Record an event."""
         event = torch.Event(self._device, enable_timing=True)
-        event.record()
+        event.record(torch.accelerator.current_stream(self._device))
         self._events.append(event)
 
     def laps(self) -> list[float]:

@@ -16,10 +16,15 @@ _BATCHES = 3
 def peak_megabytes(settings: BenchmarkSettings, variant: str, dtype: str, ratio: float, case: Case) -> float | None:
     """Start a process that builds, prunes and runs the variant on three batches, and take its peak.
 
+    Raises:
+        RuntimeError: the process failed.
+
     Returns:
         Megabytes, resident on Linux's CPUs and allocated on an accelerator; None where the system does not tell.
     """
     request = {"settings": asdict(settings), "variant": variant, "dtype": dtype, "ratio": ratio, "case": asdict(case)}
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()  # room for the process, which shares the device
     command = [sys.executable, "-m", "pp_lightning.benchmark.memory"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
     if done.returncode:

@@ -1,7 +1,7 @@
 """The whole benchmark: every dtype, ratio and case, all variants interleaved."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,12 +35,15 @@ Tell = Callable[[str], None]
 _DECODED = ("PP", "PP, packed slices")  # of the dynamic variants; the others hold a choice as these do
 
 
-def run_benchmark(settings: BenchmarkSettings, tell: Tell = print) -> list[Row]:
+def run_benchmark(
+    settings: BenchmarkSettings, tell: Tell = print, keep: Callable[[list[Row]], object] = lambda rows: None
+) -> list[Row]:
     """Measure everything that the settings ask for.
 
     Args:
         settings: what to measure.
         tell: told what is going on, one line at a time.
+        keep: given all rows so far after each case, so that what is measured stays if a later one fails.
 
     Raises:
         UserError: settings that cannot be measured.
@@ -52,13 +55,22 @@ def run_benchmark(settings: BenchmarkSettings, tell: Tell = print) -> list[Row]:
     rows: list[Row] = []
     for dtype in _measurable(settings, tell):
         for ratio in settings.ratios:
-            subject = Subject(settings, dtype, ratio)
-            models = {name: subject.variant(variant) for name, variant in variants.items()}
-            for case in settings.cases:
-                rows += _Case(subject, models, variants, dtype, case, tell).rows()
-            for batch in settings.decode:
-                rows += _decoding(subject, models, variants, dtype, batch, tell)
+            for more in _of_ratio(settings, variants, dtype, ratio, tell):
+                rows += more
+                keep(rows)
     return rows
+
+
+def _of_ratio(
+    settings: BenchmarkSettings, variants: Mapping[str, Variant], dtype: MeasuredDtype, ratio: float, tell: Tell
+) -> Iterator[list[Row]]:
+    """Rows of one dtype and ratio, case by case. Its models are gone afterwards."""
+    subject = Subject(settings, dtype, ratio)
+    models = {name: subject.variant(variant) for name, variant in variants.items()}
+    for case in settings.cases:
+        yield _Case(subject, models, variants, dtype, case, tell).rows()
+    for batch in settings.decode:
+        yield _decoding(subject, models, variants, dtype, batch, tell)
 
 
 def _measurable(settings: BenchmarkSettings, tell: Tell) -> list[MeasuredDtype]:
@@ -143,7 +155,8 @@ class _Case:
                 else:
                     continue
                 own = pruner.attention if attention else pruner.mlp
-                runners[name] = part_runner(part, function(own, inputs, compiled=variant.compiled), clock)
+                mode = self.settings.mode if variant.compiled else None
+                runners[name] = part_runner(part, function(own, inputs, compiled=mode), clock)
                 ratios[name] = self._block_flops_ratio(name, layer, block)
             samples = self._measure(part, runners, {})
             rows += [self._row(name, part, samples, ratios[name]) for name in runners]
@@ -183,7 +196,11 @@ class _Case:
         if not self.settings.memory or self.case != self.settings.cases[0]:
             return None
         self.tell(f"{self.where}: peak memory of {name}")
-        return peak_megabytes(self.settings, name, self.dtype, self.subject.ratio, self.case)
+        try:
+            return peak_megabytes(self.settings, name, self.dtype, self.subject.ratio, self.case)
+        except RuntimeError as error:  # the models that are timed leave it less room than it would have alone
+            self.tell(f"no peak memory of {name}: {error}")
+            return None
 
     def _probes_what_it_meets(self, method: DynamicMethod) -> bool:
         """Whether a block needs nothing but its input: alone, it has no earlier residual, and no lots to draw with."""

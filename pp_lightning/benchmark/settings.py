@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from pp_lightning.compilation import CompileMode
+from pp_lightning.compilation import RECORDING_MODES, CompileMode
 from pp_lightning.errors import UserError
 
 MeasuredDtype = Literal["float32", "bfloat16", "float16"]
@@ -97,6 +97,8 @@ class BenchmarkSettings:
             raise UserError(f"batches must be at least 8, not {self.batches}: a cache would flatter the choice")
         if self.repeats < 1 or self.warmup < 1:
             raise UserError("repeats and warmup must be at least 1")
+        if self.mode in RECORDING_MODES and self.warmup < 3:
+            raise UserError(f"mode {self.mode} records CUDA graphs in its second round: set warmup to at least 3")
         if any(case.rows < 1 or case.tokens < 2 for case in self.cases) or not self.cases:
             raise UserError("cases need at least 1 row and 2 tokens each")
         if self.model.path is not None and self.text is None:

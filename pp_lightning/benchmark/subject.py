@@ -3,16 +3,17 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pp_lightning.architectures import shape_of
 from pp_lightning.benchmark.settings import BenchmarkSettings, Case, MeasuredDtype
 from pp_lightning.benchmark.shapes import random_model
-from pp_lightning.benchmark.variants import Variant, pruned_copy
+from pp_lightning.benchmark.variants import Variant, pruned_copy, sharing_copy
 from pp_lightning.calibration import calibrate
 from pp_lightning.checkpoints import load_model, load_tokenizer
 from pp_lightning.errors import UserError
+from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.pruning import prune_
 from pp_lightning.statistics import Statistics
 
@@ -47,6 +48,8 @@ class Subject:
             self._text = _tokens(model.path, settings.text)
         self.model.requires_grad_(False)
         self.statistics = self._calibrated()
+        self._static: dict[str | None, PreTrainedModel] = {}
+        self._by_columns: dict[str, Tensor] = {}
 
     @property
     def is_text(self) -> bool:
@@ -67,11 +70,26 @@ class Subject:
         return list(ids.to(self.device))
 
     def variant(self, variant: Variant) -> PreTrainedModel:
-        """A copy under a regime; it shares what it can with the dense model."""
+        """A copy under a regime; it shares what it can with the dense model and with other variants."""
+        method = variant.method
+        known = None if method is None else str((method.label, method.settings()))
+        if known in self._static:
+            return sharing_copy(self._static[known])
         skip, multiple = self.settings.skip_layers, self.settings.round_to
-        return pruned_copy(
+        model = pruned_copy(
             self.model, variant, self.statistics, pruning_ratio=self.ratio, skip_layers=skip, round_to=multiple
         )
+        if isinstance(method, DynamicMethod):
+            self._share_columns(model)
+        elif known is not None:
+            self._static[known] = model
+        return model
+
+    def _share_columns(self, model: PreTrainedModel) -> None:
+        """One copy of the output matrices that are stored by columns for all variants together."""
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and not module.weight.is_contiguous():
+                module.weight.data = self._by_columns.setdefault(name, module.weight.data)
 
     def only(self, variant: Variant) -> PreTrainedModel:
         """The model itself under a regime, nothing kept beside it: for measuring memory."""

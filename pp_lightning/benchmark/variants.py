@@ -65,6 +65,11 @@ def reference_of(variant: Variant) -> str:
     return "dense, compiled" if variant.compiled else "dense"
 
 
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that shares its parameters with the original; all else is its own."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+
+
 def pruned_copy(
     model: PreTrainedModel,
     variant: Variant,
@@ -78,8 +83,7 @@ def pruned_copy(
 
     A dynamic method lays output matrices out by columns, so these are copied, and the original keeps its own layout.
     """
-    shared = {id(weight): weight for weight in model.parameters()}
-    copied = copy.deepcopy(model, shared)
+    copied = sharing_copy(model)
     if variant.method is None:
         return copied
     for module in copied.modules():

@@ -67,13 +67,13 @@ def floor_count(num_units: int, floor: float, step: int) -> int:
 
 
 def _offers(index: int, block: Removable) -> list[_Offer]:
-    ascending = block.losses.double().sort().values.cumsum(0)
+    ascending = block.losses.double().sort().values.cumsum(0).tolist()
     offers, gone, spent = [], 0, 0.0
     # The first step takes the remainder with it, if there is one: what stays is then a multiple of the step.
     units = len(block.losses) % block.step or block.step
     while len(block.losses) - gone - units >= block.floor:
         gone += units
-        total = float(ascending[gone - 1])
+        total = ascending[gone - 1]
         flops = units * block.unit_flops
         offers.append(_Offer((total - spent) / flops, flops, index, units))
         spent, units = total, block.step

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_LARGEST_HEAD_OF_FLASH = 256
+
 
 def split_heads(states: Tensor, head_size: int) -> Tensor:
     """(B, S, H * d) to (B, H, S, d)."""
@@ -38,6 +40,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         causal = False
     if query.shape[1] != key.shape[1]:
         grouped = True
+    if grouped and not _groups_heads_itself(key, mask):
+        queries_per_key = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(queries_per_key, dim=1) for states in (key, value))
+        grouped = False
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+
+
+def _groups_heads_itself(key: Tensor, mask: Tensor | None) -> bool:
+    """Whether a fast kernel takes fewer key than query heads.
+
+    On accelerators only flash attention does, which takes neither masks nor large heads; anything else would fall to
+    the kernel that writes down all scores.
+    """
+    return key.device.type == "cpu" or (mask is None and key.shape[-1] <= _LARGEST_HEAD_OF_FLASH)

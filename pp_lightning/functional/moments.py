@@ -35,6 +35,10 @@ def sum_of_squares(states: Tensor) -> Tensor:
     """Sum over rows of X^2: (B, S, C) of any dtype to (S, C) float32."""
     if torch.compiler.is_compiling():
         return states.float().square().sum(0)  # fused into one loop: no temporary
+    return _row_by_row(states) if states.device.type == "cpu" else _at_once(states)
+
+
+def _row_by_row(states: Tensor) -> Tensor:
     # Row by row: no float32 copy of the states, which can be the largest tensor of a block, and on a CPU many times
     # faster than a norm or a sum over the first dimension.
     total = torch.zeros(states.shape[1:], device=states.device)
@@ -42,6 +46,12 @@ def sum_of_squares(states: Tensor) -> Tensor:
         wide = row.float()
         total.addcmul_(wide, wide)
     return total
+
+
+def _at_once(states: Tensor) -> Tensor:
+    """In one pass, which an accelerator is asked for once."""
+    exact = states.float() if states.dtype == torch.float64 else states
+    return torch.linalg.vector_norm(exact, dim=0, dtype=torch.float32).square()
 
 
 def placed_second_moment(states: Tensor, places: Places) -> tuple[Tensor, Tensor]:

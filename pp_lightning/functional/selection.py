@@ -51,5 +51,5 @@ def take_columns(weight: Tensor, units: Tensor, columns_per_unit: int, out: Tens
 
 
 def store_by_columns(weight: Tensor) -> Tensor:
-    """The same matrix (D, C), laid out in memory so that each column is contiguous."""
+    """The same matrix (D, C), laid out in memory so that each column is contiguous; itself where it already is."""
     return weight.t().contiguous().t()

@@ -236,6 +236,15 @@ class PrunedBlock(nn.Module, ABC):
         if how.leaves:
             self.slices.hold_left(self._last)
 
+    def hold_slices(self) -> None:
+        """Make what decoding runs on now, not with the first token.
+
+        transformers compiles decoding with a cache of fixed size on accelerators, with CUDA graphs: what is made inside
+        of one is gone with the next token.
+        """
+        self.decodes = self.chooses
+        self.slices.hold(self._last)
+
     def prepare(self, how: HowToRun) -> None:
         """Before a new batch: let go of slices held for decoding, and have memory for the next one."""
         self.slices.prepare(how, self.kept)

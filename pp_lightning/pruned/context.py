@@ -81,7 +81,7 @@ class BatchContext:
         self._locate(self._shape, real, given.get("position_ids"))
         if self._draw is not None:  # outside of any graph, and once for all layers
             lots = self._draw(self.choice, *self._shape)
-            self._lots = None if lots is None else lots.to(inputs.device)
+            self._lots = None if lots is None else _sent(lots, inputs.device)
         self.choice += 1
 
     def places(self, mask: Tensor | None) -> Places | None:
@@ -114,6 +114,10 @@ class BatchContext:
             self._side = SideStream(device)
         return self._side
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which begin between two batches: an event of a stream cannot be copied."""
+        return {**self.__dict__, "earlier": None}
+
     def _locate(self, shape: torch.Size, real: Tensor | None, position_ids: Tensor | None) -> None:
         self._explicit_positions = position_ids is not None
         self._places = None
@@ -121,7 +125,7 @@ class BatchContext:
             if real is None:
                 real = torch.ones(shape, dtype=torch.bool, device=position_ids.device)
             positions = position_ids.expand(shape)
-            self._places = Places(positions, real, self._checked(int(positions[real].max()) + 1))
+            self._places = Places(positions, real, self._checked(int(torch.where(real, positions, 0).max()) + 1))
         elif real is not None:
             positions = real.long().cumsum(1) - 1
             longest = shape[1]
@@ -138,6 +142,13 @@ class BatchContext:
                 "calibrate on longer windows or shorten the input"
             )
         return needed
+
+
+def _sent(lots: Tensor, device: torch.device) -> Tensor:
+    """Lots on their way to a device; the host does not wait for them to arrive."""
+    if device.type == "cuda":
+        lots = lots.pin_memory()
+    return lots.to(device, non_blocking=True)
 
 
 def _real_tokens(mask: Any, shape: torch.Size) -> Tensor | None:

@@ -76,6 +76,8 @@ class LayerPruner(nn.Module):
         for block, choice, own in zip(blocks, (result.attention_choice, result.mlp_choice), how, strict=True):
             if choice is not None:
                 block.hold(choice, own)
+            if getattr(cache, "is_compileable", False):
+                block.hold_slices()
         if self.parallel and side is None:
             context.publish(result.middle)
         if cache is not None:

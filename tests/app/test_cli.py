@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from pp_lightning.app.cli import main
 from pp_lightning.benchmark import BenchmarkSettings
+from pp_lightning.benchmark.variants import chosen_variants
 from pp_lightning.commonsense import TASK_NAMES, evaluate
 from pp_lightning.data.train_tokenizer import train_tokenizer
 from tests.commonsense.samples import write_samples
@@ -198,15 +199,19 @@ def test_every_config_parses(path, monkeypatch, capsys):
     assert f"configs/{path.parent.name}/{path.name}" in path.read_text()  # its own command stands in its first lines
 
 
-def test_the_benchmark_config_is_one(monkeypatch, capsys):
-    [path] = set(ALL_CONFIGS) - set(CONFIGS)
+@pytest.mark.parametrize(
+    ("folder", "cases"), [("tiny", [(20, 128), (4, 64), (1, 32)]), ("llama-2-7b", [(20, 1024), (1, 128)])]
+)
+def test_benchmark_configs_are_read(folder, cases, monkeypatch, capsys):
+    [path] = (path for path in set(ALL_CONFIGS) - set(CONFIGS) if path.parent.name == folder)
     monkeypatch.setattr(sys, "argv", ["pp-lightning", "benchmark", "--config", str(path), "--print_config"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 0
     settings = BenchmarkSettings.from_plain(yaml.safe_load(path.read_text()))
     settings.check()
-    assert [(case.rows, case.tokens) for case in settings.cases] == [(20, 128), (4, 64), (1, 32)]
+    chosen_variants(settings.variants)
+    assert [(case.rows, case.tokens) for case in settings.cases] == cases
     assert yaml.safe_load(capsys.readouterr().out)["repeats"] == settings.repeats
 
 

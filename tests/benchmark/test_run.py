@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 from pp_lightning import UserError
 from pp_lightning.benchmark import BenchmarkSettings, Case, ModelChoice, run_benchmark, shapes
 from pp_lightning.benchmark.rows import Row, comma_separated, markdown, paired_ratio
+from pp_lightning.benchmark.subject import Subject
 from pp_lightning.benchmark.timing import interleaved
 from pp_lightning.benchmark.variants import VARIANTS, chosen_variants, pruned_copy, reference_of
 from pp_lightning.benchmark.write import write_results
@@ -97,6 +98,44 @@ def test_variants_share_weights_and_leave_the_dense_model_alone():
     assert all(layer.self_attn.o_proj.weight.is_contiguous() for layer in dense.model.layers)
 
 
+def test_variants_share_what_they_can_with_each_other(measured):
+    """Dynamic ones the output matrices by columns, the compiled static one its slices; histories are everyone's own."""
+    subject = Subject(measured, "float32", 0.4)
+    names = ("PP", "PP, compiled", "Full-Batch Probing", "static PPsp", "static PPsp, compiled")
+    models = {name: subject.variant(VARIANTS[name]) for name in names}
+    layer = {name: model.model.layers[1] for name, model in models.items()}
+    weights = [layer[name].mlp.down_proj.weight.data_ptr() for name in names]
+    assert weights[0] == weights[1] == weights[2] != subject.model.model.layers[1].mlp.down_proj.weight.data_ptr()
+    assert weights[3] == weights[4] != weights[0]
+    assert not layer["PP"].mlp.down_proj.weight.is_contiguous()
+    histories = {layer[name].pruner.mlp.history.data_ptr() for name in ("PP", "PP, compiled")}
+    assert len(histories) == 2
+    expected = pruned_copy(
+        subject.model, VARIANTS["PP"], subject.statistics, pruning_ratio=0.4, skip_layers=(), round_to=16
+    )
+    assert torch.equal(logits(models["PP, compiled"], ids()), logits(expected, ids()))
+
+
+def test_what_was_measured_stays_if_a_later_case_fails(measured, monkeypatch):
+    eager(monkeypatch)
+    measured.cases, measured.blocks, kept = [Case(4, 16), Case(1, 8)], False, []
+    monkeypatch.setattr("pp_lightning.benchmark.run._decoding", lambda *_: pytest.fail("an error of the device"))
+    with pytest.raises(pytest.fail.Exception):
+        run_benchmark(measured, tell=lambda _: None, keep=lambda rows: kept.append([*rows]))
+    assert [len({(row.rows, row.tokens) for row in rows}) for rows in kept] == [1, 2]
+
+
+def test_no_peak_is_no_reason_to_stop(measured, monkeypatch):
+    eager(monkeypatch)
+    measured.cases, measured.decode, measured.blocks, measured.memory = [Case(4, 16)], [], False, True
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="out of memory")
+    monkeypatch.setattr("pp_lightning.benchmark.memory.subprocess.run", lambda *_, **__: failed)
+    told = []
+    rows = run_benchmark(measured, told.append)
+    assert all(row.peak_megabytes is None for row in rows)
+    assert any("out of memory" in line for line in told)
+
+
 def test_all_runners_have_their_turn_on_every_batch():
     turns = []
 
@@ -131,6 +170,7 @@ def test_tables_hold_every_row():
         ({"batches": 3}, "at least 8"),
         ({"repeats": 0}, "at least 1"),
         ({"cases": []}, "cases"),
+        ({"mode": "reduce-overhead", "warmup": 2}, "warmup to at least 3"),
         ({"model": {"path": "somewhere"}}, "--text"),
         ({"nonsense": 1}, "unknown setting"),
         ({"cases": [{"rows": 1}]}, "cannot read"),

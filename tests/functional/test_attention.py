@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from pp_lightning.functional import attention
 from pp_lightning.functional.attention import attend, join_heads, rotate, split_heads
 
 
@@ -63,6 +64,33 @@ def test_attention_equals_the_naive_loop(key_heads, kind):
     }[kind]
     found = attend(query, key, value, mask, scale=0.7)
     torch.testing.assert_close(found, naive_attention(query, key, value, allowed, 0.7), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("key_heads", [2, 1])
+def test_keys_are_repeated_where_no_fast_kernel_groups_heads(monkeypatch, key_heads):
+    query, key, value = torch.randn(2, 4, 5, 3), torch.randn(2, key_heads, 5, 3), torch.randn(2, key_heads, 5, 3)
+    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    expected, asked = attend(query, key, value, mask, scale=0.7), []
+    stock = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*states, enable_gqa, **rest):
+        asked.append((enable_gqa, states[1].shape[1]))
+        return stock(*states, enable_gqa=enable_gqa, **rest)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    attend(query, key, value, mask, scale=0.7)
+    monkeypatch.setattr(attention, "_groups_heads_itself", lambda key, mask: False)
+    torch.testing.assert_close(attend(query, key, value, mask, scale=0.7), expected, rtol=1e-5, atol=1e-6)
+    assert asked == [(True, key_heads), (False, 4)]
+
+
+@pytest.mark.parametrize(
+    ("device", "masked", "head_size", "itself"),
+    [("cpu", True, 64, True), ("meta", False, 64, True), ("meta", True, 64, False), ("meta", False, 320, False)],
+)
+def test_flash_attention_takes_no_masks_and_no_large_heads(device, masked, head_size, itself):
+    key = torch.empty(1, 1, 2, head_size, device=device)
+    assert attention._groups_heads_itself(key, torch.empty(1, 1, 2, 2) if masked else None) == itself
 
 
 def test_a_single_query_sees_every_key():

@@ -124,6 +124,20 @@ def test_recorded_graphs_do_not_run_beside(mode, overlaps):
     assert pruning_of(model).context.overlaps == overlaps
 
 
+def test_a_copy_is_made_without_what_cannot_be_copied():
+    """On an accelerator an earlier residual comes with an event."""
+    model = pruned()
+    logits(model, ids())
+    context = pruning_of(model).context
+    assert context.earlier is not None
+    context.earlier = context.earlier._replace(since=torch.Event("cpu"))
+    with pytest.raises(TypeError, match="Event"):
+        copy.deepcopy(context.earlier)
+    twin = copy.deepcopy(model)
+    assert pruning_of(twin).context.earlier is None
+    assert torch.equal(logits(twin, ids(seed=2)), logits(model, ids(seed=2)))
+
+
 def test_a_cpu_has_no_side_stream():
     assert BatchContext(None).side_stream(torch.device("cpu")) is None
 
