@@ -22,7 +22,7 @@ from pp_lightning.plan import Plan, make_plan
 from pp_lightning.pruned.context import BatchContext
 from pp_lightning.pruned.dynamic import layer_pruner
 from pp_lightning.pruned.layer import LayerPruner, install_pruner, publish_residual, remove_pruner
-from pp_lightning.pruned.slices import SlicedBlock, restore_block, slice_block
+from pp_lightning.pruned.static import SlicedBlock, restore_block, slice_block
 from pp_lightning.statistics import BlockKey, Statistics
 
 _ATTRIBUTE = "_pp_lightning"
