@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import rich
@@ -74,6 +75,19 @@ class ProgressLines(ProgressBar):
         total = trainer.estimated_stepping_batches
         self._step("training", trainer.global_step, None if total == float("inf") else int(total), shown)
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """Start the clock."""
+        if batch_idx == 0:
+            self._begin("held out", 0)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """One held-out batch further."""
+        self._batch("held out", batch_idx, trainer.num_val_batches)
+
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *args: Any
     ) -> None:
@@ -85,8 +99,7 @@ class ProgressLines(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """One batch further."""
-        [total] = trainer.num_test_batches
-        self._step(_evaluated(trainer), batch_idx + 1, None if total == float("inf") else int(total))
+        self._batch(_evaluated(trainer), batch_idx, trainer.num_test_batches)
 
     def show(self, name: str, done: int, total: int) -> None:
         """Show ``done`` of ``total`` steps of something called ``name``."""
@@ -94,6 +107,11 @@ class ProgressLines(ProgressBar):
             self._begin(name, done)
         else:
             self._step(name, done, total)
+
+    def _batch(self, name: str, index: int, totals: Sequence[int | float]) -> None:
+        """One batch further in the one dataloader that there is."""
+        [total] = totals
+        self._step(name, index + 1, None if total == float("inf") else int(total))
 
     def _begin(self, name: str, done: int) -> None:
         self._started[name] = (time.monotonic(), done)

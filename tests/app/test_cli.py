@@ -183,6 +183,16 @@ def test_fit_writes_a_checkpoint_that_test_reads(type_in, arguments, place, tmp_
     assert figures[1]["perplexity"] < 0.9 * figures[0]["perplexity"]
 
 
+@pytest.mark.slow
+def test_the_fit_config_runs_where_an_epoch_is_short(type_in, tmp_path):
+    """How long the text is depends on the Python version: it validates by steps, not by steps of an epoch."""
+    options = {"--config": REPOSITORY / "configs/tiny/fit.yaml", "--trainer.max_steps": 1}
+    options |= {"--trainer.limit_val_batches": 1, "--trainer.precision": "32-true", "--trainer.limit_train_batches": 9}
+    options["--data.batch_size"] = 1
+    assert type_in("fit", options, extra=["--out", tmp_path]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.num_hidden_layers > 1
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_parses(path, monkeypatch, capsys):
     trained = path.stem == "fit" or path.stem.endswith("_lora")

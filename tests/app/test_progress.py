@@ -26,6 +26,7 @@ def trainer(step=0, total=100, test_batches=3):
         global_step=step,
         estimated_stepping_batches=total,
         num_test_batches=[test_batches],
+        num_val_batches=[test_batches],
         lightning_module=None,
         loggers=[],
         progress_bar_metrics={"train_loss": 4.5 - step / 100},
@@ -87,6 +88,23 @@ def test_evaluation_counts_from_its_first_batch(clock, capsys):
         clock.seconds += 4
         lines.on_test_batch_end(own, None, None, None, batch)
     assert capsys.readouterr().err.splitlines() == ["testing: 1 of 3, 4 s, 8 s left", "testing: 3 of 3, 12 s"]
+
+
+def test_training_goes_on_after_held_out_batches(clock, capsys):
+    lines, own = ProgressLines(), trainer(step=5)
+    lines.on_train_start(own, None)
+    for batch in range(3):
+        lines.on_validation_batch_start(own, None, None, batch)
+        clock.seconds += 4
+        lines.on_validation_batch_end(own, None, None, None, batch)
+    own.global_step = 6
+    clock.seconds += 3
+    lines.on_train_batch_end(own, None, None, None, 6)
+    assert capsys.readouterr().err.splitlines() == [
+        "held out: 1 of 3, 4 s, 8 s left",
+        "held out: 3 of 3, 12 s",
+        "training: 6 of 100, train_loss 4.450, 15 s, 24 min left",
+    ]
 
 
 def test_steps_of_a_long_batch(clock, capsys):
