@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pp_lightning.app.ablation import report as ablation_report
 from pp_lightning.app.ablation.questions import QUESTIONS
@@ -108,7 +109,10 @@ class PruningCLI(LightningCLI):
         own = [callback for callback in wanted["callbacks"] or [] if isinstance(callback, ProgressBar)]
         if wanted["enable_progress_bar"] is not False and not own:
             self.trainer_defaults = {**self.trainer_defaults, "callbacks": [progress_display()]}
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(f"the trainer's options do not fit: {error}") from error
 
     @property
     def out(self) -> Path:
@@ -238,7 +242,7 @@ def main() -> None:
             load_from_checkpoint_support=False,
             parser_kwargs=_parser_settings(),
         )
-    except (UserError, ArgumentError) as error:
+    except (UserError, ArgumentError, MisconfigurationException) as error:
         print(f"pp-lightning: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

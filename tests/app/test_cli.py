@@ -363,6 +363,9 @@ MISTAKES = {
     "unknown setting of a method": ({"--model.method.colour": "red"}, "colour"),
     "unknown protocol": ({"--data.protocol": "mine"}, "protocol"),
     "text for a number": ({"--data.window": "long"}, "window"),
+    "no such accelerator": ({"--trainer.accelerator": "hpu"}, "the trainer's options"),
+    "no such strategy": ({"--trainer.strategy": "nonsense"}, "strategy"),
+    "a share above all": ({"--trainer.limit_test_batches": 2.5}, "limit_test_batches"),
     "no document long enough": (
         {"--data.calibration_samples": 4, "--data.window": 128, "--data.calibration": "short"},
         "none of the",
