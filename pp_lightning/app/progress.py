@@ -53,6 +53,7 @@ class ProgressLines(ProgressBar):
         self.seconds = seconds
         self._enabled = True
         self._started: dict[str, tuple[float, int]] = {}
+        self._paced: dict[str, tuple[float, int]] = {}
         self._written = 0.0
         self._shown = -1
 
@@ -114,7 +115,7 @@ class ProgressLines(ProgressBar):
         self._step(name, index + 1, None if total == float("inf") else int(total))
 
     def _begin(self, name: str, done: int) -> None:
-        self._started[name] = (time.monotonic(), done)
+        self._started[name] = self._paced[name] = (time.monotonic(), done)
         self._shown = done
 
     def _step(self, name: str, done: int, total: int | None, figures: str = "") -> None:
@@ -127,7 +128,11 @@ class ProgressLines(ProgressBar):
         self._written, self._shown = now, done
         of = "" if total is None else f" of {total}"
         left = (total or done) - done
-        rest = f", {_duration((now - since) / (done - before) * left)} left" if left and done > before else ""
+        paced_since, paced_before = self._paced[name]
+        pace = (now - paced_since) / max(done - paced_before, 1)
+        rest = f", {_duration(pace * left)} left" if left and done > before else ""
+        if done == before + 1:
+            self._paced[name] = (now, done)  # the first step, which may compile, says little about the others
         print(f"{name}: {done}{of}{figures}, {_duration(now - since)}{rest}", file=sys.stderr, flush=True)
 
 

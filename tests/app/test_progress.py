@@ -80,6 +80,20 @@ def test_an_open_end_is_not_guessed(clock, capsys):
     assert capsys.readouterr().err == "training: 1, train_loss 4.490, 10 s\n"
 
 
+def test_a_slow_first_step_does_not_spoil_the_estimate(clock, capsys):
+    """It may compile."""
+    lines = ProgressLines(seconds=0)
+    lines.on_train_start(trainer(), None)
+    for step, seconds in enumerate((60, 2, 2), start=1):
+        clock.seconds += seconds
+        lines.on_train_batch_end(trainer(step, 10), None, None, None, step)
+    assert [line.split(", ", 2)[2] for line in capsys.readouterr().err.splitlines()] == [
+        "60 s, 9 min left",
+        "62 s, 16 s left",
+        "64 s, 14 s left",
+    ]
+
+
 def test_evaluation_counts_from_its_first_batch(clock, capsys):
     lines, own = ProgressLines(), trainer()
     clock.seconds = 500  # calibration
