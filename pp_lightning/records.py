@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from pp_lightning.errors import UserError
+
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "safetensors", "jsonargparse")
 
 
@@ -23,6 +25,18 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {package: found for package in PACKAGES if (found := _version(package)) is not None},
     }
+
+
+def check_place(out: Path) -> None:
+    """Refuse a folder that cannot be written into. It is not made yet.
+
+    Raises:
+        UserError: it is, or lies below, a file, or a folder that must not be written to.
+    """
+    nearest = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "is not a folder" if not nearest.is_dir() else "cannot be written to"
+        raise UserError(f"{nearest} {reason}: name another place with --out")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pp_lightning.app.help import ExamplesFormatter
 from pp_lightning.benchmark import BenchmarkSettings, run_benchmark
 from pp_lightning.benchmark.rows import Row
 from pp_lightning.benchmark.write import caption, write_results
+from pp_lightning.records import check_place
 
 EXAMPLES = """
 examples:
@@ -31,6 +32,7 @@ def main(words: Sequence[str]) -> None:
     options = _parser().parse_args(list(words))
     settings = BenchmarkSettings.from_plain(_settings(options))
     out = Path(options.out)
+    check_place(out)
     rows = run_benchmark(
         settings,
         tell=lambda line: print(line, file=sys.stderr, flush=True),

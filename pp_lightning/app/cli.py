@@ -27,7 +27,7 @@ from pp_lightning.commonsense import CommonsenseData
 from pp_lightning.data import LanguageModelling
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.errors import UserError
-from pp_lightning.records import environment, write_json, write_text
+from pp_lightning.records import check_place, environment, write_json, write_text
 
 _FILLED_IN = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "verbose", "weights_only"}
 
@@ -103,6 +103,10 @@ class PruningCLI(LightningCLI):
         parser.add_argument("--out", type=str, default="results", help="Folder that everything is written into.")
         parser.link_arguments("out", "trainer.default_root_dir")
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse a place where nothing can be written, before any work."""
+        check_place(self.out)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Show progress, unless the user wants none or brings one."""
         wanted = self._get(self.config_init, "trainer")
@@ -129,7 +133,7 @@ class PruningCLI(LightningCLI):
         """Evaluate several methods and ratios."""
         assert isinstance(self.trainer, PruningTrainer)
         rows = self.trainer.compare(**arguments)
-        self._write(rows)
+        self._write(rows, ".csv, .md, .png")
         if self.trainer.is_global_zero:
             plot(rows, self._caption(rows[0].evaluation.tokens), self.out / "results.png")
 
@@ -171,7 +175,7 @@ class PruningCLI(LightningCLI):
         else:
             print(f"written to {self.out}: evaluate it with pp-lightning test --model.recovered {self.out}")
 
-    def _write(self, rows: list[Comparison]) -> None:
+    def _write(self, rows: list[Comparison], others: str = ".csv, .md") -> None:
         if not self.trainer.is_global_zero:
             return
         self._dump_config()
@@ -181,7 +185,7 @@ class PruningCLI(LightningCLI):
         write_json(self.out / "results.json", self._record({"rows": [row.as_dict() for row in rows]}))
         for finished in self.out.glob("unfinished-*.json"):
             finished.unlink()
-        show(grids(rows), f"{caption}\nwritten to {self.out}/results.json, .csv, .md")
+        show(grids(rows), f"{caption}\nwritten to {self.out}/results.json, {others}")
 
     def _record(self, results: dict[str, Any]) -> dict[str, Any]:
         """Results with everything needed to repeat them."""
@@ -242,9 +246,19 @@ def main() -> None:
             load_from_checkpoint_support=False,
             parser_kwargs=_parser_settings(),
         )
-    except (UserError, ArgumentError, MisconfigurationException) as error:
-        print(f"pp-lightning: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        mistake = _mistake_behind(error)
+        if mistake is None:
+            raise
+        print(f"pp-lightning: {' '.join(str(mistake).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _mistake_behind(error: BaseException | None) -> BaseException | None:
+    """The user's mistake that caused an error: jsonargparse wraps what a constructor refuses."""
+    while error is not None and not isinstance(error, UserError | ArgumentError | MisconfigurationException):
+        error = error.__cause__
+    return error
 
 
 def _run_benchmark(words: Sequence[str]) -> None:

@@ -78,6 +78,10 @@ class PruningTrainer(L.Trainer):
             UserError: an unknown method, or a ratio that leaves nothing.
         """
         _refuse_recovered(model)
+        if 0.0 in ratios:
+            raise UserError("at ratio 0.0 nothing is removed, which is the dense row: leave it out of ratios")
+        if not (methods or variants) or not ratios:
+            raise UserError("nothing to compare: give at least one of methods (or variants) and one of ratios")
         rows = [Row("dense"), *self._rows(methods, ratios, variants or {}, model.recovery)]
         for row in rows:
             model.check_plan(row.method, row.pruning_ratio, datamodule.window)

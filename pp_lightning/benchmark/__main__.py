@@ -10,6 +10,7 @@ from pp_lightning.benchmark.run import run_benchmark
 from pp_lightning.benchmark.settings import BenchmarkSettings
 from pp_lightning.benchmark.write import write_results
 from pp_lightning.errors import UserError
+from pp_lightning.records import check_place
 
 
 def main() -> None:
@@ -20,12 +21,13 @@ def main() -> None:
     options = parser.parse_args()
     try:
         settings = BenchmarkSettings.from_plain(yaml.safe_load(Path(options.config).read_text()) or {})
+        check_place(Path(options.out))
         rows = run_benchmark(
             settings,
             tell=lambda line: print(line, file=sys.stderr, flush=True),
             keep=lambda so_far: write_results(so_far, settings, Path(options.out)),
         )
-    except (UserError, OSError) as error:
+    except (UserError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         print(f"pp_lightning.benchmark: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print(write_results(rows, settings, Path(options.out)))

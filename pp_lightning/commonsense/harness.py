@@ -266,7 +266,11 @@ def _statistics(
 
 
 def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device of this name. lm-evaluation-harness names the first GPU where nothing was said, GPU or not."""
+    there = torch.cuda.is_available()
+    if name is None or (name.startswith("cuda") and not there):
+        return torch.device("cuda" if there else "cpu")
+    return torch.device(name)
 
 
 if __name__ == "__main__":

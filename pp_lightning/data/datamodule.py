@@ -45,6 +45,8 @@ class LanguageModelling(EvaluationData):
         seed: int = 0,
         limit_tokens: int | None = None,
     ) -> None:
+        if limit_tokens is not None and limit_tokens < 2:
+            raise UserError(f"limit_tokens must be at least 2, not {limit_tokens}: a token needs one in front of it")
         length = 1024 if window is None else window
         super().__init__(calibration or C4(), calibration_samples, length, batch_size, seed, train)
         self.text = text or WikiText2()

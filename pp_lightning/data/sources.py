@@ -167,4 +167,7 @@ def _hub(take: Callable[[Any], list[T]], *args: str, split: str, **kwargs: Any) 
         return take(load_dataset(*args, split=split, **kwargs))
     except Exception as error:  # the hub client raises many unrelated types: offline, gated, renamed, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot load {args[0]} from the hub ({reason}): give a local file with .path") from error
+        raise UserError(
+            f"cannot load {args[0]} from the hub ({reason}): give a local file, as in --data.text.path or "
+            "--data.calibration.path"
+        ) from error

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from pp_lightning.app.cli import main
+from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.benchmark import BenchmarkSettings
 from pp_lightning.benchmark.variants import chosen_variants
 from pp_lightning.commonsense import TASK_NAMES, evaluate
@@ -363,6 +365,9 @@ MISTAKES = {
     "unknown setting of a method": ({"--model.method.colour": "red"}, "colour"),
     "unknown protocol": ({"--data.protocol": "mine"}, "protocol"),
     "text for a number": ({"--data.window": "long"}, "window"),
+    "no window": ({"--data.window": 0}, "window"),
+    "a probe of more than all": ({"--model.method": "ProbePruning", "--model.method.token_ratio": 1.5}, "token_ratio"),
+    "fewer tokens than none": ({"--data.limit_tokens": -5}, "at least 2"),
     "no such accelerator": ({"--trainer.accelerator": "hpu"}, "the trainer's options"),
     "no such strategy": ({"--trainer.strategy": "nonsense"}, "strategy"),
     "a share above all": ({"--trainer.limit_test_batches": 2.5}, "limit_test_batches"),
@@ -371,6 +376,40 @@ MISTAKES = {
         "none of the",
     ),
 }
+
+
+@pytest.mark.parametrize("command", ["test", "compare", "ablate"])
+@pytest.mark.parametrize("where", ["file", "file/below", "locked/new"])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    command, where, type_in, arguments, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("pp_lightning.app.module.load_model", lambda *_, **__: pytest.fail("work was begun"))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "locked").mkdir()
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and allowed(path, mode))
+    assert type_in(command, arguments, extra=["--out", tmp_path / where]) == 2
+    assert "another place with --out" in refused(capsys)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not (tmp_path / "locked" / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(["--ratios", "[0]"], "ratio 0.0"), (["--methods", "[]"], "nothing"), (["--ratios", "[]"], "nothing")],
+)
+def test_a_comparison_needs_something_to_compare(options, named, type_in, arguments, tmp_path, capsys):
+    assert type_in("compare", arguments, extra=[*options, "--out", tmp_path]) == 2
+    assert named in refused(capsys)
+
+
+def test_errors_of_ours_stay_loud(type_in, arguments, tmp_path, monkeypatch):
+    def broken(*_, **named):
+        raise ValueError("ours")
+
+    monkeypatch.setattr(PruningTrainer, "compare", broken)
+    with pytest.raises(ValueError, match="ours"):
+        type_in("compare", arguments, extra=["--out", tmp_path])
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -27,6 +27,7 @@ def trainer(step=0, total=100, test_batches=3):
         estimated_stepping_batches=total,
         num_test_batches=[test_batches],
         num_val_batches=[test_batches],
+        sanity_checking=False,
         lightning_module=None,
         loggers=[],
         progress_bar_metrics={"train_loss": 4.5 - step / 100},

@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from pp_lightning import UserError, calibrate, prune_
+from pp_lightning.commonsense import harness
 from pp_lightning.commonsense.harness import PrunedHFLM, run_harness
 from pp_lightning.methods import ProbePruning
 from tests.commonsense.harness_tasks import write_definitions
@@ -114,6 +115,15 @@ def test_a_variable_batch_size_is_refused() -> None:
             PrunedHFLM(tiny_model("opt"), tokenizer_of("opt"), batch_size=size)
     with pytest.raises(UserError, match="path=DIR"):
         PrunedHFLM()
+
+
+@pytest.mark.parametrize("name", [None, "cuda:0", "cuda", "cpu"])
+def test_without_a_gpu_it_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    """The harness names the first GPU by default."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert harness._device(name) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert harness._device(name).type == ("cpu" if name == "cpu" else "cuda")
 
 
 def write_checkpoint(folder: Path) -> Path:
