@@ -142,6 +142,18 @@ def test_the_tokenizer_comes_along(type_in, chosen, tmp_path, place):  # noqa: F
     assert found(text)["input_ids"] == own(text)["input_ids"]
 
 
+@pytest.mark.parametrize("layout", ["uniform", "per-layer", "padded"])
+def test_the_model_card_says_how_to_load_it(layout, type_in, chosen, tmp_path):  # noqa: F811
+    """Its lines, run as they stand, where it lies, in a process that has never heard of us."""
+    assert type_in("export", chosen, extra=["--layout", layout, "--out", tmp_path / "model"]) == 0
+    [code] = re.findall(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), re.DOTALL)
+    code += "print(model(**tokenizer('hello world', return_tensors='pt')).logits.isfinite().all().item())\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "model", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "True"
+
+
 def test_an_export_can_be_pruned_again(type_in, chosen, tmp_path):  # noqa: F811
     """A mistral folder that was a llama is a model like any other."""
     assert type_in("export", chosen, extra=["--out", tmp_path / "once"]) == 0
