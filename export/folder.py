@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pp_lightning.errors import UserError
+from pp_lightning.records import nearest_existing
 
 RECORD = "pruning.json"  # every export has it: the sign by which --overwrite knows what it may replace
 
@@ -34,7 +35,9 @@ def check_space(out: Path, needed: int) -> None:
     Raises:
         UserError: fewer bytes are free than needed.
     """
-    free = shutil.disk_usage(_existing_parent(out)).free
+    free = shutil.disk_usage(
+        nearest_existing(out.absolute().parent)
+    ).free  # where it is written first: beside its place
     if free < needed:
         raise UserError(f"{out} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB: free some space")
 
@@ -100,7 +103,3 @@ def _flush(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())

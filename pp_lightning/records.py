@@ -33,10 +33,16 @@ def check_place(out: Path) -> None:
     Raises:
         UserError: it is, or lies below, a file, or a folder that must not be written to.
     """
-    nearest = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
+    nearest = nearest_existing(out)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         reason = "is not a folder" if not nearest.is_dir() else "cannot be written to"
         raise UserError(f"{nearest} {reason}: name another place with --out")
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself or, where that is not there yet, the nearest of its parents that is."""
+    absolute = path.absolute()
+    return next(place for place in (absolute, *absolute.parents) if place.exists())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import rich
@@ -71,10 +71,13 @@ class ProgressLines(ProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """One step further, with the loss."""
-        figures = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
-        shown = "".join(f", {name} {value:.3f}" for name, value in figures.items() if isinstance(value, float))
+
+        def figures() -> str:  # read from the device: only for a line that is written
+            metrics = self.get_metrics(trainer, pl_module)
+            return "".join(f", {name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float))
+
         total = trainer.estimated_stepping_batches
-        self._step("training", trainer.global_step, None if total == float("inf") else int(total), shown)
+        self._step("training", trainer.global_step, None if total == float("inf") else int(total), figures)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *args: Any
@@ -119,7 +122,7 @@ class ProgressLines(ProgressBar):
         self._started[name] = self._paced[name] = (time.monotonic(), done)
         self._shown = done
 
-    def _step(self, name: str, done: int, total: int | None, figures: str = "") -> None:
+    def _step(self, name: str, done: int, total: int | None, figures: Callable[[], str] = str) -> None:
         """Write a line if it is time."""
         since, before = self._started[name]
         now = time.monotonic()
@@ -134,7 +137,7 @@ class ProgressLines(ProgressBar):
         rest = f", {_duration(pace * left)} left" if left and done > before else ""
         if done == before + 1:
             self._paced[name] = (now, done)  # the first step, which may compile, says little about the others
-        print(f"{name}: {done}{of}{figures}, {_duration(now - since)}{rest}", file=sys.stderr, flush=True)
+        print(f"{name}: {done}{of}{figures()}, {_duration(now - since)}{rest}", file=sys.stderr, flush=True)
 
 
 def _evaluated(trainer: Trainer) -> str:

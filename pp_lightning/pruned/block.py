@@ -223,8 +223,7 @@ class PrunedBlock(nn.Module, ABC):
 
     def decode(self, residual: Tensor, around: Surroundings) -> Tensor:
         """The output (B, S, D) of tokens that continue a batch, on the choice made for it; the history stays."""
-        self.decodes = self.chooses
-        weights = self.slices.hold(self._last)
+        weights = self.hold_slices()
         states = self.states(self.parts.norm(residual), weights, around)
         return self._finish(states, weights, replace(around, remember=False))
 
@@ -236,14 +235,14 @@ class PrunedBlock(nn.Module, ABC):
         if how.leaves:
             self.slices.hold_left(self._last)
 
-    def hold_slices(self) -> None:
-        """Make what decoding runs on now, not with the first token.
+    def hold_slices(self) -> Weights:
+        """What decoding runs on, made now where it is not there yet.
 
         transformers compiles decoding with a cache of fixed size on accelerators, with CUDA graphs: what is made inside
         of one is gone with the next token.
         """
         self.decodes = self.chooses
-        self.slices.hold(self._last)
+        return self.slices.hold(self._last)
 
     def prepare(self, how: HowToRun) -> None:
         """Before a new batch: let go of slices held for decoding, and have memory for the next one."""
