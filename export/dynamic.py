@@ -44,13 +44,13 @@ def trace_dynamic(model: PreTrainedModel, rows: int, tokens: int) -> Graph:
     state = PrunedState(model)
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=model.device)
     start = [state.buffers[name].clone() for name in state.moving]
-    choice = context.choice
+    chosen = context.chosen
     with attention_for_graphs(model):
         program = traced(_WithHistory(state), (ids, torch.ones_like(ids), start), None)
     program = program.run_decompositions(
         {torch.ops.pp_lightning.gather_units.default: take_rows}
     )  # an operator of ours
-    context.choice = choice
+    context.chosen = chosen
     return Graph(
         program,
         leading=2,

@@ -98,7 +98,8 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
 
     A dynamically pruned layer becomes one full graph: probe, scores, choice, slices, both blocks and the history's
     update; no graph break, no host synchronisation. The first shape of a batch gets a graph of its own, all other
-    shapes share one with dynamic sizes. Decoding a held choice stays eager.
+    shapes share one with dynamic sizes. Decoding a held choice stays eager; where the cache has a fixed size, ``generate``
+    compiles it as a whole.
 
     Args:
         model: a supported model. Prune it first: :func:`~pp_lightning.prune_` refuses a compiled one.
@@ -166,7 +167,8 @@ def _begin_step(decoder: nn.Module, inputs: object) -> None:
     Without a word from us, every call of a compiled function begins one, and may reuse the memory of what earlier calls
     returned. But here a layer's output is the next layer's input.
     """
-    torch.compiler.cudagraph_mark_step_begin()
+    if not torch.compiler.is_compiling():  # a graph of the whole model is a step of its own
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 class _TwoGraphs:

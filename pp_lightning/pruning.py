@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from pp_lightning.plan import Plan, make_plan
 from pp_lightning.pruned.context import BatchContext
 from pp_lightning.pruned.dynamic import layer_pruner
 from pp_lightning.pruned.layer import LayerPruner, install_pruner, publish_residual, remove_pruner
+from pp_lightning.pruned.lots import Lots
 from pp_lightning.pruned.static import SlicedBlock, restore_block, slice_block
 from pp_lightning.statistics import BlockKey, Statistics
 
@@ -177,7 +177,7 @@ def kept_units(model: PreTrainedModel) -> dict[int, KeptUnits]:
     if pruning.context is None:
         attention, mlp = Block.ATTENTION, Block.MLP
         return {i: KeptUnits(pruning.choices[i, attention], pruning.choices[i, mlp]) for i in pruning.plan.layers}
-    if pruning.context.choice == 0:
+    if not pruning.context.chosen:
         return {}
     return {index: KeptUnits(p.attention.kept.clone(), p.mlp.kept.clone()) for index, p in pruners_of(model).items()}
 
@@ -275,7 +275,7 @@ def _prune_dynamic(
     histories = stats if method.keeps_history else None
     layers = architecture.layers_of(model)
     num_positions = None if histories is None else histories.num_positions
-    context = BatchContext(num_positions, partial(method.draw_lots, len(layers)))
+    context = BatchContext(num_positions, Lots(method, len(layers)))
     pruners = {  # all of them before the first is installed: a mistake leaves the model as it was
         index: layer_pruner(
             layers[index],

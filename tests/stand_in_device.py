@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from pp_lightning import prune_
 from pp_lightning.methods import DynamicMethod, FullBatchProbing, ProbePruning
@@ -31,6 +31,7 @@ from pp_lightning.pruning import pruners_of, pruning_of
 from tests.models import MODELS, SETTINGS, statistics, tiny
 
 DEVICE = "stand_in"
+_FIXED = 32  # tokens of a cache of fixed size
 PAPER = ProbePruning(row_ratio=0.3)
 
 
@@ -44,6 +45,7 @@ class Findings:
         elsewhere: nodes of the compiled graph whose result is on another device.
         moving: inputs of the graph whose address may change from batch to batch; CUDA graphs copy these.
         written: inputs of the graph that it writes to.
+        decoding: the same of a token that continues a cache of fixed size, the whole model in one graph.
     """
 
     error: str | None = None
@@ -51,6 +53,7 @@ class Findings:
     elsewhere: list[str] = field(default_factory=list)
     moving: list[str] = field(default_factory=list)
     written: list[str] = field(default_factory=list)
+    decoding: "Findings | None" = None
 
 
 class WaitingMethod(FullBatchProbing):
@@ -69,6 +72,15 @@ class MixingMethod(FullBatchProbing):
         """Scores, with a vector from the host."""
         scores = super().unit_scores(energy, weight_norm, channels)
         return scores + torch.zeros(scores.shape)
+
+
+class _FixedSlot(StaticLayer):
+    """A layer's cache of fixed size that starts without ``torch.tensor``, which makes values."""
+
+    def __init__(self) -> None:
+        CacheLayerMixin.__init__(self)
+        self.max_cache_len = _FIXED
+        self.cumulative_length = torch.zeros((), dtype=torch.long, device=DEVICE)
 
 
 class _Slot(DynamicLayer):
@@ -114,6 +126,7 @@ def inspect(name: str, method: DynamicMethod, **settings: Any) -> Findings:
                 cache = Cache(layer_class_to_replicate=_Slot)
                 model(input_ids=ids, past_key_values=cache, use_cache=True)
                 model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            findings.decoding = _decoding(model, ids)
             torch._dynamo.reset()
             compiled = torch.compile(run_batch, backend=_inspector(findings), fullgraph=True, dynamic=False)
             for pruner in pruners_of(model).values():
@@ -121,6 +134,20 @@ def inspect(name: str, method: DynamicMethod, **settings: Any) -> Findings:
             model(input_ids=ids, use_cache=False)
     except Exception as error:  # what a faulty method raises depends on where it is found
         findings.error = f"{type(error).__name__}: {error}"
+    return findings
+
+
+def _decoding(model: PreTrainedModel, ids: Tensor) -> Findings:
+    """A token after a prompt in a cache of fixed size, the whole model in one graph, as transformers compiles it."""
+    findings = Findings()
+    cache = Cache(layers=[_FixedSlot() for _ in range(model.config.num_hidden_layers)])
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.__call__, backend=_inspector(findings), fullgraph=True)
+    position = torch.zeros(ids.shape[0], 1, dtype=torch.long, device=DEVICE)
+    mask = torch.ones(ids.shape[0], 1, 1, _FIXED, dtype=torch.bool, device=DEVICE)
+    given = {"position_ids": position, "attention_mask": mask, "past_key_values": cache}
+    findings.device = str(compiled(input_ids=ids[:, :1], **given, use_cache=True).logits.device.type)
     return findings
 
 

@@ -42,6 +42,10 @@ def test_an_accelerator_waits_for_nothing_and_records_everything(found, case):
     written = {name.rstrip("_").split("_")[-1] for name in findings["written"]}
     assert ("history" in written) == ("full_batch" not in case)
     assert not set(findings["written"]) & set(findings["moving"])
+    decoding = findings["decoding"]
+    assert (decoding["device"], decoding["elsewhere"]) == (DEVICE, [])
+    assert set(decoding["moving"]) == {f"l_kwargs_{name}_" for name in ("input_ids", "position_ids", "attention_mask")}
+    assert all(name.startswith("l_kwargs_past_key_values_layers_") for name in decoding["written"])
 
 
 @pytest.mark.parametrize("case", FAULTY)

@@ -42,7 +42,7 @@ class PrunedBlock(nn.Module, ABC):
     Attributes:
         slices: the block's weights, whole and sliced.
         mixes_tokens: whether tokens see each other in the block's front half.
-        decodes: whether a choice has been held for decoding. From then on, prompts leave their slices for it.
+        decodes: whether choices are held for decoding. From then on, prompts leave their slices for it.
     """
 
     mixes_tokens: ClassVar[bool]
@@ -241,8 +241,13 @@ class PrunedBlock(nn.Module, ABC):
         transformers compiles decoding with a cache of fixed size on accelerators, with CUDA graphs: what is made inside
         of one is gone with the next token.
         """
-        self.decodes = self.chooses
+        self.expect_decoding()
         return self.slices.hold(self._last)
+
+    def expect_decoding(self) -> None:
+        """From now on leave the slices of prompts for the tokens that continue them."""
+        if self.chooses and not self.decodes:  # written once only: graphs would do so for every token
+            self.decodes = True
 
     def prepare(self, how: HowToRun) -> None:
         """Before a new batch: let go of slices held for decoding, and have memory for the next one."""

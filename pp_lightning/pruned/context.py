@@ -1,6 +1,6 @@
 """What the pruned layers of one model share during a forward pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from pp_lightning.errors import UserError
 from pp_lightning.functional.moments import Places
+from pp_lightning.pruned.caches import ChoiceMark, is_filled, mark_of, put_mark
+from pp_lightning.pruned.lots import Lots
 from pp_lightning.pruned.streams import SideStream
 from pp_lightning.pruned.workspace import SliceWorkspace
 
@@ -33,28 +35,29 @@ class BatchContext:
         workspace: memory for one block's slice.
         frozen: leave histories as they are.
         decoding: the batch continues a filled cache, so the choice is held.
-        choice: number of the current choice; a cache carries the number that it was filled under.
+        chosen: whether there has been a batch, so that there is a choice.
         earlier: the residual of a previous point, for parallel probing; None where there is none yet.
         overlaps: whether parallel probes may have a stream of their own. Not where CUDA graphs are recorded: these
             share their memory, and must not run side by side.
 
     Args:
         num_positions: see above.
-        draw: (batch number, B, S) to the lots (L, 2, M) that the probes of a batch are drawn with, None where none are.
+        lots: what probes are drawn with; None where none are.
     """
 
-    def __init__(self, num_positions: int | None, draw: Callable[[int, int, int], Tensor | None] | None = None) -> None:
+    def __init__(self, num_positions: int | None, lots: Lots | None = None) -> None:
         self.num_positions = num_positions
         self.workspace = SliceWorkspace()
         self.frozen = False
         self.decoding = False
-        self.choice = 0
+        self.chosen = False
         self.earlier: Earlier | None = None
         self.overlaps = True
         self._side: SideStream | None = None
-        self._draw = draw
-        self._lots: Tensor | None = None
+        self._lots = lots
+        self._drawn: Tensor | None = None
         self._name = uuid4().hex  # tells this pruning's caches from those of another one of the same model
+        self._mark = ChoiceMark(self._name)
         self._places: Places | None = None
         self._explicit_positions = False
         self._shape = torch.Size()
@@ -72,17 +75,19 @@ class BatchContext:
         self._shape = inputs.shape[:2]
         cache = given.get("past_key_values")
         self.earlier = None
-        self.decoding = cache is not None and bool(cache.get_seq_length() > 0)
+        self.decoding = cache is not None and is_filled(cache)
         if self.decoding:
-            if getattr(cache, "pruning_choice", None) != (self._name, self.choice):
+            mark = mark_of(cache)
+            if mark is None or mark.pruning != self._name or not mark.stands:
                 raise UserError("this key/value cache belongs to another choice of heads: run its prompt again")
             return
+        self._mark.stands = False
+        self._mark = ChoiceMark(self._name)
         real = _real_tokens(given.get("attention_mask"), self._shape)
         self._locate(self._shape, real, given.get("position_ids"))
-        if self._draw is not None:  # outside of any graph, and once for all layers
-            lots = self._draw(self.choice, *self._shape)
-            self._lots = None if lots is None else _sent(lots, inputs.device)
-        self.choice += 1
+        rows, tokens = self._shape
+        self._drawn = None if self._lots is None else self._lots.of_batch(rows, tokens, inputs.device)
+        self.chosen = True
 
     def places(self, mask: Tensor | None) -> Places | None:
         """Positions of the current batch; None where columns are positions and nothing is padding.
@@ -95,11 +100,11 @@ class BatchContext:
 
     def lots_of(self, layer: int) -> Tensor | None:
         """The lots (2, M) of a layer's attention and MLP probe in the current batch."""
-        return None if self._lots is None else self._lots[layer]
+        return None if self._drawn is None else self._drawn[layer]
 
     def mark(self, cache: Any) -> None:
         """Note on a cache that is being filled under which choice that happens."""
-        cache.pruning_choice = (self._name, self.choice)
+        put_mark(cache, self._mark)
 
     def publish(self, residual: Tensor) -> None:
         """Offer a residual, (B, S, D) or (B * S, D), to the parallel probe of the next pruned layer."""
@@ -142,13 +147,6 @@ class BatchContext:
                 "calibrate on longer windows or shorten the input"
             )
         return needed
-
-
-def _sent(lots: Tensor, device: torch.device) -> Tensor:
-    """Lots on their way to a device; the host does not wait for them to arrive."""
-    if device.type == "cuda":
-        lots = lots.pin_memory()
-    return lots.to(device, non_blocking=True)
 
 
 def _real_tokens(mask: Any, shape: torch.Size) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from pp_lightning.pruned.attention import PrunedAttention
 from pp_lightning.pruned.batch import BatchResult, choose_ahead, run_batch, run_chosen
 from pp_lightning.pruned.block import PrunedBlock
+from pp_lightning.pruned.caches import has_fixed_size
 from pp_lightning.pruned.choice import Choice, HowToRun
 from pp_lightning.pruned.context import BatchContext
 from pp_lightning.pruned.mlp import PrunedMLP
@@ -51,11 +52,24 @@ class LayerPruner(nn.Module):
         self, hidden: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor] | None, cache: Any
     ) -> Tensor:
         """(B, S, D) residual in, (B, S, D) residual out."""
-        context = self.context
-        if context.decoding:
+        if self.context.decoding:
             around = Surroundings(mask, rotation, cache=cache)
             middle = hidden + self.attention.decode(hidden, around)
             return middle + self.mlp.decode(middle, around)
+        if has_fixed_size(cache):  # made to be continued
+            self.attention.expect_decoding()
+            self.mlp.expect_decoding()
+        result = self._run_batch(hidden, mask, rotation, cache)
+        if has_fixed_size(cache):
+            self.attention.hold_slices()
+            self.mlp.hold_slices()
+        return result.output
+
+    def _run_batch(
+        self, hidden: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor] | None, cache: Any
+    ) -> BatchResult:
+        """A new batch: how it is run, running it, and what is kept of it."""
+        context = self.context
         rows, tokens = hidden.shape[:2]
         blocks = (self.attention, self.mlp)
         purpose = {"parallel": self.parallel, "caching": cache is not None}
@@ -76,13 +90,11 @@ class LayerPruner(nn.Module):
         for block, choice, own in zip(blocks, (result.attention_choice, result.mlp_choice), how, strict=True):
             if choice is not None:
                 block.hold(choice, own)
-            if getattr(cache, "is_compileable", False):
-                block.hold_slices()
         if self.parallel and side is None:
             context.publish(result.middle)
         if cache is not None:
             cache.update(*result.keys_and_values, self.attention.layer_index)
-        return result.output
+        return result
 
     def _run_beside(
         self, side: SideStream, hidden: Tensor, around: Surroundings, how: tuple[HowToRun, HowToRun], caching: bool

@@ -50,6 +50,7 @@ class BlockSlices:
         self._slices = keep < units
         self._shared = workspace
         self._own: SliceWorkspace | None = None  # of what is held
+        self._biases: dict[str, Tensor] = {}  # of what is held
         everything = sum(linear.weight.numel() for linear in (*modules.inputs.values(), modules.output))
         self.size = everything * keep // units
         if self._slices:
@@ -116,7 +117,7 @@ class BlockSlices:
             last: the choice that the batch was run on.
         """
         if self.held is None:
-            self.held = self._to_hold(last) if self._slices else self.whole()
+            self.held = self._settled(self._to_hold(last)) if self._slices else self.whole()
         return self.held
 
     def hold_left(self, last: Choice) -> None:
@@ -125,7 +126,7 @@ class BlockSlices:
         Args:
             last: the choice that it was run on.
         """
-        self.held = self._left(last)
+        self.held = self._settled(self._left(last))
 
     @property
     def can_be_left(self) -> bool:
@@ -135,6 +136,7 @@ class BlockSlices:
     def forget(self) -> None:
         """Let go of all slices: the weights have changed."""
         self.held = self.packed = self._own = None
+        self._biases = {}
 
     def lay_out_for_slicing(self) -> None:
         """Store the output matrix so that the kept columns are copied whole. No value changes, only the strides."""
@@ -168,6 +170,18 @@ class BlockSlices:
             assert written is not None  # prepared before the batch
             rows[role] = written
         return whole.reduced(rows, last.kept, self._widths).restoring(last.restored)
+
+    def _settled(self, weights: Weights) -> Weights:
+        """The same, its biases where earlier prompts had theirs: CUDA graphs of decoding read everything in place."""
+        if torch.is_grad_enabled():
+            return weights
+        whole, projections = self.whole().projections, dict(weights.projections)
+        for role, (weight, bias) in weights.projections.items():
+            if bias is not None and bias is not whole[role].bias:
+                with torch.inference_mode(False):  # made here, but written wherever the next prompt runs
+                    place = self._biases.setdefault(role, torch.empty_like(bias))
+                projections[role] = Projection(weight, place.copy_(bias))
+        return Weights(projections, weights.kept)
 
     def _memory_to_hold(self) -> SliceWorkspace:
         if self._own is None:

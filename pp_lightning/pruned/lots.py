@@ -1,0 +1,35 @@
+"""The lots that probes are drawn with, new ones for every batch."""
+
+import torch
+from torch import Tensor
+
+from pp_lightning.methods.dynamic import DynamicMethod
+
+
+class Lots:
+    """Draws for one model under one method, and counts the batches.
+
+    The number of a batch must not be seen by a graph, which would hold for that batch alone: drawing stays outside.
+
+    Args:
+        method: whose probes may be drawn.
+        num_layers: L.
+    """
+
+    def __init__(self, method: DynamicMethod, num_layers: int) -> None:
+        self._method = method
+        self._num_layers = num_layers
+        self._batch = 0
+
+    def of_batch(self, num_rows: int, num_tokens: int, device: torch.device) -> Tensor | None:
+        """Lots for the next (B, S) batch, (L, 2, M) float32; None where probes are not drawn."""
+        return self._drawn(num_rows, num_tokens, device) if self._method.lots_needed(num_rows, num_tokens) else None
+
+    @torch.compiler.disable(reason="lots are drawn outside of graphs: compile layer by layer, with compile_")
+    def _drawn(self, num_rows: int, num_tokens: int, device: torch.device) -> Tensor:
+        lots = self._method.draw_lots(self._num_layers, self._batch, num_rows, num_tokens)
+        assert lots is not None
+        self._batch += 1
+        if device.type == "cuda":
+            lots = lots.pin_memory()
+        return lots.to(device, non_blocking=True)  # the host does not wait for them to arrive
