@@ -1,38 +1,184 @@
 """Decoding: one token a row at a time, on the choice that the prompt made."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from pp_lightning.architectures import ModelShape, shape_of
 from pp_lightning.benchmark.clock import stopwatch_for
-from pp_lightning.benchmark.timing import Runner
+from pp_lightning.benchmark.rows import Row
+from pp_lightning.benchmark.settings import Case, MeasuredDtype
+from pp_lightning.benchmark.subject import Subject
+from pp_lightning.benchmark.timing import Runner, Tell, interleaved
+from pp_lightning.benchmark.variants import Variant, reference_of
+from pp_lightning.compilation import CompileMode
+from pp_lightning.flops import decoding_flops, dense_flops, pruned_flops
+from pp_lightning.methods.dynamic import DynamicMethod
+from pp_lightning.pruning import Pruning, is_pruned, pruning_of
 
 PROMPT_TOKENS = 64
 
+_DECODED = ("PP", "PP, packed slices", "PP, compiled")  # of the dynamic variants; the others hold a choice as these do
 
-def decoding_runner(model: PreTrainedModel, prompts: Sequence[Tensor], new_tokens: int) -> Runner:
-    """Decodes greedily after a prompt: ``prompt`` is the time of the prompt, ``decoding`` that of one token after it.
+
+def decoding_rows(
+    subject: Subject,
+    models: Mapping[str, PreTrainedModel],
+    variants: Mapping[str, Variant],
+    dtype: MeasuredDtype,
+    batch: int,
+    tell: Tell,
+) -> list[Row]:
+    """A prompt and the tokens after it. Prompts are eager here, so that compiled variants have no row for them.
+
+    Args:
+        subject: what is measured.
+        models: by variant.
+        variants: by name.
+        dtype: of the weights.
+        batch: B.
+        tell: told what is going on.
+    """
+    settings, shape = subject.settings, shape_of(subject.model.config)
+    prompts = subject.batches(Case(batch, PROMPT_TOKENS))
+    names = [n for n, variant in variants.items() if _is_decoded(n, variant, compiled=settings.decode_compiled)]
+    runners = {}
+    for name in names:
+        shapes = batch, settings.decode_tokens
+        compiled = variants[name].compiled
+        decoder = GraphDecoder(models[name], *shapes, settings.mode) if compiled else EagerDecoder(models[name])
+        runners[name] = decoding_runner(decoder, prompts, settings.decode_tokens)
+    tell(
+        f"{dtype}, decoding {settings.decode_tokens} tokens at batch {batch}: warming up and {settings.repeats} rounds"
+    )
+    arguments = {"batches": settings.batches, "models": {}}
+    interleaved(runners, rounds=settings.warmup, **arguments)  # type: ignore[arg-type]
+    samples = interleaved(runners, rounds=settings.repeats, **arguments)  # type: ignore[arg-type]
+    past = PROMPT_TOKENS + settings.decode_tokens // 2
+    prunings = {name: pruning_of(models[name]) if is_pruned(models[name]) else None for name in names}
+    parts = {
+        "prompt": (PROMPT_TOKENS, {name: _prompt_flops(shape, one, batch) for name, one in prunings.items()}),
+        "decoding": (1, {name: decoding_flops(shape, one, batch, past) for name, one in prunings.items()}),
+    }
+    return [
+        Row.timed(
+            samples[name].seconds[part],
+            samples[reference_of(variants[name])].seconds[part],
+            tokens_a_round=batch * tokens_a_row,
+            variant=name,
+            part=part,
+            dtype=dtype,
+            rows=batch,
+            tokens=PROMPT_TOKENS,
+            pruning_ratio=subject.ratio,
+            flops_ratio=flops[name] / flops["dense"],
+        )
+        for part, (tokens_a_row, flops) in parts.items()
+        for name in names
+        if part == "decoding" or not variants[name].compiled
+    ]
+
+
+class Decoder(ABC):
+    """One way to decode.
 
     Args:
         model: dense or pruned.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @abstractmethod
+    def empty_cache(self) -> Cache:
+        """A cache for the next prompt."""
+
+    @abstractmethod
+    def logits(self, token: Tensor, cache: Cache, number: int) -> Tensor:
+        """Logits (B, 1, V) after the tokens (B, 1) that are ``number`` tokens behind the prompt."""
+
+
+class EagerDecoder(Decoder):
+    """Operator by operator, with a cache that grows."""
+
+    def empty_cache(self) -> Cache:
+        """A new one."""
+        return DynamicCache(config=self.model.config)
+
+    def logits(self, token: Tensor, cache: Cache, number: int) -> Tensor:
+        """See :class:`Decoder`."""
+        logits: Tensor = self.model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits
+
+
+class GraphDecoder(Decoder):
+    """The whole model in one graph, with a cache of fixed size: what ``generate`` does with it on accelerators.
+
+    Args:
+        model: dense or pruned.
+        rows: B.
+        new_tokens: after each prompt.
+        mode: torch.compile's mode.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int, new_tokens: int, mode: CompileMode) -> None:
+        super().__init__(model)
+        device, room = model.device, PROMPT_TOKENS + new_tokens
+        chosen = None if mode == "default" else mode
+        self._step = torch.compile(model.__call__, mode=chosen, fullgraph=True, dynamic=False)
+        self._cache = StaticCache(config=model.config, max_cache_len=room)
+        self._positions = [torch.full((rows, 1), number, device=device) for number in range(PROMPT_TOKENS, room)]
+        seen = torch.arange(room, device=device)
+        self._masks = [(seen <= position[:, None, None]) for position in self._positions]
+
+    def empty_cache(self) -> Cache:
+        """The same one each time: graphs may have been recorded with its memory."""
+        self._cache.reset()
+        return self._cache
+
+    def logits(self, token: Tensor, cache: Cache, number: int) -> Tensor:
+        """See :class:`Decoder`."""
+        place = {"position_ids": self._positions[number], "attention_mask": self._masks[number]}
+        logits: Tensor = self._step(input_ids=token, past_key_values=cache, use_cache=True, **place).logits
+        return logits
+
+
+def decoding_runner(decoder: Decoder, prompts: Sequence[Tensor], new_tokens: int) -> Runner:
+    """Decodes greedily after a prompt: ``prompt`` is the time of the prompt, ``decoding`` that of one token after it.
+
+    Args:
+        decoder: how.
         prompts: (B, S) each, one a batch.
         new_tokens: tokens to decode. From the second prompt on, the slices for them are made along with the prompt; the
             first token after the first one makes its own.
     """
-    clock = stopwatch_for(model.device)
+    model, clock = decoder.model, stopwatch_for(decoder.model.device)
 
     def run(index: int) -> Mapping[str, float]:
-        cache = DynamicCache(config=model.config)
+        cache = decoder.empty_cache()
         clock.mark()
         start = model(input_ids=prompts[index], past_key_values=cache, use_cache=True, logits_to_keep=1)
         token = start.logits.argmax(-1)
         clock.mark()
-        for _ in range(new_tokens):
-            step = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token = step.logits.argmax(-1)
+        for number in range(new_tokens):
+            token = decoder.logits(token, cache, number).argmax(-1)
         clock.mark()
         prompt, decoding = clock.laps()
         return {"prompt": prompt, "decoding": decoding / new_tokens}
 
     return run
+
+
+def _is_decoded(name: str, variant: Variant, *, compiled: bool) -> bool:
+    return (compiled or not variant.compiled) and (name in _DECODED or not isinstance(variant.method, DynamicMethod))
+
+
+def _prompt_flops(shape: ModelShape, pruning: Pruning | None, rows: int) -> int:
+    """A prompt whose last tokens alone are projected to the vocabulary."""
+    size = rows, PROMPT_TOKENS
+    dense = dense_flops(shape, *size)
+    flops = dense if pruning is None else pruned_flops(shape, pruning, *size, sliced_anyway=True)
+    return flops.layers + dense.vocabulary // PROMPT_TOKENS

@@ -7,32 +7,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pp_lightning.architectures import ModelShape, shape_of
+from pp_lightning.architectures import shape_of
 from pp_lightning.benchmark.blocks import choosing_function, dense_pruner, held_function, meetings
 from pp_lightning.benchmark.clock import stopwatch_for
-from pp_lightning.benchmark.decoding import PROMPT_TOKENS, decoding_runner
+from pp_lightning.benchmark.decoding import decoding_rows
 from pp_lightning.benchmark.memory import peak_megabytes
 from pp_lightning.benchmark.rows import Row
 from pp_lightning.benchmark.settings import BenchmarkSettings, Case, MeasuredDtype
 from pp_lightning.benchmark.subject import Subject, chosen_device
-from pp_lightning.benchmark.timing import Runner, Samples, interleaved, model_runner, part_runner
+from pp_lightning.benchmark.timing import Runner, Samples, Tell, interleaved, model_runner, part_runner
 from pp_lightning.benchmark.variants import VARIANTS, Variant, chosen_variants, reference_of
 from pp_lightning.blocks import Block
 from pp_lightning.compilation import compile_, uncompile_
 from pp_lightning.errors import UserError
 from pp_lightning.flops import (
     choosing_flops,
-    decoding_flops,
     dense_flops,
     pruned_flops,
 )
 from pp_lightning.functional.linear import is_emulated
 from pp_lightning.methods.dynamic import DynamicMethod
-from pp_lightning.pruning import Pruning, is_pruned, pruners_of, pruning_of
-
-Tell = Callable[[str], None]
-
-_DECODED = ("PP", "PP, packed slices")  # of the dynamic variants; the others hold a choice as these do
+from pp_lightning.pruning import is_pruned, pruners_of, pruning_of
 
 
 def run_benchmark(
@@ -70,7 +65,7 @@ def _of_ratio(
     for case in settings.cases:
         yield _Case(subject, models, variants, dtype, case, tell).rows()
     for batch in settings.decode:
-        yield _decoding(subject, models, variants, dtype, batch, tell)
+        yield decoding_rows(subject, models, variants, dtype, batch, tell)
 
 
 def _measurable(settings: BenchmarkSettings, tell: Tell) -> list[MeasuredDtype]:
@@ -229,62 +224,6 @@ class _Case:
             keep = pruning.keep[layer, block]
             flops += choosing_flops(self.shape, block, pruning.method, pruning.plan.unit, keep, rows, tokens)
         return flops / dense_flops(self.shape, rows, tokens).blocks[layer, block]
-
-
-def _decoding(
-    subject: Subject,
-    models: Mapping[str, PreTrainedModel],
-    variants: Mapping[str, Variant],
-    dtype: MeasuredDtype,
-    batch: int,
-    tell: Tell,
-) -> list[Row]:
-    """Eager variants only: decoding a held choice is not compiled."""
-    settings, shape = subject.settings, shape_of(subject.model.config)
-    case = Case(batch, PROMPT_TOKENS)
-    prompts = subject.batches(case)
-    names = [
-        name
-        for name, variant in variants.items()
-        if not variant.compiled and (name in _DECODED or not isinstance(variant.method, DynamicMethod))
-    ]
-    runners = {name: decoding_runner(models[name], prompts, settings.decode_tokens) for name in names}
-    tell(f"{dtype}, decoding {settings.decode_tokens} tokens at batch {batch}: {settings.repeats} rounds")
-    arguments = {"batches": settings.batches, "models": {}}
-    interleaved(runners, rounds=1, **arguments)  # type: ignore[arg-type]
-    samples = interleaved(runners, rounds=settings.repeats, **arguments)  # type: ignore[arg-type]
-    past = PROMPT_TOKENS + settings.decode_tokens // 2
-    prunings = {name: pruning_of(models[name]) if is_pruned(models[name]) else None for name in names}
-    parts = {
-        "prompt": (PROMPT_TOKENS, {name: _prompt_flops(shape, one, batch) for name, one in prunings.items()}),
-        "decoding": (1, {name: decoding_flops(shape, one, batch, past) for name, one in prunings.items()}),
-    }
-    rows = []
-    for part, (tokens_a_row, flops) in parts.items():
-        for name in names:
-            rows.append(
-                Row.timed(
-                    samples[name].seconds[part],
-                    samples["dense"].seconds[part],
-                    tokens_a_round=batch * tokens_a_row,
-                    variant=name,
-                    part=part,
-                    dtype=dtype,
-                    rows=batch,
-                    tokens=PROMPT_TOKENS,
-                    pruning_ratio=subject.ratio,
-                    flops_ratio=flops[name] / flops["dense"],
-                )
-            )
-    return rows
-
-
-def _prompt_flops(shape: ModelShape, pruning: Pruning | None, rows: int) -> int:
-    """A prompt whose last tokens alone are projected to the vocabulary."""
-    size = rows, PROMPT_TOKENS
-    dense = dense_flops(shape, *size)
-    flops = dense if pruning is None else pruned_flops(shape, pruning, *size, sliced_anyway=True)
-    return flops.layers + dense.vocabulary // PROMPT_TOKENS
 
 
 @torch.inference_mode()

@@ -58,6 +58,7 @@ class BenchmarkSettings:
         blocks: also time one attention and one MLP block alone.
         decode: batch sizes to time decoding at; none leaves it out.
         decode_tokens: tokens decoded per round, after a prompt of 64.
+        decode_compiled: also decode with the whole model in one graph, where the variants have compiled ones.
         memory: also measure each variant's peak memory at the first case, in a process of its own.
         text: a UTF-8 file to cut the batches from; needed with a checkpoint, and gives perplexities too.
         mode: torch.compile's mode.
@@ -80,6 +81,7 @@ class BenchmarkSettings:
     blocks: bool = True
     decode: list[int] = field(default_factory=list)
     decode_tokens: int = 32
+    decode_compiled: bool = True
     memory: bool = True
     text: str | None = None
     mode: CompileMode = "default"

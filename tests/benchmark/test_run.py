@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from pp_lightning import UserError
-from pp_lightning.benchmark import BenchmarkSettings, Case, ModelChoice, run_benchmark, shapes
+from pp_lightning.benchmark import BenchmarkSettings, Case, run_benchmark
 from pp_lightning.benchmark.rows import Row, comma_separated, markdown, paired_ratio
 from pp_lightning.benchmark.subject import Subject
 from pp_lightning.benchmark.timing import interleaved
@@ -17,16 +16,6 @@ from pp_lightning.benchmark.variants import VARIANTS, chosen_variants, pruned_co
 from pp_lightning.benchmark.write import write_results
 from pp_lightning.functional import linear
 from tests.models import SETTINGS, ids, logits, statistics, tiny
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """A shape that is measured in a second."""
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
-    )
-    monkeypatch.setattr(shapes, "SHAPES", {"small": lambda: config})
-    return ModelChoice("small")
 
 
 @pytest.fixture
@@ -119,7 +108,7 @@ def test_variants_share_what_they_can_with_each_other(measured):
 def test_what_was_measured_stays_if_a_later_case_fails(measured, monkeypatch):
     eager(monkeypatch)
     measured.cases, measured.blocks, kept = [Case(4, 16), Case(1, 8)], False, []
-    monkeypatch.setattr("pp_lightning.benchmark.run._decoding", lambda *_: pytest.fail("an error of the device"))
+    monkeypatch.setattr("pp_lightning.benchmark.run.decoding_rows", lambda *_: pytest.fail("an error of the device"))
     with pytest.raises(pytest.fail.Exception):
         run_benchmark(measured, tell=lambda _: None, keep=lambda rows: kept.append([*rows]))
     assert [len({(row.rows, row.tokens) for row in rows}) for rows in kept] == [1, 2]
