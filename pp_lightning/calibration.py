@@ -134,12 +134,13 @@ class _Collector:
 
     def _add(self, key: BlockKey, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         states = inputs[0].view(*self.shape, -1)  # OPT flattens rows and tokens in its MLP
-        if self.places is None:
+        places = self._places_on(states.device)
+        if places is None:
             squares = sum_of_squares(states)
             values = states.sum(0, dtype=torch.float32) if self.means else None
         else:
-            squares = placed_sum(states.float().square(), self.places)
-            values = placed_sum(states, self.places) if self.means else None
+            squares = placed_sum(states.float().square(), places)
+            values = placed_sum(states, places) if self.means else None
         old = self.statistics.sums.get(key)
         if old is not None:
             squares = _add_rows(old.squares.to(squares.device), squares)
@@ -151,9 +152,13 @@ class _Collector:
     def _add_residual(self, key: BlockKey, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         states = inputs[0].view(*self.shape, -1)  # flat in OPT's MLP, see _add
         energy = token_norms(states).square()
-        total = energy.sum(0) if self.places is None else placed_sum(energy[..., None], self.places).squeeze(1)
+        places = self._places_on(states.device)
+        total = energy.sum(0) if places is None else placed_sum(energy[..., None], places).squeeze(1)
         old = self.statistics.residuals.get(key)
         self.statistics.residuals[key] = total if old is None else _add_rows(old.to(total.device), total)
+
+    def _places_on(self, device: torch.device) -> Places | None:
+        return None if self.places is None else self.places.to(device)
 
 
 def _add_rows(total: Tensor, addend: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from pp_lightning.architectures import architecture_of
 from pp_lightning.errors import UserError
+from pp_lightning.forwards import is_wrapped, replace_forward, restore_forward
 from pp_lightning.pruned.batch import choose_ahead, run_batch, run_chosen
 from pp_lightning.pruning import COMPILED, pruners_of
 
@@ -110,10 +111,14 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
         A record that counts graphs and their seconds as they are made.
 
     Raises:
-        UserError: the model is compiled already, or its architecture is not supported.
+        UserError: the model is compiled already, it is spread over devices, or its architecture is not supported.
     """
     if hasattr(model, COMPILED):
         raise UserError("the model is compiled already: uncompile_ it first")
+    if any(is_wrapped(module) for module in model.modules()):
+        raise UserError(
+            "graphs cannot hold what accelerate wraps around modules (device_map): load without it to compile"
+        )
     architecture, pruners = architecture_of(model.config), pruners_of(model)
     compilation = Compilation(mode)
     if mode in RECORDING_MODES:
@@ -128,7 +133,8 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
     for index, layer in enumerate(architecture.layers_of(model)):
         pruner = pruners.get(index)
         if pruner is None:
-            layer.forward = MethodType(_StockForward(graphs_of(type(layer).forward), _widths(layer)), layer)
+            stock = _StockForward(graphs_of(type(layer).forward), _widths(layer))
+            replace_forward(layer, MethodType(stock, layer))
             continue
         widths = (pruner.attention.keep, pruner.mlp.keep)
         pruner.run_batch = partial(graphs_of(run_batch), widths)
@@ -157,7 +163,7 @@ def uncompile_(model: PreTrainedModel) -> None:
             pruner.run_batch, pruner.choose_ahead, pruner.run_chosen = run_batch, choose_ahead, run_chosen
             pruner.context.overlaps = True
         else:
-            del layer.forward
+            restore_forward(layer)
     delattr(model, COMPILED)
 
 

@@ -20,6 +20,7 @@ from pp_lightning.architectures import architecture_of
 from pp_lightning.blocks import Block, block_modules
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import fingerprint
+from pp_lightning.forwards import innermost_forward, replace_forward, restore_forward
 from pp_lightning.functional.taylor import Taylor, taylor_importance
 from pp_lightning.importances import Importances
 from pp_lightning.pruning import is_pruned
@@ -196,12 +197,12 @@ def recomputed(model: PreTrainedModel) -> Iterator[None]:
     """
     layers = architecture_of(model.config).layers_of(model)
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        replace_forward(layer, partial(checkpoint, innermost_forward(layer), use_reentrant=False))
     try:
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            restore_forward(layer)
 
 
 def _rows(batch: Batch) -> Iterator[Batch]:

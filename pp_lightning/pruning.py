@@ -118,6 +118,7 @@ def prune_(
     if hasattr(model, _ATTRIBUTE):
         raise UserError("the model is pruned already: unprune_ it first")
     _check_not_compiled(model)
+    _check_loaded(model)
     plan = make_plan(
         shape,
         method,
@@ -158,6 +159,13 @@ def unprune_(model: PreTrainedModel) -> None:
     for hook in pruning._hooks:
         hook.remove()
     delattr(model, _ATTRIBUTE)
+
+
+def _check_loaded(model: PreTrainedModel) -> None:
+    if any(weight.is_meta for weight in model.parameters()):
+        raise UserError(
+            "weights are offloaded, and pruning needs all of them: load the model where it fits"
+        )
 
 
 def _check_not_compiled(model: PreTrainedModel) -> None:

@@ -70,9 +70,9 @@ class Statistics(Evidence):
         """
         sums = self._of(layer, block)
         if not release:
-            return sums.squares / self.counts.clamp(min=1.0)[:, None]
+            return sums.squares / self._rows_at(sums.squares)[:, None]
         del self.sums[layer, block]
-        return sums.squares.div_(self.counts.clamp(min=1.0)[:, None])
+        return sums.squares.div_(self._rows_at(sums.squares)[:, None])
 
     def channel_moments(self, layer: int, block: Block) -> tuple[Tensor, Tensor]:
         """E[x] and E[x^2] of each channel over all real tokens: two (C,) float32 tensors.
@@ -83,7 +83,7 @@ class Statistics(Evidence):
         sums = self._of(layer, block)
         if sums.values is None:
             raise UserError(_NO_MEANS)
-        tokens = self.counts.sum()
+        tokens = self.counts.sum().to(sums.squares.device)
         return sums.values.sum(0) / tokens, sums.squares.sum(0) / tokens
 
     def means(self, layer: int, block: Block) -> Tensor:
@@ -95,16 +95,18 @@ class Statistics(Evidence):
         values = self._of(layer, block).values
         if values is None:
             raise UserError(_NO_MEANS)
-        return values / self.counts.clamp(min=1.0)[:, None]
+        return values / self._rows_at(values)[:, None]
 
     def residual_energy(self, layer: int, block: Block) -> Tensor:
         """E[||R||^2] by position of the residual that enters a block: (P,) float32, zero at positions never seen."""
         self._of(layer, block)
-        return self.residuals[layer, block] / self.counts.clamp(min=1.0)
+        residuals = self.residuals[layer, block]
+        return residuals / self._rows_at(residuals)
 
     def energy(self, layer: int, block: Block) -> Tensor:
         """E[x^2] summed over positions: (C,) float32."""
-        return (self._of(layer, block).squares / self.counts.clamp(min=1.0)[:, None]).sum(0)
+        squares = self._of(layer, block).squares
+        return (squares / self._rows_at(squares)[:, None]).sum(0)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file; an existing one is replaced only when the new one is complete."""
@@ -132,6 +134,10 @@ class Statistics(Evidence):
             statistics.sums[int(layer), Block(block)] = sums
             statistics.residuals[int(layer), Block(block)] = tensors[f"{layer}.{block}.residual"]
         return statistics
+
+    def _rows_at(self, sums: Tensor) -> Tensor:
+        """Rows seen at each position, at least 1, where a layer's sums are: layers may be on several devices."""
+        return self.counts.clamp(min=1.0).to(sums.device)
 
     def _of(self, layer: int, block: Block) -> BlockSums:
         try:

@@ -9,13 +9,14 @@ which stays registered in the process: run it in one of its own.
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,9 +26,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from pp_lightning import prune_
+from pp_lightning.architectures import architecture_of
+from pp_lightning.blocks import Block
+from pp_lightning.functional.moments import Places
 from pp_lightning.methods import DynamicMethod, FullBatchProbing, ProbePruning
 from pp_lightning.pruned.batch import run_batch
+from pp_lightning.pruned.context import BatchContext
 from pp_lightning.pruning import pruners_of, pruning_of
+from pp_lightning.statistics import BlockSums, Statistics
 from tests.models import MODELS, SETTINGS, statistics, tiny
 
 DEVICE = "stand_in"
@@ -93,8 +99,9 @@ class _Slot(DynamicLayer):
 
 
 @contextmanager
-def on_device(model: PreTrainedModel) -> Iterator[None]:
-    """The model's tensors replaced by fake ones on the stand-in device."""
+def on_device(model: PreTrainedModel, elsewhere: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """The model's tensors replaced by fake ones on the stand-in device; those of some modules on a second one."""
+    second = {module for one in elsewhere for module in one.modules()}
     described = {
         (module, name): (tensor.shape, tensor.stride(), tensor.dtype)
         for module in model.modules()
@@ -104,7 +111,8 @@ def on_device(model: PreTrainedModel) -> Iterator[None]:
     }
     with FakeTensorMode(), torch.inference_mode():
         for (module, name), (shape, stride, dtype) in described.items():
-            fake = torch.empty_strided(shape, stride, dtype=dtype, device=DEVICE)
+            device = torch.device(DEVICE, 1 if module in second else 0)
+            fake = torch.empty_strided(shape, stride, dtype=dtype, device=device)
             if name in module._parameters:
                 module._parameters[name] = nn.Parameter(fake, requires_grad=False)
             else:
@@ -151,6 +159,56 @@ def _decoding(model: PreTrainedModel, ids: Tensor) -> Findings:
     return findings
 
 
+class _Moves(AlignDevicesHook):
+    """Moves a module's inputs to its device. The weights are there: see :func:`on_device`."""
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        return module
+
+
+def _as_if_padded(context: BatchContext, shape: torch.Size, *_: object) -> None:
+    positions = torch.zeros(shape, dtype=torch.long, device=DEVICE)
+    context._places, context._explicit_positions = Places(positions, positions > 0, shape[1]), True
+
+
+def spread(name: str, method: DynamicMethod) -> Findings:
+    """A model over two devices, as accelerate spreads it: padded batches and decoding."""
+    model, findings = tiny(name), Findings()
+    architecture = architecture_of(model.config)
+    decoder, layers = architecture.decoder_of(model), architecture.layers_of(model)
+    final_norm = decoder.norm if hasattr(decoder, "norm") else decoder.final_layer_norm
+    elsewhere = [*layers[4:], final_norm, model.lm_head]
+    for number, modules in enumerate((layers[:4], elsewhere)):
+        for module in modules:
+            add_hook_to_module(module, _Moves(execution_device=torch.device(DEVICE, number)))
+    prune_(model, method, statistics(name) if method.needs_statistics else None, **SETTINGS)
+    context = pruning_of(model).context
+    context.overlaps = False
+    context._locate = partial(_as_if_padded, context)  # to look for padding is to look at values
+    try:
+        with on_device(model, elsewhere):
+            ids = torch.zeros(4, 24, dtype=torch.long, device=DEVICE)
+            for _ in range(2):
+                cache = Cache(layer_class_to_replicate=_Slot)
+                model(input_ids=ids, past_key_values=cache, use_cache=True)
+                logits = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits
+            findings.device = str(logits.device)
+            _statistics_of_the_second_device()
+    except Exception as error:
+        findings.error = f"{type(error).__name__}: {error}"
+    return findings
+
+
+def _statistics_of_the_second_device() -> None:
+    """What was summed up there, with the counts of the first device."""
+    key, second = (4, Block.MLP), torch.device(DEVICE, 1)
+    sums = BlockSums(torch.ones(24, 8, device=second), torch.ones(24, 8, device=second))
+    found = Statistics("", torch.ones(24, device=DEVICE), {key: sums}, {key: torch.ones(24, device=second)})
+    for look in (found.second_moment, found.channel_moments, found.means, found.residual_energy, found.energy):
+        look(*key)
+    found.second_moment(*key, release=True)
+
+
 def _inspector(findings: Findings) -> Callable[[GraphModule, list[Tensor]], Callable[..., Any]]:
     """A backend that runs a graph as it is, after a look at it."""
 
@@ -181,6 +239,9 @@ CASES: dict[str, Callable[[], Findings]] = {
     "llama_gqa-parallel": partial(inspect, "llama_gqa", ProbePruning(row_ratio=0.3, probe_source="previous")),
     "opt-full_batch": partial(inspect, "opt", FullBatchProbing()),
     "llama-packed": partial(inspect, "llama", PAPER, pack_slices=True),
+    "llama_gqa-spread": partial(spread, "llama_gqa", PAPER),
+    "opt-spread_best": partial(spread, "opt", ProbePruning.best()),
+    "llama-spread_parallel": partial(spread, "llama", ProbePruning(row_ratio=0.3, probe_source="previous")),
     "waits": partial(inspect, "llama", WaitingMethod()),
     "mixes": partial(inspect, "llama", MixingMethod()),
 }

@@ -13,7 +13,12 @@ from tests.stand_in_device import CASES, DEVICE
 ROOT = Path(__file__).parent.parent
 FAULTY = {"waits": "DataDependentOutputException", "mixes": "two .*devices,? stand_in:0(,| and) cpu"}
 QUICK = {"llama_gqa-paper", "opt-best", "llama-packed"}
-SOUND = [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES if case not in FAULTY]
+SPREAD = [case for case in CASES if "spread" in case]
+SOUND = [
+    pytest.param(case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in CASES
+    if case not in FAULTY and case not in SPREAD
+]
 # The batch itself, and what depends on it: everything else stays where it is.
 MAY_MOVE = {"hidden", "earlier", "around_mask", "around_lots", "around_rotation_0", "around_rotation_1"}
 
@@ -46,6 +51,13 @@ def test_an_accelerator_waits_for_nothing_and_records_everything(found, case):
     assert (decoding["device"], decoding["elsewhere"]) == (DEVICE, [])
     assert set(decoding["moving"]) == {f"l_kwargs_{name}_" for name in ("input_ids", "position_ids", "attention_mask")}
     assert all(name.startswith("l_kwargs_past_key_values_layers_") for name in decoding["written"])
+
+
+@pytest.mark.parametrize("case", SPREAD)
+def test_a_model_over_several_devices(found, case):
+    """With padding, drawn probes, parallel probing, decoding; statistics too."""
+    assert found[case]["error"] is None
+    assert found[case]["device"] == f"{DEVICE}:1"
 
 
 @pytest.mark.parametrize("case", FAULTY)

@@ -25,6 +25,12 @@ class Places:
     real: Tensor
     num_positions: int
 
+    def to(self, device: torch.device) -> "Places":
+        """The same for a layer on another device; itself where it is there."""
+        if self.real.device == device:
+            return self
+        return Places(self.positions.to(device), self.real.to(device), self.num_positions)
+
 
 def second_moment(states: Tensor) -> Tensor:
     """Mean over rows of X^2: (B, S, C) of any dtype to (S, C) float32."""

@@ -89,18 +89,22 @@ class BatchContext:
         self._drawn = None if self._lots is None else self._lots.of_batch(rows, tokens, inputs.device)
         self.chosen = True
 
-    def places(self, mask: Tensor | None) -> Places | None:
+    def places(self, mask: Tensor | None, device: torch.device) -> Places | None:
         """Positions of the current batch; None where columns are positions and nothing is padding.
 
         Args:
+            device: where the layer is that asks.
             mask: the attention mask that the decoder made for its layers. It makes none when nothing is padding,
                 which it has found out already: no second look at the data is needed.
         """
-        return None if mask is None and not self._explicit_positions else self._places
+        if self._places is None or (mask is None and not self._explicit_positions):
+            return None
+        self._places = self._places.to(device)
+        return self._places
 
-    def lots_of(self, layer: int) -> Tensor | None:
-        """The lots (2, M) of a layer's attention and MLP probe in the current batch."""
-        return None if self._drawn is None else self._drawn[layer]
+    def lots_of(self, layer: int, device: torch.device) -> Tensor | None:
+        """The lots (2, M) of a layer's attention and MLP probe in the current batch, where that layer is."""
+        return None if self._drawn is None else self._drawn[layer].to(device)
 
     def mark(self, cache: Any) -> None:
         """Note on a cache that is being filled under which choice that happens."""
@@ -110,6 +114,12 @@ class BatchContext:
         """Offer a residual, (B, S, D) or (B * S, D), to the parallel probe of the next pruned layer."""
         side = None if torch.compiler.is_compiling() else self.side_stream(residual.device)
         self.earlier = Earlier(residual.view(*self._shape, -1), None if side is None else side.moment())
+
+    def earlier_on(self, device: torch.device) -> Earlier | None:
+        """What was published last, where the layer is that asks: a residual of another device has waited for itself."""
+        if self.earlier is None or self.earlier.residual.device == device:
+            return self.earlier
+        return Earlier(self.earlier.residual.to(device), None)
 
     def side_stream(self, device: torch.device) -> SideStream | None:
         """The stream of parallel probes; None where there is nothing to gain from one."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pp_lightning.forwards import replace_forward, restore_forward
 from pp_lightning.pruned.attention import PrunedAttention
 from pp_lightning.pruned.batch import BatchResult, choose_ahead, run_batch, run_chosen
 from pp_lightning.pruned.block import PrunedBlock
@@ -79,12 +80,14 @@ class LayerPruner(nn.Module):
         if cache is not None:
             context.mark(cache)
         sizes = self.attention.method.probe_sizes(rows, tokens)
-        lots = context.lots_of(self.attention.layer_index)
-        around = Surroundings(mask, rotation, context.places(mask), sizes, lots, remember=not context.frozen)
+        lots = context.lots_of(self.attention.layer_index, hidden.device)
+        places = context.places(mask, hidden.device)
+        around = Surroundings(mask, rotation, places, sizes, lots, remember=not context.frozen)
         side = context.side_stream(hidden.device) if self.parallel else None
         if side is None:
-            earlier = context.earlier.residual if self.parallel and context.earlier is not None else None
-            result = self.run_batch(self, hidden, earlier, around, how, cache is not None)
+            earlier = context.earlier_on(hidden.device) if self.parallel else None
+            probed = None if earlier is None else earlier.residual
+            result = self.run_batch(self, hidden, probed, around, how, cache is not None)
         else:
             result = self._run_beside(side, hidden, around, how, cache is not None)
         for block, choice, own in zip(blocks, (result.attention_choice, result.mlp_choice), how, strict=True):
@@ -105,10 +108,11 @@ class LayerPruner(nn.Module):
         the MLP beside this layer's attention.
         """
         context, around = self.context, around.of_batch(hidden.shape[1])
+        earlier = context.earlier_on(hidden.device)
         entered = side.moment()
         probed, since = hidden, entered
-        if context.earlier is not None:
-            probed, since = context.earlier.residual, context.earlier.since or entered
+        if earlier is not None:
+            probed, since = earlier.residual, earlier.since or entered
         heads = self._start(side, self.attention, since, probed, around, how[0])
         channels = self._start(side, self.mlp, entered, hidden, around.of_mlp(), how[1])
         head_choice = None if heads is None else side.join(heads)
@@ -137,7 +141,7 @@ def install_pruner(layer: nn.Module, pruner: LayerPruner) -> None:
     pruner.attention.slices.lay_out_for_slicing()
     pruner.mlp.slices.lay_out_for_slicing()
     layer.pruner = pruner
-    layer.forward = MethodType(_pruned_forward, layer)
+    replace_forward(layer, MethodType(_pruned_forward, layer))
 
 
 def remove_pruner(layer: nn.Module) -> None:
@@ -146,7 +150,7 @@ def remove_pruner(layer: nn.Module) -> None:
     assert isinstance(pruner, LayerPruner)
     pruner.attention.slices.lay_out_as_stock()
     pruner.mlp.slices.lay_out_as_stock()
-    del layer.forward
+    restore_forward(layer)
     del layer.pruner
 
 
