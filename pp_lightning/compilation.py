@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import get_compilation_metrics
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from pp_lightning.architectures import architecture_of
 from pp_lightning.errors import UserError
@@ -124,6 +124,7 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
     if mode in RECORDING_MODES:
         compilation.step_hook = architecture.decoder_of(model).register_forward_pre_hook(_begin_step)
     shared: dict[Callable[..., Any], _TwoGraphs] = {}
+    with_keys = cache(_returning_keys)  # one for each class of layers
 
     def graphs_of(function: Callable[..., Any]) -> _TwoGraphs:
         if function not in shared:
@@ -133,7 +134,8 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
     for index, layer in enumerate(architecture.layers_of(model)):
         pruner = pruners.get(index)
         if pruner is None:
-            stock = _StockForward(graphs_of(type(layer).forward), _widths(layer))
+            forward = _unwrapped(type(layer).forward)
+            stock = _StockForward(graphs_of(forward), graphs_of(with_keys(forward)), _widths(layer), index)
             replace_forward(layer, MethodType(stock, layer))
             continue
         widths = (pruner.attention.keep, pruner.mlp.keep)
@@ -214,16 +216,64 @@ class _TwoGraphs:
 
 
 class _StockForward:
-    """Stands in for ``forward`` of a stock layer. With a cache, which knows layers by number, it stays eager."""
+    """Stands in for ``forward`` of a stock layer.
 
-    def __init__(self, graphs: _TwoGraphs, widths: tuple[int, ...]) -> None:
-        self._graphs = graphs
+    A cache knows layers by number, which would make a graph for each of them. So the first tokens of a cache go through
+    a graph that gives their keys and values back, and the cache gets them afterwards; with more tokens in it, the layer
+    stays eager.
+
+    Args:
+        alone: the forward without a cache.
+        first: :func:`_returning_keys` of it.
+        widths: of the layer.
+        index: of the layer.
+    """
+
+    def __init__(self, alone: "_TwoGraphs", first: "_TwoGraphs", widths: tuple[int, ...], index: int) -> None:
+        self._alone = alone
+        self._first = first
         self._widths = widths
+        self._index = index
 
-    def __call__(self, layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is not None:
-            return type(layer).forward(layer, hidden_states, *args, **kwargs)
-        return self._graphs(self._widths, layer, hidden_states, *args, **kwargs)
+    def __call__(
+        self, layer: nn.Module, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+    ) -> Any:
+        if past_key_values is None:
+            return self._alone(self._widths, layer, hidden_states, *args, **kwargs)
+        if torch.compiler.is_compiling() or not self._begins(past_key_values):
+            forward = type(layer).forward
+            return forward(layer, hidden_states, *args, past_key_values=past_key_values, **kwargs)
+        result, keys, values = self._first(self._widths, layer, hidden_states, *args, **kwargs)
+        past_key_values.update(keys, values, self._index)
+        return result
+
+    def _begins(self, cache: Any) -> bool:
+        """Whether the cache will hold these tokens and no others, and gives them back as they are."""
+        return type(cache) is DynamicCache and cache.get_seq_length(self._index) == 0
+
+
+class _Slot:
+    """Takes the keys and values of one layer where a cache is expected."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.seen: tuple[Tensor, ...] = ()
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Nothing came before: these are all."""
+        self.seen = (keys, values)
+        return keys, values
+
+
+def _returning_keys(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's ``forward`` that fills no cache, but gives its keys and values back too."""
+
+    def with_keys(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        slot = _Slot()
+        return forward(layer, hidden_states, *args, past_key_values=slot, **kwargs), *slot.seen
+
+    return with_keys
 
 
 def _widths(layer: nn.Module) -> tuple[int, ...]:
@@ -236,10 +286,15 @@ def with_own_code(function: Callable[..., Any]) -> FunctionType:
     Dynamo keeps graphs with the code object: with the original one, all models of a process would share them, and their
     number is limited.
     """
-    while hasattr(function, "__wrapped__"):  # transformers wraps a layer's forward for gradient checkpointing
-        function = function.__wrapped__
-    assert isinstance(function, FunctionType)
+    function = _unwrapped(function)
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def _unwrapped(function: Callable[..., Any]) -> FunctionType:
+    while hasattr(function, "__wrapped__"):  # transformers wraps a layer's forward for gradient checkpointing
+        function = function.__wrapped__
+    assert isinstance(function, FunctionType)
+    return function

@@ -163,9 +163,7 @@ def unprune_(model: PreTrainedModel) -> None:
 
 def _check_loaded(model: PreTrainedModel) -> None:
     if any(weight.is_meta for weight in model.parameters()):
-        raise UserError(
-            "weights are offloaded, and pruning needs all of them: load the model where it fits"
-        )
+        raise UserError("weights are offloaded, and pruning needs all of them: load the model where it fits")
 
 
 def _check_not_compiled(model: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from pp_lightning import UserError, calibrate, compile_, kept_units, prune_, uncompile_, unprune_
 from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, StaticPPsp
@@ -237,3 +238,29 @@ def test_compiled_prompts_leave_their_slices_for_decoding(name):
     assert len(compilation.graphs) == made + 1, "one more graph, for all layers"
     for key, history in histories(eager).items():
         torch.testing.assert_close(histories(compiled)[key], history, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "opt"])
+@pytest.mark.parametrize("method", [None, StaticPPsp()])
+@torch.inference_mode()
+def test_stock_layers_are_compiled_with_a_cache_too(monkeypatch, name, method):
+    """Which is what calling a model means where nobody says ``use_cache=False``."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend="eager", fullgraph=True))
+    eager, compiled, compilation = pair(name, method)
+    for seed in (1, 2):
+        text = ids(3, 20, seed)
+        expected, found = eager(input_ids=text), compiled(input_ids=text)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+        for one, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+            torch.testing.assert_close(one.keys, other.keys, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(one.values, other.values, rtol=1e-5, atol=1e-6)
+        following = [
+            model(input_ids=text[:, :1], past_key_values=before.past_key_values).logits
+            for model, before in ((compiled, found), (eager, expected))
+        ]
+        torch.testing.assert_close(*following, rtol=1e-5, atol=1e-5)
+    assert len(compilation.graphs) == (1 if method is None else 2), "one for all layers of a shape"
+    room = StaticCache(config=compiled.config, max_cache_len=24)
+    found = compiled(input_ids=ids(3, 20, 3), past_key_values=room).logits
+    torch.testing.assert_close(found, eager(input_ids=ids(3, 20, 3)).logits, rtol=1e-5, atol=1e-5)
