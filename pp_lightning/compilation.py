@@ -1,7 +1,7 @@
 """Compile a model layer by layer, so that layers of one shape share one graph and depth costs nothing."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import FunctionType, MethodType
@@ -19,9 +19,14 @@ from pp_lightning.forwards import is_wrapped, replace_forward, restore_forward
 from pp_lightning.pruned.batch import choose_ahead, run_batch, run_chosen
 from pp_lightning.pruning import COMPILED, pruners_of
 
-RECORDING_MODES = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs
-
 CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
+
+# Modes that record CUDA graphs, and the same without. A graph with dynamic sizes is compiled without: it would be
+# recorded once more, for every layer, with each new size of a batch.
+RECORDING_MODES: Mapping[CompileMode, CompileMode] = {
+    "reduce-overhead": "default",
+    "max-autotune": "max-autotune-no-cudagraphs",
+}
 
 # Graphs of one function. Beside sizes, what makes another one: a mask, its type, a cache, frozen histories, a probe of
 # a single row or of few tokens.
@@ -104,8 +109,9 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
 
     Args:
         model: a supported model. Prune it first: :func:`~pp_lightning.prune_` refuses a compiled one.
-        mode: torch.compile's mode; ``reduce-overhead`` and ``max-autotune`` record CUDA graphs. Hidden states that a
-            forward pass returns are then overwritten by the next one: copy what is to stay. Logits stay.
+        mode: torch.compile's mode; ``reduce-overhead`` and ``max-autotune`` record CUDA graphs, of batches of the first
+            size. Hidden states that a forward pass returns are then overwritten by the next one: copy what is to stay.
+            Logits stay.
 
     Returns:
         A record that counts graphs and their seconds as they are made.
@@ -191,9 +197,9 @@ class _TwoGraphs:
     def __init__(self, function: Callable[..., Any], mode: CompileMode, compilation: Compilation) -> None:
         exact, dynamic = with_own_code(function), with_own_code(function)
         compilation.watch(exact, dynamic)
-        settings: dict[str, Any] = {"fullgraph": True, "mode": None if mode == "default" else mode}
-        self._exact = torch.compile(exact, dynamic=False, **settings)
-        self._dynamic = torch.compile(dynamic, dynamic=True, **settings)
+        self._exact = torch.compile(exact, fullgraph=True, dynamic=False, mode=torch_mode(mode))
+        unrecorded = RECORDING_MODES.get(mode, mode)
+        self._dynamic = torch.compile(dynamic, fullgraph=True, dynamic=True, mode=torch_mode(unrecorded))
         self._compilation = compilation
         self._seen: set[object] = set()
         self._first: object = None
@@ -291,6 +297,11 @@ def with_own_code(function: Callable[..., Any]) -> FunctionType:
     copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def torch_mode(mode: CompileMode) -> str | None:
+    """What torch.compile calls a mode."""
+    return None if mode == "default" else mode
 
 
 def _unwrapped(function: Callable[..., Any]) -> FunctionType:

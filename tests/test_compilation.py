@@ -197,6 +197,23 @@ def test_recorded_graphs_are_told_where_a_forward_pass_begins(monkeypatch, mode,
     assert steps_of(compiled) == 0
 
 
+@pytest.mark.parametrize(
+    ("mode", "exact", "dynamic"),
+    [
+        ("default", None, None),
+        ("reduce-overhead", "reduce-overhead", None),
+        ("max-autotune", "max-autotune", "max-autotune-no-cudagraphs"),
+        ("max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs"),
+    ],
+)
+def test_graphs_of_many_sizes_are_not_recorded(monkeypatch, mode, exact, dynamic):
+    """They would be once more, for every layer, with each new size."""
+    modes = {}
+    monkeypatch.setattr(torch, "compile", lambda function, **given: modes.setdefault(given["dynamic"], given["mode"]))
+    pair("llama", mode=mode)
+    assert modes == {False: exact, True: dynamic}
+
+
 def test_generation_goes_on_from_a_compiled_prompt():
     eager, compiled, _ = pair("llama", ProbePruning(**PROBE))
     settings = {"max_new_tokens": 6, "do_sample": False}

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pp_lightning.architectures import architecture_of, shape_of
-from pp_lightning.compilation import CompileMode, with_own_code
+from pp_lightning.compilation import CompileMode, torch_mode, with_own_code
 from pp_lightning.plan import make_plan
 from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruned.context import BatchContext
@@ -94,6 +94,6 @@ def _run_held(block: PrunedBlock, residual: Tensor, around: Surroundings) -> Ten
 
 
 def _compiled(function: Callable[..., Any], mode: CompileMode) -> Callable[..., Any]:
-    chosen = None if mode == "default" else mode
-    compiled: Callable[..., Any] = torch.compile(with_own_code(function), fullgraph=True, dynamic=False, mode=chosen)
+    settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": torch_mode(mode)}
+    compiled: Callable[..., Any] = torch.compile(with_own_code(function), **settings)
     return compiled

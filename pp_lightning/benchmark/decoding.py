@@ -14,7 +14,7 @@ from pp_lightning.benchmark.settings import Case, MeasuredDtype
 from pp_lightning.benchmark.subject import Subject
 from pp_lightning.benchmark.timing import Runner, Tell, interleaved
 from pp_lightning.benchmark.variants import Variant, reference_of
-from pp_lightning.compilation import CompileMode
+from pp_lightning.compilation import CompileMode, torch_mode
 from pp_lightning.flops import decoding_flops, dense_flops, pruned_flops
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.pruning import Pruning, is_pruned, pruning_of
@@ -127,8 +127,7 @@ class GraphDecoder(Decoder):
     def __init__(self, model: PreTrainedModel, rows: int, new_tokens: int, mode: CompileMode) -> None:
         super().__init__(model)
         device, room = model.device, PROMPT_TOKENS + new_tokens
-        chosen = None if mode == "default" else mode
-        self._step = torch.compile(model.__call__, mode=chosen, fullgraph=True, dynamic=False)
+        self._step = torch.compile(model.__call__, mode=torch_mode(mode), fullgraph=True, dynamic=False)
         self._cache = StaticCache(config=model.config, max_cache_len=room)
         self._positions = [torch.full((rows, 1), number, device=device) for number in range(PROMPT_TOKENS, room)]
         seen = torch.arange(room, device=device)
