@@ -20,6 +20,7 @@ from tests.models import (
     ids,
     padded,
     plant,
+    ragged,
     statistics,
     tiny,
 )
@@ -257,13 +258,32 @@ def test_compiled_prompts_leave_their_slices_for_decoding(name):
         torch.testing.assert_close(histories(compiled)[key], history, rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture
+def only_traced(monkeypatch):
+    """Graphs run as they were traced: that is enough to see how many there are, and what they compute."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend="eager", fullgraph=True))
+
+
+@pytest.mark.parametrize("positioned", [False, True])
+@pytest.mark.parametrize("tokens", [24, 40])
+def test_padding_makes_no_new_graph(only_traced, positioned, tokens):
+    """Batches of one shape, whatever their longest row. With 40 tokens they have more columns than positions."""
+    eager, compiled, compilation = pair("llama", ProbePruning(**PROBE))
+    for longest in (20, 15, 18):
+        batch = ragged([longest, 4, 11], "left", longest)
+        wide = {name: torch.nn.functional.pad(values, (tokens - longest, 0)) for name, values in batch.items()}
+        if positioned:
+            wide["position_ids"] = (wide["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        agree(eager, compiled, wide)
+    assert len(compilation.graphs) == 2
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "opt"])
 @pytest.mark.parametrize("method", [None, StaticPPsp()])
 @torch.inference_mode()
-def test_stock_layers_are_compiled_with_a_cache_too(monkeypatch, name, method):
+def test_stock_layers_are_compiled_with_a_cache_too(only_traced, name, method):
     """Which is what calling a model means where nobody says ``use_cache=False``."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend="eager", fullgraph=True))
     eager, compiled, compilation = pair(name, method)
     for seed in (1, 2):
         text = ids(3, 20, seed)

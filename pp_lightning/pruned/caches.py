@@ -1,6 +1,6 @@
 """Which choice a key/value cache was filled under, so that graphs can go on with it without a look at the data."""
 
-from types import MethodType
+from functools import partial
 from typing import Any, Self
 
 
@@ -45,7 +45,7 @@ def put_mark(cache: Any, mark: ChoiceMark) -> None:
     """
     cache.pruning_choice = mark
     if has_fixed_size(cache):
-        cache.reset = MethodType(_reset, cache)
+        cache.reset = partial(_reset, cache)
 
 
 def is_filled(cache: Any) -> bool:

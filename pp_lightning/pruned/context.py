@@ -136,19 +136,25 @@ class BatchContext:
     def _locate(self, shape: torch.Size, real: Tensor | None, position_ids: Tensor | None) -> None:
         self._explicit_positions = position_ids is not None
         self._places = None
+        tokens = shape[1]
         if position_ids is not None:
             if real is None:
                 real = torch.ones(shape, dtype=torch.bool, device=position_ids.device)
             positions = position_ids.expand(shape)
-            self._places = Places(positions, real, self._checked(int(torch.where(real, positions, 0).max()) + 1))
+            needed = int(torch.where(real, positions, 0).max()) + 1
+            self._places = Places(positions, real, self._room_for(needed, tokens))
         elif real is not None:
-            positions = real.long().cumsum(1) - 1
-            longest = shape[1]
-            if self.num_positions is not None and longest > self.num_positions:
-                longest = int(positions.max()) + 1  # padding may account for the excess; worth a look only here
-            self._places = Places(positions, real, self._checked(longest))
+            positions, needed = real.long().cumsum(1) - 1, tokens
+            if self.num_positions is not None and tokens > self.num_positions:
+                needed = int(positions.max()) + 1  # padding may account for the excess; worth a look only here
+            self._places = Places(positions, real, self._room_for(needed, tokens))
         else:
-            self._checked(shape[1])
+            self._checked(tokens)
+
+    def _room_for(self, needed: int, tokens: int) -> int:
+        """P: the same for all batches of S tokens, whatever their padding, so that one graph serves them."""
+        room = max(self._checked(needed), tokens)
+        return room if self.num_positions is None else min(room, self.num_positions)
 
     def _checked(self, needed: int) -> int:
         if self.num_positions is not None and needed > self.num_positions:
