@@ -23,8 +23,16 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": world_size,
         "python": platform.python_version(),
-        "versions": {package: found for package in PACKAGES if (found := _version(package)) is not None},
+        "versions": {package: found for package in PACKAGES if (found := installed_version(package)) is not None},
     }
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def check_place(out: Path) -> None:
@@ -56,13 +64,6 @@ def write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

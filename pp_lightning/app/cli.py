@@ -27,7 +27,7 @@ from pp_lightning.commonsense import CommonsenseData
 from pp_lightning.data import LanguageModelling
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.errors import UserError
-from pp_lightning.records import check_place, environment, write_json, write_text
+from pp_lightning.records import check_place, environment, installed_version, write_json, write_text
 
 _FILLED_IN = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "verbose", "weights_only"}
 
@@ -297,6 +297,7 @@ def _parser_settings() -> dict[str, Any]:
     """Usage, description and examples of the program and of every command."""
     settings: dict[str, Any] = {
         "prog": "pp-lightning",
+        "version": installed_version("pp-lightning"),
         "usage": "pp-lightning COMMAND [options]        pp-lightning COMMAND --help",
         "description": "Prune large language models per batch or for good, and see what it costs and saves.",
         "epilog": EXAMPLES,

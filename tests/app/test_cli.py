@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -485,3 +486,11 @@ def test_help_teaches(monkeypatch, capsys):
     assert "examples:" in text and "pp-lightning compare --config configs/tiny/compare.yaml" in text
     for command in ("test", "compare", "export", "fit"):
         assert command in text
+
+
+def test_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pp-lightning", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"pp-lightning {version('pp-lightning')}\n"
