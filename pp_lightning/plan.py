@@ -47,7 +47,7 @@ def make_plan(
         round_to: MLP channels are kept in multiples of this.
 
     Raises:
-        UserError: no such layers, or ratios that leave nothing.
+        UserError: no such layers, ratios that leave nothing, or a ``round_to`` that no MLP could lose a channel under.
     """
     skipped = set(skip_layers)
     strangers = sorted(layer for layer in skipped if not 0 <= layer < shape.num_layers)
@@ -65,7 +65,17 @@ def make_plan(
         if block is Block.ATTENTION:
             plans.append(BlockPlan(block, units, ratio, kept_heads(units.number, ratio), round_to=1))
         else:
+            _check_rounding(units.number, ratio, round_to)
             keep = kept_channels(units.number, ratio, round_to)
             plans.append(BlockPlan(block, units, ratio, keep, round_to))
     layers = tuple(layer for layer in range(shape.num_layers) if layer not in skipped)
     return Plan(layers, (plans[0], plans[1]), unit)
+
+
+def _check_rounding(num_channels: int, ratio: float, round_to: int) -> None:
+    """Refuse a multiple that rounds every count up to all channels: the MLPs would stay whole without a word."""
+    if ratio > 0.0 and round_to >= num_channels:
+        raise UserError(
+            f"round_to={round_to} keeps all {num_channels} channels of every MLP: lower round_to below {num_channels} "
+            "(1 does not round), or set mlp_ratio to 0 to leave the MLPs whole"
+        )

@@ -85,3 +85,13 @@ def test_ratio_that_leaves_nothing():
 def test_round_to():
     with pytest.raises(UserError, match="round_to must be at least 1"):
         make_plan(SEVEN_B, ProbePruning(), pruning_ratio=0.4, round_to=0)
+
+
+@pytest.mark.parametrize("round_to", [11008, 20000])
+def test_a_multiple_that_no_mlp_loses_a_channel_under(round_to):
+    with pytest.raises(UserError, match=f"round_to={round_to} keeps all 11008 channels.*lower round_to"):
+        make_plan(SEVEN_B, ProbePruning(), pruning_ratio=0.4, round_to=round_to)
+    asked = [{"mlp_ratio": 0.0}, {"pruning_ratio": 0.0}]
+    plans = [make_plan(SEVEN_B, ProbePruning(), **{"pruning_ratio": 0.4, "round_to": round_to, **one}) for one in asked]
+    plans.append(make_plan(SEVEN_B, ProbePruning(blocks=("attention",)), pruning_ratio=0.4, round_to=round_to))
+    assert [plan.blocks[1].keep for plan in plans] == [11008] * 3

@@ -66,6 +66,7 @@ class PrunedHFLM(HFLM):
         method: label of a pruning method (``pp``, ``flap``, ``wanda_sp``, ...); None leaves the model dense.
         pruning_ratio: fraction of units removed over the whole model.
         skip_layers: the first layers, left dense.
+        round_to: MLP channels are kept in multiples of this.
         statistics: a file written by ``calibrate``; None calibrates on ``calibration``.
         importances: a file of importances, which LLM-Pruner and LoRAPrune choose from: ``pp-lightning test`` with
             ``--model.importances FILE`` writes one.
@@ -93,6 +94,7 @@ class PrunedHFLM(HFLM):
         method: str | None = None,
         pruning_ratio: float = 0.4,
         skip_layers: int = 3,
+        round_to: int = 64,
         statistics: str | None = None,
         importances: str | None = None,
         recovered: str | None = None,
@@ -127,8 +129,15 @@ class PrunedHFLM(HFLM):
                 else:
                     found = _statistics(pretrained, tokenizer, statistics, calibration, calibration_samples, max_length)
                     max_length = max_length or found.num_positions
-                amount, skipped = pruning_ratio, range(skip_layers)
-                prune_(pretrained, policy, found, pruning_ratio=amount, skip_layers=skipped, release_stats=True)
+                prune_(
+                    pretrained,
+                    policy,
+                    found,
+                    pruning_ratio=pruning_ratio,
+                    skip_layers=range(skip_layers),
+                    round_to=round_to,
+                    release_stats=True,
+                )
         self.choices: dict[str, Any] = {
             "batch_size": int(batch_size),
             "order": "by length, longest first",

@@ -16,9 +16,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from pp_lightning import UserError, calibrate, prune_
+from pp_lightning.blocks import Block
 from pp_lightning.commonsense import harness
 from pp_lightning.commonsense.harness import PrunedHFLM, run_harness
 from pp_lightning.methods import ProbePruning
+from pp_lightning.pruning import pruning_of
 from tests.commonsense.harness_tasks import write_definitions
 from tests.commonsense.samples import tiny_model, write_samples
 from tests.commonsense.tokenizers import KINDS, TEXT, tokenizer_of
@@ -140,11 +142,13 @@ def test_it_loads_calibrates_and_prunes_what_model_args_name(tmp_path: Path) -> 
         "method": "pp",
         "pruning_ratio": 0.3,
         "skip_layers": 1,
+        "round_to": 8,
     }
     ours = PrunedHFLM(
         batch_size=2, calibration=str(text), calibration_samples=4, max_length=WINDOW, device="cpu", **arguments
     )
     assert ours.model._pp_lightning.method.label == "pp"
+    assert pruning_of(ours.model).keep[1, Block.MLP] < ours.model.config.intermediate_size
     assert len(ours.loglikelihood(requests("likelihood"))) == len(PAIRS)
     with pytest.raises(UserError, match="unknown method 'magic'"):
         PrunedHFLM(**{**arguments, "method": "magic"})
