@@ -143,6 +143,12 @@ class PrunableModule(L.LightningModule):
         for method in by_kind.values():
             self._importances_in_file(method)
 
+    def reads_calibration(self, method: PruningMethod) -> bool:
+        """Whether pruning by this method reads the calibration text, for statistics or for gradients."""
+        if isinstance(method, GradientMethod):
+            return not _exists(self.importances_file)
+        return method.needs_statistics or self._ranks_globally(method)
+
     def prune(self, data: EvaluationData) -> Evidence | None:
         """Prune, with adapters merged where there are some; returns what was chosen from, collected on ``data``."""
         assert self.method is not None
@@ -214,7 +220,7 @@ class PrunableModule(L.LightningModule):
             return self.recovered.choices
         if isinstance(method, GradientMethod):
             return self._gradient_importances(method, data)
-        return self._calibrated(data) if method.needs_statistics or self._ranks_globally(method) else None
+        return self._calibrated(data) if self.reads_calibration(method) else None
 
     def method_settings(self) -> dict[str, object]:
         """The method's settings, and those of its recovery, for a table."""

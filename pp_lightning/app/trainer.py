@@ -24,7 +24,7 @@ from pp_lightning.app.results import Comparison
 from pp_lightning.app.training import check_same, train_recovery
 from pp_lightning.checkpoints import Dtype
 from pp_lightning.data.base import EvaluationData
-from pp_lightning.data.training import Packed
+from pp_lightning.data.training import Packed, TrainingRows
 from pp_lightning.errors import UserError
 from pp_lightning.importances import Importances
 from pp_lightning.methods import METHODS, LoRAPrune, PruningMethod, StaticMethod, method_named
@@ -75,7 +75,7 @@ class PruningTrainer(L.Trainer):
             variants: further rows by name: a method with settings of your own.
 
         Raises:
-            UserError: an unknown method, or a ratio that leaves nothing.
+            UserError: an unknown method, a ratio that leaves nothing, or a text that is not there.
         """
         _refuse_recovered(model)
         if 0.0 in ratios:
@@ -90,13 +90,14 @@ class PruningTrainer(L.Trainer):
         model.check_importances(
             [row.method for row in rows if row.method is not None and not row.chooses_while_trained]
         )
+        self._check_texts(model, datamodule, rows)
         model.reuse, model.recovery = True, None
         done: list[Comparison] = []
         for row in rows:
             model.recovered, model.method, model.pruning_ratio = None, row.method, row.pruning_ratio
             model.label = row.label
             if row.recovery is not None:
-                model.use_recovered(self._recover(model, datamodule, row.recovery))
+                model.use_recovered(self._recover(model, datamodule, row.recovery, self._folder(row)))
             self.test(model, datamodule=datamodule, verbose=False)
             assert model.evaluation is not None
             done.append(Comparison.of(model.evaluation, done[0].evaluation if done else model.evaluation))
@@ -138,6 +139,7 @@ class PruningTrainer(L.Trainer):
             for question in asked.values():
                 for variant in question.variants:
                     model.check_plan(variant.method(seeds[0]), ratio, data.window, variant.allocation)
+        data.calibration.check()
         data.use_tokenizer(model.tokenizer)
         model.trainer = self
         finished = ResumeFile(Path(self.default_root_dir) / UNFINISHED, settings_of(model, data), FORMAT)
@@ -191,18 +193,30 @@ class PruningTrainer(L.Trainer):
             self._check_can_train()
         return [Row(name, method, ratio, trained.get(name)) for ratio in ratios for name, method in named.items()]
 
+    def _check_texts(self, model: PrunedLM, datamodule: EvaluationData, rows: list[Row]) -> None:
+        """Find a text that is not there now, and not after all rows in front of the first one that reads it."""
+        new = [row for row in rows if row.recovery is None or not Recovered.is_in(self._folder(row))]
+        choosing = [row.method for row in new if row.method is not None and not row.chooses_while_trained]
+        if any(model.reads_calibration(method) for method in choosing):
+            datamodule.calibration.check()
+        if any(row.recovery is not None for row in new):
+            _trained_on(datamodule).check()
+
     def _check_can_train(self) -> None:
         if self.max_steps < 1:
             raise UserError("rows with recovery need to know how long to train: set --trainer.max_steps")
         if self.world_size > 1:
             raise UserError("compare trains in one process: run fit in several, then test with --model.recovered")
 
-    def _recover(self, model: PrunedLM, datamodule: EvaluationData, recovery: Recovery) -> Recovered:
-        """The recovered model of this row: trained now, or before into the same folder with the same settings."""
-        folder = Path(self.default_root_dir) / "recovered" / f"{model.label}-{model.pruning_ratio}"
+    def _folder(self, row: Row) -> Path:
+        """Where the recovered model of a row is kept."""
+        return Path(self.default_root_dir) / "recovered" / f"{row.label}-{row.pruning_ratio}"
+
+    def _recover(self, model: PrunedLM, datamodule: EvaluationData, recovery: Recovery, folder: Path) -> Recovered:
+        """The recovered model of a row: trained now, or before into the same folder with the same settings."""
         if not Recovered.is_in(folder):
             model.recovery = recovery
-            datamodule.train = datamodule.train or Packed([datamodule.calibration])
+            datamodule.train = _trained_on(datamodule)
             train_recovery(self._same_in(folder), model, datamodule)
             model.recovery = None
         recovered = Recovered.load(folder)
@@ -228,6 +242,11 @@ class PruningTrainer(L.Trainer):
             use_distributed_sampler=False,
             default_root_dir=folder,
         )
+
+
+def _trained_on(datamodule: EvaluationData) -> TrainingRows:
+    """What rows with recovery are trained on."""
+    return datamodule.train or Packed([datamodule.calibration])
 
 
 def _refuse_recovered(model: PrunedLM) -> None:

@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pp_lightning.data.embedded import Kind, Part, embedded_documents
 from pp_lightning.errors import UserError
@@ -15,7 +15,24 @@ T = TypeVar("T")
 
 
 class TextSource(ABC):
-    """Documents of plain text, always the same ones in the same order."""
+    """Documents of plain text, always the same ones in the same order.
+
+    Attributes:
+        path: the local file that it reads, if it reads one.
+        file_kind: what that file is, for people.
+    """
+
+    path: str | None = None
+    file_kind: ClassVar[str] = "text file"
+
+    def check(self) -> None:
+        """Refuse a file that is not there, before any work; nothing is read.
+
+        Raises:
+            UserError: there is no such file.
+        """
+        if self.path is not None:
+            check_file(self.path, self.file_kind)
 
     @abstractmethod
     def documents(self) -> Sequence[str]:
@@ -68,6 +85,8 @@ class C4(TextSource):
         percent: how much of the hub's first training shard, from its start; not used for a local file.
     """
 
+    file_kind = "json-lines file (.jsonl or .jsonl.gz)"
+
     def __init__(self, path: str | None = None, percent: int = 10) -> None:
         if not 1 <= percent <= 100:
             raise UserError(f"percent is how much of C4's first shard to read, 1 to 100, not {percent}")
@@ -88,6 +107,8 @@ class TextFile(TextSource):
     Args:
         path: the file.
     """
+
+    path: str
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -114,19 +135,26 @@ class Embedded(TextSource):
         return embedded_documents(self.part, self.kind)
 
 
+def check_file(path: str, kind: str) -> None:
+    """Refuse a path where no file is.
+
+    Raises:
+        UserError: there is none; ``kind`` says what it should be.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no {kind} at {path}: give the path of an existing file")
+
+
 def _read_text(path: str) -> str:
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"no text file at {path}: give the path of an existing file")
+    check_file(path, TextSource.file_kind)
     try:
-        return file.read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from error
 
 
 def _json_lines(path: str) -> Iterator[str]:
-    if not Path(path).is_file():
-        raise UserError(f"no json-lines file at {path}: give the path of an existing .jsonl or .jsonl.gz file")
+    check_file(path, C4.file_kind)
     opener = gzip.open if path.endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8") as lines:

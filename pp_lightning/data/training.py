@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pp_lightning.data.order import Row
-from pp_lightning.data.sources import C4, TextSource, hub_rows
+from pp_lightning.data.sources import C4, TextSource, check_file, hub_rows
 from pp_lightning.data.windows import IGNORED_LABEL
 from pp_lightning.errors import UserError
 
@@ -23,7 +23,12 @@ class TrainingRows(ABC):
         window: tokens a row at most; None takes the data's window.
         batch_size: rows a batch of one process; None takes the data's batch size.
         held_out: rows that are kept from training, for the held-out loss; 0 takes the data's ``text`` for it.
+
+    Attributes:
+        sources: the texts that the rows are cut from, if they are.
     """
+
+    sources: Sequence[TextSource] = ()
 
     def __init__(self, window: int | None, batch_size: int | None, held_out: int = 0) -> None:
         if held_out < 0 or (window is not None and window < 2) or (batch_size is not None and batch_size < 1):
@@ -31,6 +36,15 @@ class TrainingRows(ABC):
         self.window = window
         self.batch_size = batch_size
         self.held_out = held_out
+
+    def check(self) -> None:
+        """Refuse files that are not there, before any work; nothing is read.
+
+        Raises:
+            UserError: a file is not there.
+        """
+        for source in self.sources:
+            source.check()
 
     @abstractmethod
     def rows(self, encode: Encode, window: int, end: int | None) -> list[Row]:
@@ -90,13 +104,13 @@ class FirstWindows(TrainingRows):
         seed: int = 0,
     ) -> None:
         super().__init__(window, batch_size, held_out)
-        self.source = source or C4()
+        self.sources = [source or C4()]
         self.documents = documents
         self.seed = seed
 
     def rows(self, encode: Encode, window: int, end: int | None) -> list[Row]:
         """One row a document."""
-        documents, rows = self.source.documents(), list[Row]()
+        documents, rows = self.sources[0].documents(), list[Row]()
         order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(self.seed)).tolist()
         for index in order:
             ids = encode(documents[index])
@@ -137,6 +151,11 @@ class Instructions(TrainingRows):
         self.path = path
         self.seed = seed
 
+    def check(self) -> None:
+        """Refuse a file that is not there."""
+        if self.path is not None:
+            check_file(self.path, "file of instructions (.json or .jsonl)")
+
     def rows(self, encode: Encode, window: int, end: int | None) -> list[Row]:
         """One row an instruction."""
         given = self._read()
@@ -157,6 +176,7 @@ class Instructions(TrainingRows):
         return ids, labels
 
     def _read(self) -> Sequence[Mapping[str, Any]]:
+        self.check()
         given = hub_rows("yahma/alpaca-cleaned", split="train") if self.path is None else _json_objects(self.path)
         for number, fields in enumerate(given, start=1):
             if not all(isinstance(fields.get(name), str) for name in ("instruction", "output")):
@@ -172,8 +192,6 @@ def _prompt(fields: Mapping[str, Any]) -> str:
 
 
 def _json_objects(path: str) -> list[Mapping[str, Any]]:
-    if not Path(path).is_file():
-        raise UserError(f"no file of instructions at {path}: give the path of an existing .json or .jsonl file")
     try:
         text = Path(path).read_text(encoding="utf-8")
         found = json.loads(text) if path.endswith(".json") else [json.loads(line) for line in text.splitlines() if line]

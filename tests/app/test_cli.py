@@ -488,6 +488,22 @@ def test_help_teaches(monkeypatch, capsys):
         assert command in text
 
 
+@pytest.mark.parametrize("command", ["compare", "ablate"])
+def test_a_missing_calibration_text_is_found_before_any_evaluation(
+    command, type_in, arguments, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(PruningTrainer, "test", lambda *_, **__: pytest.fail("work was begun"))
+    given = {**arguments, "--data.calibration.path": "/nowhere.jsonl", "--out": tmp_path / "out"}
+    assert type_in(command, given) == 2
+    assert "no json-lines file (.jsonl or .jsonl.gz) at /nowhere.jsonl: give the path" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_that_reads_no_calibration_text_needs_none(type_in, arguments, tmp_path):
+    given = {**arguments, "--data.calibration.path": "/nowhere.jsonl", "--out": tmp_path}
+    assert type_in("compare", given, extra=["--methods", "[full_batch]", "--ratios", "[0.4]"]) == 0
+
+
 def test_version(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pp-lightning", "--version"])
     with pytest.raises(SystemExit) as stop:

@@ -526,6 +526,20 @@ def test_compare_checks_schedules_before_it_evaluates(run, settings, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
+def test_compare_finds_a_missing_training_text_before_it_evaluates(run, settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(PrunedLM, "on_test_start", None)
+    missing = {"class_path": "pp_lightning.data.TextFile", "init_args": {"path": "/nowhere.txt"}}
+    for train in ([missing], {"class_path": "pp_lightning.data.FirstWindows", "init_args": {"source": missing}}):
+        settings["data"]["train"] = train
+        assert run("compare", comparison(settings, ["llm_pruner_lora"]), "out") == 2
+        assert "no text file at /nowhere.txt" in refused(capsys)
+    missing = {"class_path": "pp_lightning.data.Instructions", "init_args": {"path": "/nowhere.json"}}
+    settings["data"]["train"] = missing
+    assert run("compare", comparison(settings, ["llm_pruner_lora"]), "out") == 2
+    assert "no file of instructions" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_compare_needs_a_length(run, settings, tmp_path, capsys):
     settings["trainer"]["max_steps"] = -1
     assert run("compare", comparison(settings, ["llm_pruner_lora"]), "out") == 2
