@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from pp_lightning.architectures import architecture_of
 from pp_lightning.blocks import Block, BlockModules, block_modules
 from pp_lightning.errors import UserError
 from pp_lightning.functional.moments import Places, placed_count, placed_sum, sum_of_squares
 from pp_lightning.functional.probe import token_norms
+from pp_lightning.progress import shown
 from pp_lightning.pruning import is_pruned
 from pp_lightning.statistics import BlockKey, BlockSums, Statistics, fingerprint
 
@@ -46,7 +46,7 @@ def calibrate(
         layers: only these layers; None takes all.
         save_to: a safetensors file to resume from, if it exists, and to write.
         save_every: batches between two writes of ``save_to``.
-        progress: show a progress bar.
+        progress: show a progress bar; lines where there is no terminal.
 
     Raises:
         UserError: no batches, activations that are not finite, a pruned or unknown model, layers that it has not, or a
@@ -74,7 +74,7 @@ def calibrate(
     model.eval()
     hooks = collector.attach(blocks)
     try:
-        for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
+        for batch in shown(batches, "calibrating", "batch", progress):
             seen += 1
             digest = _chained_digest(digest, batch)
             if seen < done:

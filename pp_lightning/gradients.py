@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from pp_lightning.architectures import architecture_of
 from pp_lightning.blocks import Block, block_modules
@@ -23,6 +22,7 @@ from pp_lightning.evidence import fingerprint
 from pp_lightning.forwards import innermost_forward, replace_forward, restore_forward
 from pp_lightning.functional.taylor import Taylor, taylor_importance
 from pp_lightning.importances import Importances
+from pp_lightning.progress import shown
 from pp_lightning.pruning import is_pruned
 from pp_lightning.statistics import BlockKey
 
@@ -50,7 +50,7 @@ def taylor_importances(
             ``labels`` (B, S), -100 where nothing is predicted. One batch takes the least memory.
         taylor: the variant. ``param_second`` takes one pass a row; ``param_mix`` one more, and keeps the squares.
         layers: only these layers; None takes all.
-        progress: show a progress bar.
+        progress: show a progress bar; lines where there is no terminal.
 
     Raises:
         UserError: no batches, a pruned or unknown model, or a loss or gradients that are not finite.
@@ -66,11 +66,11 @@ def taylor_importances(
         if taylor.uses_squares:
             rows = [row for batch in batches for row in _rows(batch)]
             collector.samples = len(rows)
-            for row in tqdm(rows, desc="squared gradients", unit="window", disable=not progress):
+            for row in shown(rows, "squared gradients", "window", progress):
                 _finite(next_token_loss(model, row)).backward()
         collector.samples = None
         if taylor.uses_gradient:
-            for index, batch in enumerate(tqdm(batches, desc="gradients", unit="batch", disable=not progress)):
+            for index, batch in enumerate(shown(batches, "gradients", "batch", progress)):
                 collector.last = index == len(batches) - 1
                 share = int((labels_of(batch)[:, 1:] != IGNORED).sum()) / total
                 (_finite(next_token_loss(model, batch)) * share).backward()

@@ -26,7 +26,6 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import tqdm
 
 from pp_lightning.calibration import calibrate
 from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer
@@ -41,6 +40,7 @@ from pp_lightning.evidence import Evidence
 from pp_lightning.importances import Importances
 from pp_lightning.methods import method_named
 from pp_lightning.methods.gradient import GradientMethod
+from pp_lightning.progress import shown
 from pp_lightning.pruning import prune_
 from pp_lightning.recovery import Recovered
 from pp_lightning.statistics import Statistics
@@ -166,7 +166,7 @@ class PrunedHFLM(HFLM):
         ]
         answers: dict[int, tuple[float, bool]] = {}
         batches = _batches_by_length(rows, self.choices["batch_size"])
-        for indices in tqdm(batches, disable=disable_tqdm or self.rank > 0, desc="scoring", unit="batch"):
+        for indices in shown(batches, "scoring", "batch", not disable_tqdm and self.rank == 0):
             for index, answer in zip(indices, self._answers([rows[i] for i in indices]), strict=True):
                 answers[index] = answer
                 if requests[index][0] is not None:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import fingerprint
@@ -12,6 +11,7 @@ from pp_lightning.functional.lora import lora_importance
 from pp_lightning.gradients import IGNORED, OUTPUT, Batch, frozen_except, labels_of, next_token_loss, recomputed
 from pp_lightning.importances import Importances, Members
 from pp_lightning.methods.lora_prune import LORA
+from pp_lightning.progress import shown
 from pp_lightning.pruning import is_pruned
 from pp_lightning.recovery.adapters import Adapters, down_of, scale_of, up_of
 from pp_lightning.statistics import BlockKey
@@ -36,7 +36,7 @@ def lora_importances(
         rank: of the adapters.
         layers: only these layers; None takes all.
         seed: of A.
-        progress: show a progress bar.
+        progress: show a progress bar; lines where there is no terminal.
 
     Raises:
         UserError: no batches, a pruned or unknown model, gradients that are not finite, or no peft.
@@ -50,7 +50,7 @@ def lora_importances(
     adapters = Adapters(model, rank, alpha=2.0 * rank, seed=seed)
     try:
         with frozen_except(model, adapters.parameters()), recomputed(model):
-            for batch in tqdm(batches, desc="adapter gradients", unit="batch", disable=not progress):
+            for batch in shown(batches, "adapter gradients", "batch", progress):
                 share = int((labels_of(batch)[:, 1:] != IGNORED).sum()) / total
                 (next_token_loss(model, batch) * share).backward()
         if not all(bool(gradient.isfinite().all()) for gradient in gradients_of(adapters)):

@@ -1,0 +1,35 @@
+"""Progress of a long loop: a bar in a terminal or a notebook, lines where the output goes into a file."""
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+from transformers.utils.logging import tqdm
+
+T = TypeVar("T")
+
+_LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed}, {remaining} left"
+_SECONDS = 30.0  # between two lines at least, as for everything else that is told in lines
+
+
+def shown(items: Iterable[T], name: str, unit: str, progress: bool = True) -> Iterable[T]:
+    """The items, their progress shown on standard error unless ``progress`` is off."""
+    if sys.stderr.isatty() or "ipykernel" in sys.modules:
+        bar: Iterable[T] = tqdm(items, desc=name, unit=unit, disable=not progress)
+        return bar
+    lines: Iterable[T] = tqdm(
+        items, desc=name, disable=not progress, file=_Lines(), bar_format=_LINE, mininterval=_SECONDS, miniters=1
+    )
+    return lines
+
+
+class _Lines:
+    """Gives every state of a bar, which is meant to replace the one before, a line of its own."""
+
+    def write(self, text: str) -> None:
+        """Write it without what moves a terminal's cursor."""
+        if line := text.strip():
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Written already."""
