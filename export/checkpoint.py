@@ -17,6 +17,7 @@ from export.record import pruning_record, write_card, write_record
 from export.sizes import PrunedSizes
 from export.verify import Agreement, Behaviour, verify
 from export.weights import check_shard_size, write_weights
+from pp_lightning.progress import Tell, ignore_line
 
 
 def export_checkpoint(
@@ -30,6 +31,7 @@ def export_checkpoint(
     max_shard_size: str = "5GB",
     provenance: Mapping[str, Any] | None = None,
     release: bool = False,
+    tell: Tell = ignore_line,
 ) -> tuple[Costs, Agreement]:
     """Write a pruned model as a folder that transformers loads, and prove that it does.
 
@@ -46,6 +48,7 @@ def export_checkpoint(
         max_shard_size: of a weights file, such as ``5GB``.
         provenance: for ``pruning.json``: ``base_model`` (its name), and whatever else is worth knowing.
         release: give up the model's weights before the folder is loaded for the check. ``model`` is empty afterwards.
+        tell: told what is going on.
 
     Returns:
         What was written, and how closely the reloaded folder follows the model.
@@ -67,10 +70,12 @@ def export_checkpoint(
     check_space(out, costs.bytes)
     expected = Behaviour.of_model(model)
     with appearing(out, overwrite) as folder:
+        tell("writing the weights")
         _write_small_files(folder, model, tokenizer, target)
         write_weights(entries_of(model, sizes, target), folder, max_shard_size)
         if release:
             model.to("meta")
+        tell("loading the folder and comparing it with the model")
         agreement = verify(folder, expected, device, bundled_code=target.code is not None)
         record = {
             "base_model": base,

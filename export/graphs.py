@@ -17,6 +17,7 @@ from export.graph import Graph, trace
 from export.record import graph_record, pruning_record, write_record
 from export.verify import Agreement, Behaviour, Runner, compare, model_runner, positions_of
 from pp_lightning.errors import UserError
+from pp_lightning.progress import Tell, ignore_line
 
 # Rows and tokens of the prompts that a graph is checked on: none of them are those it was traced with.
 _SHAPES = ((2, 24), (1, 7), (3, 33), (1, 1))
@@ -32,6 +33,7 @@ def export_graph(
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
     release: bool = False,
+    tell: Tell = ignore_line,
 ) -> Agreement:
     """Write a model as a graph, load it in its runtime and compare it with the model at several shapes.
 
@@ -44,6 +46,7 @@ def export_graph(
         overwrite: replace an earlier export at ``out``.
         provenance: for ``pruning.json``.
         release: give up the model's weights before the graph is loaded for the check.
+        tell: told what is going on: tracing and writing a large graph take minutes.
 
     Raises:
         UserError: a package or disk space is missing, ``out`` is taken, or the check failed. Nothing is left behind.
@@ -69,6 +72,7 @@ def export_graph(
         overwrite=overwrite,
         record={"pruning": pruning_record(model), **(provenance or {})},
         release=release,
+        tell=tell,
     )
 
 
@@ -83,6 +87,7 @@ def export_dynamic_graph(
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
     release: bool = False,
+    tell: Tell = ignore_line,
 ) -> Agreement:
     """Write a dynamically pruned model as a graph, with its histories as inputs and outputs, and check it over batches.
 
@@ -98,6 +103,7 @@ def export_dynamic_graph(
         overwrite: replace an earlier export at ``out``.
         provenance: for ``pruning.json``.
         release: give up the model's weights before the graph is loaded for the check.
+        tell: told what is going on: tracing and writing a large graph take minutes.
 
     Raises:
         UserError: as :func:`export_graph`, or the batch does not fit the histories.
@@ -116,6 +122,7 @@ def export_dynamic_graph(
         overwrite=overwrite,
         record={"pruning": pruning_record(model), "batch": {"rows": rows, "tokens": tokens}, **(provenance or {})},
         release=release,
+        tell=tell,
         histories=start,
     )
 
@@ -154,11 +161,14 @@ def _write(
     overwrite: bool,
     record: Mapping[str, Any],
     release: bool,
+    tell: Tell,
     histories: Mapping[str, Tensor] | None = None,
 ) -> Agreement:
     size = _bytes(model)
     with appearing(out, overwrite) as folder:
+        tell("tracing the model")
         graph = traced()
+        tell("writing the graph")
         chosen.write(graph, folder, size)
         graph = graph.without_program()
         if histories:
@@ -167,6 +177,7 @@ def _write(
             tokenizer.save_pretrained(folder)
         if release:
             model.to("meta")
+        tell("loading the graph and comparing it with the model")
         agreement = check(_loaded(chosen, folder, graph), graph)
         described = {"graph": graph_record(graph, chosen.runs_in), "check": vars(agreement)}
         write_record(folder, {**record, **described})

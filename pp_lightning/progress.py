@@ -1,15 +1,25 @@
-"""Progress of a long loop: a bar in a terminal or a notebook, lines where the output goes into a file."""
+"""Progress of long work: a bar in a terminal or a notebook, lines where the output goes into a file."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from transformers.utils.logging import tqdm
 
 T = TypeVar("T")
+Tell = Callable[[str], None]  # told what is going on, one line at a time
 
 _LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed}, {remaining} left"
 _SECONDS = 30.0  # between two lines at least, as for everything else that is told in lines
+
+
+def write_line(line: str) -> None:
+    """Write a line on standard error at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def ignore_line(line: str) -> None:
+    """Write nothing: what a library is to do unless asked."""
 
 
 def shown(items: Iterable[T], name: str, unit: str, progress: bool = True) -> Iterable[T]:
@@ -29,7 +39,7 @@ class _Lines:
     def write(self, text: str) -> None:
         """Write it without what moves a terminal's cursor."""
         if line := text.strip():
-            print(line, file=sys.stderr, flush=True)
+            write_line(line)
 
     def flush(self) -> None:
         """Written already."""

@@ -28,6 +28,7 @@ from pp_lightning.checkpoints import Dtype
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.errors import UserError
 from pp_lightning.methods import DynamicMethod
+from pp_lightning.progress import Tell, ignore_line, write_line
 
 Format = Literal["safetensors", "onnx", "pt2", "compiled"]
 
@@ -79,6 +80,7 @@ def export_pruned(
         "overwrite": settings.overwrite,
         "provenance": provenance,
         "release": True,
+        "tell": ignore_line if module.trainer.progress_bar_callback is None else write_line,
     }
     if settings.format == "safetensors":
         layout = settings.layout or "uniform"
@@ -107,6 +109,7 @@ class _Shared(TypedDict):
     overwrite: bool
     provenance: dict[str, Any]
     release: bool
+    tell: Tell
 
 
 def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> bool:

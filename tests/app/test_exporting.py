@@ -189,6 +189,17 @@ def test_graphs(method, type_in, chosen, tmp_path, capsys):  # noqa: F811
         assert record["graph"]["inputs"][3] == "past_key_values.0.key"
 
 
+@pytest.mark.parametrize(
+    ("form", "phases"), [("pt2", ["tracing", "writing", "loading"]), ("safetensors", ["writing", "loading"])]
+)
+def test_an_export_tells_what_it_is_doing(form, phases, type_in, chosen, tmp_path, capsys):  # noqa: F811
+    for wanted, told in (("true", phases), ("false", [])):
+        given = {**chosen, "--trainer.enable_progress_bar": wanted, "--format": form, "--out": tmp_path / wanted}
+        assert type_in("export", given) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.split()[0] for line in lines if line.startswith(("tracing", "writing", "loading"))] == told
+
+
 MISTAKES = {
     "no method": ({"--model.method": "null"}, "--model.method"),
     "a choice per batch": ({"--model.method": "ProbePruning"}, "--model.frozen_on history"),
