@@ -90,6 +90,13 @@ class PruningCLI(LightningCLI):
             "fit": _FILLED_IN,
         }
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Describe commands in our words: Lightning takes the first lines of methods, some of them its own."""
+        super()._add_subcommands(parser, **kwargs)
+        assert parser._subcommands_action is not None
+        for choice in parser._subcommands_action._choices_actions:
+            choice.help = COMMANDS[choice.dest]
+
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Model and data first in the help: Lightning's trainer has forty options that few runs need."""
         parser.add_lightning_class_args(PrunedLM, "model")
