@@ -17,6 +17,7 @@ from pp_lightning.app.ablation import report as ablation_report
 from pp_lightning.app.ablation.questions import QUESTIONS
 from pp_lightning.app.ablation.runner import UNFINISHED
 from pp_lightning.app.help import ExamplesFormatter
+from pp_lightning.app.mistakes import one_line
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.progress import progress_display
 from pp_lightning.app.report import comma_separated, grids, markdown, plot, show
@@ -257,7 +258,7 @@ def main() -> None:
         mistake = _mistake_behind(error)
         if mistake is None:
             raise
-        print(f"pp-lightning: {' '.join(str(mistake).split())}", file=sys.stderr)
+        print(f"pp-lightning: {one_line(mistake)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -275,7 +276,7 @@ def _run_benchmark(words: Sequence[str]) -> None:
     try:
         benchmarking.main(words)
     except (UserError, ArgumentError) as error:
-        print(f"pp-lightning: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"pp-lightning: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 

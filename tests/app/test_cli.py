@@ -362,7 +362,19 @@ MISTAKES = {
     "layer that is not there": ({"--model.skip_layers": "[7]"}, "names layer 7"),
     "window too long": ({"--data.window": 4096}, "exceed the model's 128 positions"),
     "unknown key": ({"--model.colour": "red"}, "model.colour"),
-    "unknown method class": ({"--model.method": "Magic"}, "Magic"),
+    "unknown method class": (
+        {"--model.method": "Magic"},
+        "^pp-lightning: --model.method: there is no Magic: choose from FLAP, FullBatchProbing, LLMPruner, LoRAPrune, "
+        "ProbePruning, StaticPPsp, WandaSP$",
+    ),
+    "misspelled method class": (
+        {"--model.method": "ProbePrunning"},
+        r"^pp-lightning: --model.method: there is no ProbePrunning: did you mean ProbePruning\?$",
+    ),
+    "misspelled source": (
+        {"--data.calibration": "C5"},
+        r"^pp-lightning: --data.calibration: there is no C5: choose from C4, Embedded, TextFile, WikiText2$",
+    ),
     "unknown setting of a method": ({"--model.method.colour": "red"}, "colour"),
     "unknown protocol": ({"--data.protocol": "mine"}, "protocol"),
     "text for a number": ({"--data.window": "long"}, "window"),

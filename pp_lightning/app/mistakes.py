@@ -1,0 +1,39 @@
+"""A user's mistake as one line, in our words where the parser's say too much."""
+
+import re
+import sys
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pydoc import locate
+
+_UNKNOWN_CLASS = re.compile(r".*Subtypes: \[(.*?)\] Errors:.*?Expected a dot import path string: ([^\s']+)")
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_CLASS = re.compile(r"<class '(\w+(?:\.\w+)+)'>")
+
+
+def one_line(mistake: BaseException) -> str:
+    """What to change."""
+    text = " ".join(str(mistake).split())
+    unknown = _UNKNOWN_CLASS.match(text)
+    if unknown is None:
+        return text
+    bases, given = unknown.groups()
+    names = sorted({name for base in _CLASS.findall(bases) for name in _names(locate(base))})
+    if not names:
+        return text
+    option = ".".join(_KEY.findall(text))
+    close = get_close_matches(given, names)
+    return f"--{option}: there is no {given}: " + (
+        f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(names)}"
+    )
+
+
+def _names(base: object) -> Iterator[str]:
+    """The classes below one that their packages offer; its own name where there are none."""
+    assert isinstance(base, type)
+    below: list[type] = base.__subclasses__()
+    package = sys.modules[base.__module__.rpartition(".")[0] or base.__module__]
+    if not below and hasattr(package, base.__name__):
+        yield base.__name__
+    for each in below:
+        yield from _names(each)
