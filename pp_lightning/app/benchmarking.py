@@ -1,6 +1,5 @@
 """``pp-lightning benchmark``: the measuring part's settings as options, and a picture of what it found."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from pp_lightning.app.help import ExamplesFormatter
 from pp_lightning.benchmark import BenchmarkSettings, run_benchmark
 from pp_lightning.benchmark.rows import Row
 from pp_lightning.benchmark.write import caption, write_results
+from pp_lightning.progress import write_line
 from pp_lightning.records import check_place
 
 EXAMPLES = """
@@ -35,7 +35,7 @@ def main(words: Sequence[str]) -> None:
     check_place(out)
     rows = run_benchmark(
         settings,
-        tell=lambda line: print(line, file=sys.stderr, flush=True),
+        tell=write_line,
         keep=lambda so_far: write_results(so_far, settings, out),
     )
     print(write_results(rows, settings, out))

@@ -10,6 +10,7 @@ from pp_lightning.benchmark.run import run_benchmark
 from pp_lightning.benchmark.settings import BenchmarkSettings
 from pp_lightning.benchmark.write import write_results
 from pp_lightning.errors import UserError
+from pp_lightning.progress import write_line
 from pp_lightning.records import check_place
 
 
@@ -24,7 +25,7 @@ def main() -> None:
         check_place(Path(options.out))
         rows = run_benchmark(
             settings,
-            tell=lambda line: print(line, file=sys.stderr, flush=True),
+            tell=write_line,
             keep=lambda so_far: write_results(so_far, settings, Path(options.out)),
         )
     except (UserError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -12,11 +12,12 @@ from pp_lightning.benchmark.clock import stopwatch_for
 from pp_lightning.benchmark.rows import Row
 from pp_lightning.benchmark.settings import Case, MeasuredDtype
 from pp_lightning.benchmark.subject import Subject
-from pp_lightning.benchmark.timing import Runner, Tell, interleaved
+from pp_lightning.benchmark.timing import Runner, interleaved
 from pp_lightning.benchmark.variants import Variant, reference_of
 from pp_lightning.compilation import CompileMode, torch_mode
 from pp_lightning.flops import decoding_flops, dense_flops, pruned_flops
 from pp_lightning.methods.dynamic import DynamicMethod
+from pp_lightning.progress import Tell
 from pp_lightning.pruning import Pruning, is_pruned, pruning_of
 
 PROMPT_TOKENS = 64

@@ -15,7 +15,7 @@ from pp_lightning.benchmark.memory import peak_megabytes
 from pp_lightning.benchmark.rows import Row
 from pp_lightning.benchmark.settings import BenchmarkSettings, Case, MeasuredDtype
 from pp_lightning.benchmark.subject import Subject, chosen_device
-from pp_lightning.benchmark.timing import Runner, Samples, Tell, interleaved, model_runner, part_runner
+from pp_lightning.benchmark.timing import Runner, Samples, interleaved, model_runner, part_runner
 from pp_lightning.benchmark.variants import VARIANTS, Variant, chosen_variants, reference_of
 from pp_lightning.blocks import Block
 from pp_lightning.compilation import compile_, uncompile_
@@ -27,6 +27,7 @@ from pp_lightning.flops import (
 )
 from pp_lightning.functional.linear import is_emulated
 from pp_lightning.methods.dynamic import DynamicMethod
+from pp_lightning.progress import Tell
 from pp_lightning.pruning import is_pruned, pruners_of, pruning_of
 
 

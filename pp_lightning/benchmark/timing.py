@@ -11,9 +11,6 @@ from pp_lightning.architectures import architecture_of
 from pp_lightning.benchmark.clock import Stopwatch, stopwatch_for
 from pp_lightning.pruning import is_pruned, kept_units
 
-# Told what is going on, one line at a time.
-Tell = Callable[[str], None]
-
 # Runs on a batch by number, and gives the seconds of each part that it is made of.
 Runner = Callable[[int], Mapping[str, float]]
 
