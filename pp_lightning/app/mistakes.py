@@ -2,7 +2,6 @@
 
 import re
 import sys
-from collections.abc import Iterator
 from difflib import get_close_matches
 from pydoc import locate
 
@@ -28,12 +27,10 @@ def one_line(mistake: BaseException) -> str:
     )
 
 
-def _names(base: object) -> Iterator[str]:
+def _names(base: object) -> list[str]:
     """The classes below one that their packages offer; its own name where there are none."""
     assert isinstance(base, type)
-    below: list[type] = base.__subclasses__()
+    classes: list[type] = base.__subclasses__()
+    below = [name for each in classes for name in _names(each)]
     package = sys.modules[base.__module__.rpartition(".")[0] or base.__module__]
-    if not below and hasattr(package, base.__name__):
-        yield base.__name__
-    for each in below:
-        yield from _names(each)
+    return below or [base.__name__] * hasattr(package, base.__name__)
