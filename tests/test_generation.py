@@ -269,6 +269,13 @@ class TestCacheOfAnotherChoice:
         with pytest.raises(UserError, match=self.message):
             self.continued(model, cache)
 
+    def test_a_refused_prompt_changes_nothing(self, name):
+        model = pruned(name)
+        cache = self.prompt(model)
+        with pytest.raises(UserError, match="beyond the 32 calibrated positions"), torch.no_grad():
+            model(input_ids=ids(3, 40, 2))
+        assert torch.isfinite(self.continued(model, cache)).all()
+
     def test_an_emptied_cache_is_a_new_prompt(self, name):
         model, fresh = pruned(name), pruned(name)
         cache = DynamicCache()

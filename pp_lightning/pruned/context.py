@@ -81,10 +81,10 @@ class BatchContext:
             if mark is None or mark.pruning != self._name or not mark.stands:
                 raise UserError("this key/value cache belongs to another choice of heads: run its prompt again")
             return
-        self._mark.stands = False
-        self._mark = ChoiceMark(self._name)
         real = _real_tokens(given.get("attention_mask"), self._shape)
         self._locate(self._shape, real, given.get("position_ids"))
+        self._mark.stands = False
+        self._mark = ChoiceMark(self._name)
         rows, tokens = self._shape
         self._drawn = None if self._lots is None else self._lots.of_batch(rows, tokens, inputs.device)
         self.chosen = True
