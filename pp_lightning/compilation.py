@@ -129,13 +129,11 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
     compilation = Compilation(mode)
     if mode in RECORDING_MODES:
         compilation.step_hook = architecture.decoder_of(model).register_forward_pre_hook(_begin_step)
-    shared: dict[Callable[..., Any], _TwoGraphs] = {}
     with_keys = cache(_returning_keys)  # one for each class of layers
 
+    @cache
     def graphs_of(function: Callable[..., Any]) -> _TwoGraphs:
-        if function not in shared:
-            shared[function] = _TwoGraphs(function, mode, compilation)
-        return shared[function]
+        return _TwoGraphs(function, mode, compilation)
 
     for index, layer in enumerate(architecture.layers_of(model)):
         pruner = pruners.get(index)

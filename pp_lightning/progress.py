@@ -10,7 +10,7 @@ T = TypeVar("T")
 Tell = Callable[[str], None]  # told what is going on, one line at a time
 
 _LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed}, {remaining} left"
-_SECONDS = 30.0  # between two lines at least, as for everything else that is told in lines
+SECONDS = 30.0  # between two lines of one piece of work at least
 
 
 def write_line(line: str) -> None:
@@ -28,7 +28,7 @@ def shown(items: Iterable[T], name: str, unit: str, progress: bool = True) -> It
         bar: Iterable[T] = tqdm(items, desc=name, unit=unit, disable=not progress)
         return bar
     lines: Iterable[T] = tqdm(
-        items, desc=name, disable=not progress, file=_Lines(), bar_format=_LINE, mininterval=_SECONDS, miniters=1
+        items, desc=name, disable=not progress, file=_Lines(), bar_format=_LINE, mininterval=SECONDS, miniters=1
     )
     return lines
 

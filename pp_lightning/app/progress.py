@@ -1,6 +1,5 @@
 """Progress: bars in a terminal, a line now and then where the output goes into a file."""
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from rich.progress import TaskID
 
 from pp_lightning.app.module import PrunedLM
+from pp_lightning.progress import SECONDS, write_line
 
 
 def progress_display() -> ProgressBar:
@@ -48,7 +48,7 @@ class ProgressLines(ProgressBar):
         seconds: the least time between two lines of one piece of work.
     """
 
-    def __init__(self, seconds: float = 30.0) -> None:
+    def __init__(self, seconds: float = SECONDS) -> None:
         super().__init__()
         self.seconds = seconds
         self._enabled = True
@@ -137,7 +137,7 @@ class ProgressLines(ProgressBar):
         rest = f", {_duration(pace * left)} left" if left and done > before else ""
         if done == before + 1:
             self._paced[name] = (now, done)  # the first step, which may compile, says little about the others
-        print(f"{name}: {done}{of}{figures()}, {_duration(now - since)}{rest}", file=sys.stderr, flush=True)
+        write_line(f"{name}: {done}{of}{figures()}, {_duration(now - since)}{rest}")
 
 
 def _evaluated(trainer: Trainer) -> str:

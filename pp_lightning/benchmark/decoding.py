@@ -12,7 +12,7 @@ from pp_lightning.benchmark.clock import stopwatch_for
 from pp_lightning.benchmark.rows import Row
 from pp_lightning.benchmark.settings import Case, MeasuredDtype
 from pp_lightning.benchmark.subject import Subject
-from pp_lightning.benchmark.timing import Runner, interleaved
+from pp_lightning.benchmark.timing import Runner, measured
 from pp_lightning.benchmark.variants import Variant, reference_of
 from pp_lightning.compilation import CompileMode, torch_mode
 from pp_lightning.flops import decoding_flops, dense_flops, pruned_flops
@@ -52,12 +52,8 @@ def decoding_rows(
         compiled = variants[name].compiled
         decoder = GraphDecoder(models[name], *shapes, settings.mode) if compiled else EagerDecoder(models[name])
         runners[name] = decoding_runner(decoder, prompts, settings.decode_tokens)
-    tell(
-        f"{dtype}, decoding {settings.decode_tokens} tokens at batch {batch}: warming up and {settings.repeats} rounds"
-    )
-    arguments = {"batches": settings.batches, "models": {}}
-    interleaved(runners, rounds=settings.warmup, **arguments)  # type: ignore[arg-type]
-    samples = interleaved(runners, rounds=settings.repeats, **arguments)  # type: ignore[arg-type]
+    what = f"{dtype}, decoding {settings.decode_tokens} tokens at batch {batch}"
+    samples = measured(what, runners, {}, settings, tell)
     past = PROMPT_TOKENS + settings.decode_tokens // 2
     prunings = {name: pruning_of(models[name]) if is_pruned(models[name]) else None for name in names}
     parts = {

@@ -15,7 +15,7 @@ from pp_lightning.benchmark.memory import peak_megabytes
 from pp_lightning.benchmark.rows import Row
 from pp_lightning.benchmark.settings import BenchmarkSettings, Case, MeasuredDtype
 from pp_lightning.benchmark.subject import Subject, chosen_device
-from pp_lightning.benchmark.timing import Runner, Samples, interleaved, model_runner, part_runner
+from pp_lightning.benchmark.timing import Runner, Samples, measured, model_runner, part_runner
 from pp_lightning.benchmark.variants import VARIANTS, Variant, chosen_variants, reference_of
 from pp_lightning.blocks import Block
 from pp_lightning.compilation import compile_, uncompile_
@@ -161,12 +161,7 @@ class _Case:
     def _measure(
         self, what: str, runners: Mapping[str, Runner], watched: Mapping[str, PreTrainedModel]
     ) -> dict[str, Samples]:
-        settings = self.settings
-        arguments = {"batches": settings.batches, "models": watched}
-        self.tell(f"{self.where}, {what}: warming up and compiling {len(runners)} variants")
-        interleaved(runners, rounds=settings.warmup, **arguments)  # type: ignore[arg-type]
-        self.tell(f"{self.where}, {what}: {settings.repeats} rounds")
-        return interleaved(runners, rounds=settings.repeats, **arguments)  # type: ignore[arg-type]
+        return measured(f"{self.where}, {what}", runners, watched, self.settings, self.tell)
 
     def _row(self, name: str, part: str, samples: Mapping[str, Samples], flops_ratio: float, **extra: object) -> Row:
         own = samples[name].seconds[part]

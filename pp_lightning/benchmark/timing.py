@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from transformers import PreTrainedModel
 
 from pp_lightning.architectures import architecture_of
 from pp_lightning.benchmark.clock import Stopwatch, stopwatch_for
+from pp_lightning.benchmark.settings import BenchmarkSettings
+from pp_lightning.progress import Tell
 from pp_lightning.pruning import is_pruned, kept_units
 
 # Runs on a batch by number, and gives the seconds of each part that it is made of.
@@ -57,6 +60,29 @@ def interleaved(
                     samples[name].changed.append(_share_changed(before[name], now))
                 before[name] = now
     return samples
+
+
+def measured(
+    what: str,
+    runners: Mapping[str, Runner],
+    watched: Mapping[str, PreTrainedModel],
+    settings: BenchmarkSettings,
+    tell: Tell,
+) -> dict[str, Samples]:
+    """Warm up, compiling what is to be compiled, then time.
+
+    Args:
+        what: names it to who is told.
+        runners: by name.
+        watched: models of runners whose choices are to be watched.
+        settings: rounds and batches.
+        tell: told what is going on.
+    """
+    turns = partial(interleaved, runners, batches=settings.batches, models=watched)
+    tell(f"{what}: warming up and compiling {len(runners)} variants")
+    turns(rounds=settings.warmup)
+    tell(f"{what}: {settings.repeats} rounds")
+    return turns(rounds=settings.repeats)
 
 
 def model_runner(model: PreTrainedModel, batches: Sequence[Tensor]) -> Runner:

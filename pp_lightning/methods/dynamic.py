@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, NamedTuple
 from torch import Tensor
 
 from pp_lightning.errors import UserError
-from pp_lightning.functional.draws import ScatteredProbe, draw_lots
+from pp_lightning.functional.draws import ScatteredProbe
 from pp_lightning.functional.moments import Places
 from pp_lightning.functional.probe import Probe
 from pp_lightning.functional.scores import ppsp_unit_scores, ppsp_weight_norm
@@ -75,14 +75,6 @@ class DynamicMethod(PruningMethod):
     def lots_needed(self, num_rows: int, num_tokens: int) -> int:
         """How many lots (uniform numbers) :meth:`select` draws the probe of a (B, S) batch with."""
         return 0
-
-    def draw_lots(self, num_layers: int, batch: int, num_rows: int, num_tokens: int) -> Tensor | None:
-        """Lots for the attention and the MLP probe of every layer in a (B, S) batch, (L, 2, M) float32 on the CPU.
-
-        They depend on the seed and the batch's number alone. None for probes that are not drawn.
-        """
-        number = self.lots_needed(num_rows, num_tokens)
-        return draw_lots((num_layers, 2, number), self.seed, batch) if number else None
 
     @abstractmethod
     def select(

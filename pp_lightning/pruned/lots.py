@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from pp_lightning.functional.draws import draw_lots
 from pp_lightning.methods.dynamic import DynamicMethod
 
 
@@ -22,13 +23,16 @@ class Lots:
         self._batch = 0
 
     def of_batch(self, num_rows: int, num_tokens: int, device: torch.device) -> Tensor | None:
-        """Lots for the next (B, S) batch, (L, 2, M) float32; None where probes are not drawn."""
-        return self._drawn(num_rows, num_tokens, device) if self._method.lots_needed(num_rows, num_tokens) else None
+        """Lots for the attention and the MLP probe of every layer in the next (B, S) batch, (L, 2, M) float32.
+
+        They depend on the seed and the batch's number alone. None where probes are not drawn.
+        """
+        number = self._method.lots_needed(num_rows, num_tokens)
+        return self._drawn(number, device) if number else None
 
     @torch.compiler.disable(reason="lots are drawn outside of graphs: compile layer by layer, with compile_")
-    def _drawn(self, num_rows: int, num_tokens: int, device: torch.device) -> Tensor:
-        lots = self._method.draw_lots(self._num_layers, self._batch, num_rows, num_tokens)
-        assert lots is not None
+    def _drawn(self, number: int, device: torch.device) -> Tensor:
+        lots = draw_lots((self._num_layers, 2, number), self._method.seed, self._batch)
         self._batch += 1
         if device.type == "cuda":
             lots = lots.pin_memory()
