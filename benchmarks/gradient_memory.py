@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pp_lightning import taylor_importances
-from pp_lightning.architectures import shape_of
+from pp_lightning.families import shape_of
 from pp_lightning.functional.taylor import Taylor
 from pp_lightning.gradients import frozen_except, next_token_loss, projections_of, recomputed
 from pp_lightning.methods import LoRAPrune

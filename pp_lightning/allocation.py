@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from pp_lightning.blocks import Block, BlockPlan
+from pp_lightning.blocks import Block, BlockKey, BlockPlan
 from pp_lightning.errors import UserError
 from pp_lightning.functional.allocation import Removable, allocate, floor_count, relative_output_losses
 from pp_lightning.methods.base import AllocationName, PruningMethod
 from pp_lightning.plan import Plan
-from pp_lightning.statistics import BlockKey, Statistics
+from pp_lightning.statistics import Statistics
 
 # What every block keeps unless the user says, the first that lets enough go. Losses are added up as if they did not
 # interact, which is furthest from the truth where little of a block is left, in attention most (docs/beyond.md).
@@ -71,7 +71,8 @@ Allocation = Callable[[Plan, Evidence], tuple[Plan, dict[BlockKey, int]]]
 
 def uniform(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockKey, int]]:
     """The plan's counts in each layer that is not skipped."""
-    return plan, {(layer, block.block): block.keep for layer in plan.layers for block in plan.blocks}
+    keys = ((layer, block) for layer in plan.layers for block in plan.blocks)
+    return plan, {(i, b.block): b.keep for i, b in keys if (i, b.block) in evidence.output_weights}
 
 
 def by_global_ranking(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockKey, int]]:
@@ -95,9 +96,11 @@ def by_global_ranking(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockK
     statistics, plans = evidence.statistics, {block.block: block for block in plan.blocks}
     if statistics is None:
         raise UserError("allocation=global needs calibration statistics: pass the result of calibrate()")
-    floors = settled_floors(plan, len(evidence.output_weights) // len(plans), evidence.floor, statistics.num_positions)
+    have = {name: sum(block is name for _, block in evidence.output_weights) for name in plans}
+    floors = settled_floors(plan, have, evidence.floor, statistics.num_positions)
     cost = {name: unit_flops(block, statistics.num_positions) for name, block in plans.items()}
-    to_save = sum((block.units.number - block.keep) * cost[name] for name, block in plans.items()) * len(plan.layers)
+    saved = {name: (block.units.number - block.keep) * cost[name] for name, block in plans.items()}
+    to_save = sum(saved[name] for layer, name in evidence.output_weights if layer in plan.layers)
     keep = {key: plans[key[1]].units.number for key in evidence.output_weights}
     keys = [key for key in keep if plans[key[1]].ratio > 0]
     removable = [_removable(plans[key[1]], cost[key[1]], floors[key[1]], key, evidence, statistics) for key in keys]
@@ -105,12 +108,12 @@ def by_global_ranking(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockK
     return replace(plan, layers=tuple(sorted({layer for layer, _ in keep}))), keep
 
 
-def settled_floors(plan: Plan, num_layers: int, floor: float | None, tokens: int) -> Mapping[Block, float]:
+def settled_floors(plan: Plan, have: Mapping[Block, int], floor: float | None, tokens: int) -> Mapping[Block, float]:
     """Fractions that every attention and every MLP block keeps. No statistics are needed to see whether they can.
 
     Args:
         plan: uniform counts.
-        num_layers: layers of the model, those that the plan skips included.
+        have: layers of the model that have each block, those that the plan skips included.
         floor: for both kinds of blocks; None takes the first of :data:`FLOORS` that lets enough go.
         tokens: length of a text.
 
@@ -120,16 +123,18 @@ def settled_floors(plan: Plan, num_layers: int, floor: float | None, tokens: int
     if floor is not None and not 0.0 <= floor <= 1.0:
         raise UserError(f"floor is the fraction that every block keeps and must be in [0, 1], not {floor}")
     costs = {block.block: unit_flops(block, tokens) for block in plan.blocks}
-    to_save = sum((block.units.number - block.keep) * costs[block.block] for block in plan.blocks) * len(plan.layers)
+    saved = sum((block.units.number - block.keep) * costs[block.block] * have[block.block] for block in plan.blocks)
+    to_save = saved * len(plan.layers) / max(have.values())
     candidates = FLOORS if floor is None else (dict.fromkeys(Block, floor),)
     for floors in candidates:
         removable = sum(
             (block.units.number - floor_count(block.units.number, floors[block.block], block.round_to))
             * costs[block.block]
+            * have[block.block]
             for block in plan.blocks
             if block.ratio > 0
         )
-        if removable * num_layers >= to_save:
+        if removable >= to_save:
             return floors
     least = min(candidates[-1].values())
     raise UserError(f"keeping {least:.0%} of every block leaves too little to remove: lower floor or pruning_ratio")

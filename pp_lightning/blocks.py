@@ -1,19 +1,18 @@
-"""The two prunable blocks of a decoder layer: their modules, their units, and what a unit costs."""
+"""The two prunable blocks of a transformer layer: their units, and what a unit costs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from torch import Tensor, nn
-
-from pp_lightning.architectures import Architecture, ModelShape
-
 
 class Block(StrEnum):
-    """A block of a decoder layer."""
+    """A block of a transformer layer."""
 
     ATTENTION = "attention"
     MLP = "mlp"
+
+
+BlockKey = tuple[int, Block]  # layer index and block
 
 
 class AttentionUnit(StrEnum):
@@ -23,9 +22,57 @@ class AttentionUnit(StrEnum):
     KV_GROUP = "kv_group"  # a key/value head with all its query heads
 
     @staticmethod
-    def default_for(shape: ModelShape) -> "AttentionUnit":
-        """Key/value groups where query heads share them, single heads elsewhere."""
-        return AttentionUnit.KV_GROUP if shape.grouped else AttentionUnit.QUERY_HEAD
+    def default_for(shape: "ModelShape") -> "AttentionUnit":
+        """Key/value groups where query heads share several of them, single heads elsewhere."""
+        several = 1 < shape.num_key_value_heads < shape.num_heads
+        return AttentionUnit.KV_GROUP if several else AttentionUnit.QUERY_HEAD
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that pruning and FLOPs depend on.
+
+    Attributes:
+        num_layers: L.
+        hidden_size: D.
+        num_heads: H, query heads.
+        num_key_value_heads: G.
+        head_size: d.
+        mlp_width: F.
+        gated: whether the MLP has a gate beside its up projection.
+        vocabulary: rows of the output projection; 0 where there is none.
+        query_rows: rows of the query projection in one head; d, or 2 d where it also makes a gate.
+        without: by block, layers that have no such block, but something else in its place.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_key_value_heads: int
+    head_size: int
+    mlp_width: int
+    gated: bool
+    vocabulary: int
+    query_rows: int = 0
+    without: Mapping[Block, frozenset[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.query_rows:
+            object.__setattr__(self, "query_rows", self.head_size)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether query heads share key/value heads."""
+        return self.num_key_value_heads < self.num_heads
+
+    @property
+    def queries_per_key(self) -> int:
+        """Query heads of one key/value head, H / G."""
+        return self.num_heads // self.num_key_value_heads
+
+    def has(self, layer: int, block: Block) -> bool:
+        """Whether a layer has this block."""
+        return layer not in self.without.get(block, ())
 
 
 @dataclass(frozen=True)
@@ -45,15 +92,15 @@ class Units:
 
 def units_of(shape: ModelShape, block: Block, unit: AttentionUnit) -> Units:
     """The units of a block of a model with this shape."""
-    d, hidden = shape.head_size, shape.hidden_size
+    d, rows, hidden = shape.head_size, shape.query_rows, shape.hidden_size
     if block is Block.MLP:
         return Units(number=shape.mlp_width, channels=1, cost=(3 if shape.gated else 2) * hidden)
     if not shape.grouped:
-        return Units(number=shape.num_heads, channels=d, cost=4 * d * hidden)
+        return Units(number=shape.num_heads, channels=d, cost=(rows + 3 * d) * hidden)
     if unit is AttentionUnit.QUERY_HEAD:
-        return Units(number=shape.num_heads, channels=d, cost=2 * d * hidden)
-    queries = shape.num_heads // shape.num_key_value_heads
-    return Units(number=shape.num_key_value_heads, channels=queries * d, cost=(2 * queries + 2) * d * hidden)
+        return Units(number=shape.num_heads, channels=d, cost=(rows + d) * hidden)
+    queries = shape.queries_per_key
+    return Units(shape.num_key_value_heads, channels=queries * d, cost=(queries * (rows + d) + 2 * d) * hidden)
 
 
 @dataclass(frozen=True)
@@ -73,56 +120,3 @@ class BlockPlan:
     ratio: float
     keep: int
     round_to: int
-
-
-@dataclass(frozen=True)
-class BlockModules:
-    """The modules of one block of one layer. They stay owned by the layer; this only points at them.
-
-    Attributes:
-        norm: the norm in front of the block.
-        inputs: projections into the block by role: ``query``, ``key``, ``value`` or ``gate``, ``up``.
-        output: the output matrix's projection, weight (D, C).
-        extras: other modules by role: ``query_norm``, ``key_norm``, ``activation``.
-        names: path of every projection inside the layer, by role (``output`` included).
-    """
-
-    norm: nn.Module
-    inputs: Mapping[str, nn.Linear]
-    output: nn.Linear
-    extras: Mapping[str, nn.Module] = field(default_factory=dict)
-    names: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def output_weight(self) -> Tensor:
-        """The matrix whose input columns are scored, (D, C)."""
-        return self.output.weight
-
-
-def block_modules(architecture: Architecture, layer: nn.Module, block: Block) -> BlockModules:
-    """Find a block's modules inside a decoder layer."""
-    a = architecture
-    if block is Block.ATTENTION:
-        names = {"query": a.query, "key": a.key, "value": a.value, "output": a.attention_output}
-        norm, optional = a.attention_norm, {"query_norm": a.query_norm, "key_norm": a.key_norm}
-    else:
-        names = {"up": a.up, "output": a.down} | ({"gate": a.gate} if a.gate else {})
-        norm, optional = a.mlp_norm, {"activation": a.activation}
-    extras = {role: layer.get_submodule(path) for role, path in optional.items() if _has(layer, path)}
-    linear = {role: _linear(layer, path) for role, path in names.items()}
-    inputs = {role: module for role, module in linear.items() if role != "output"}
-    return BlockModules(layer.get_submodule(norm), inputs, linear["output"], extras, names)
-
-
-def _has(layer: nn.Module, path: str) -> bool:
-    try:
-        layer.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _linear(layer: nn.Module, path: str) -> nn.Linear:
-    module = layer.get_submodule(path)
-    assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}, expected a Linear"
-    return module

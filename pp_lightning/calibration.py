@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from pp_lightning.architectures import architecture_of
-from pp_lightning.blocks import Block, BlockModules, block_modules
+from pp_lightning.blocks import BlockKey
 from pp_lightning.errors import UserError
+from pp_lightning.families import BlockModules, blocks_of, layers_of
 from pp_lightning.functional.moments import Places, placed_count, placed_sum, sum_of_squares
 from pp_lightning.functional.probe import token_norms
+from pp_lightning.interfaces import INPUTS, first_argument, model_inputs
 from pp_lightning.progress import shown
+from pp_lightning.pruned.check import meetings
 from pp_lightning.pruning import is_pruned
-from pp_lightning.statistics import BlockKey, BlockSums, Statistics, fingerprint
+from pp_lightning.statistics import BlockSums, Statistics, fingerprint
 
 
 @torch.no_grad()
@@ -54,25 +56,22 @@ def calibrate(
     """
     if is_pruned(model):
         raise UserError("calibrate runs the dense model: unprune_ it first")
-    architecture = architecture_of(model.config)
-    model_layers = architecture.layers_of(model)
-    wanted = range(len(model_layers)) if layers is None else layers
-    _check_layers(wanted, len(model_layers))
+    number = len(layers_of(model))
+    wanted = range(number) if layers is None else layers
+    _check_layers(wanted, number)
     statistics = _start(model, save_to)
-    blocks = {
-        (index, block): block_modules(architecture, model_layers[index], block) for index in wanted for block in Block
-    }
+    everything = blocks_of(model)
+    blocks = {(index, block): modules for (index, block), modules in everything.items() if index in wanted}
     if statistics.num_batches and set(statistics.sums) != set(blocks):
         raise UserError(f"{save_to} covers other layers: name another file or remove it")
     has_means = any(sums.values is not None for sums in statistics.sums.values())
     if statistics.num_batches and means and not has_means:
         raise UserError(f"{save_to} was collected without means: name another file or remove it")
     collector = _Collector(statistics, means or has_means)
-    decoder = architecture.decoder_of(model)
     done, digest, seen = statistics.num_batches, "", 0
     was_training = model.training
     model.eval()
-    hooks = collector.attach(blocks)
+    hooks: list[RemovableHandle] = []
     try:
         for batch in shown(batches, "calibrating", "batch", progress):
             seen += 1
@@ -82,8 +81,11 @@ def calibrate(
             if seen == done:
                 _check_same_batches(digest, statistics, save_to)
                 continue
-            collector.begin(batch, model.device)
-            decoder(**_inputs(batch, model.device), use_cache=False)
+            if not hooks:
+                hooks = collector.attach(blocks, {key: met.norm for key, met in meetings(model, everything).items()})
+            inputs = model_inputs(model, batch)
+            collector.begin(inputs.get("attention_mask"))
+            model.base_model(**inputs)
             statistics.num_batches, statistics.batches_digest = seen, digest
             if save_to is not None and seen % save_every == 0:
                 statistics.save(save_to)
@@ -103,22 +105,32 @@ class _Collector:
     def __init__(self, statistics: Statistics, means: bool) -> None:
         self.statistics = statistics
         self.means = means
+        self.mask: Tensor | None = None
         self.shape = torch.Size()
         self.places: Places | None = None
 
-    def attach(self, blocks: Mapping[BlockKey, BlockModules]) -> list[RemovableHandle]:
-        """Watch the residual that enters each block, and the input of its output matrix."""
-        hooks = [
-            block.norm.register_forward_pre_hook(partial(self._add_residual, key)) for key, block in blocks.items()
-        ]
-        return hooks + [
-            block.output.register_forward_pre_hook(partial(self._add, key)) for key, block in blocks.items()
-        ]
+    def attach(
+        self, blocks: Mapping[BlockKey, BlockModules], norms: Mapping[BlockKey, str | None]
+    ) -> list[RemovableHandle]:
+        """Watch the first layer's input, the residual that enters each block, and the input of its output matrix."""
+        first = next(iter(blocks.values())).layer
+        hooks = [first.register_forward_pre_hook(self._count, with_kwargs=True)]
+        for key, block in blocks.items():
+            norm = norms[key]
+            meets = getattr(block.layer, norm) if norm is not None else block.owner
+            hooks.append(meets.register_forward_pre_hook(partial(self._add_residual, key), with_kwargs=True))
+            output = block.projection(block.output)
+            hooks.append(output.register_forward_pre_hook(partial(self._add, key)))
+        return hooks
 
-    def begin(self, batch: Mapping[str, Tensor], device: torch.device) -> None:
+    def begin(self, mask: Tensor | None) -> None:
+        """Take a batch's attention mask (B, S); None where everything is real."""
+        self.mask = mask
+
+    def _count(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Find the real tokens of a batch and count them."""
-        mask = batch.get("attention_mask")
-        self.shape = batch["input_ids"].shape
+        hidden, mask = first_argument(layer, args, kwargs), self.mask
+        self.shape, device = hidden.shape[:2], hidden.device
         rows, tokens = self.shape
         padded = mask is not None and not bool(mask.all())
         if padded:
@@ -149,8 +161,8 @@ class _Collector:
                 values = _add_rows(old.values.to(values.device), values)
         self.statistics.sums[key] = BlockSums(squares, values)
 
-    def _add_residual(self, key: BlockKey, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        states = inputs[0].view(*self.shape, -1)  # flat in OPT's MLP, see _add
+    def _add_residual(self, key: BlockKey, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        states = first_argument(module, args, kwargs).view(*self.shape, -1)  # flat in OPT's MLP, see _add
         energy = token_norms(states).square()
         places = self._places_on(states.device)
         total = energy.sum(0) if places is None else placed_sum(energy[..., None], places).squeeze(1)
@@ -183,14 +195,13 @@ def _check_layers(layers: Sequence[int], number: int) -> None:
             raise UserError(f"layers names layer {layer}, but the model has layers 0 to {number - 1}")
 
 
-def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
-    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
-
-
 def _chained_digest(previous: str, batch: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(previous.encode())
-    for tensor in _inputs(batch, torch.device("cpu")).values():
-        digest.update(str(tuple(tensor.shape)).encode() + tensor.long().numpy().tobytes())
+    for name in INPUTS:
+        if name in batch:
+            tensor = batch[name].cpu()
+            tensor = tensor.float() if tensor.is_floating_point() else tensor.long()
+            digest.update(str(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,23 +1,31 @@
 """Compile a model layer by layer, so that layers of one shape share one graph and depth costs nothing."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from types import FunctionType, MethodType
+from functools import cache
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import get_compilation_metrics
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
-from pp_lightning.architectures import architecture_of
 from pp_lightning.errors import UserError
-from pp_lightning.forwards import is_wrapped, replace_forward, restore_forward
-from pp_lightning.pruned.batch import choose_ahead, run_batch, run_chosen
-from pp_lightning.pruning import COMPILED, pruners_of
+from pp_lightning.families import layers_of, stack_of
+from pp_lightning.interfaces import (
+    compilations,
+    dynamo_settings,
+    is_wrapped,
+    replace_forward,
+    restore_forward,
+    run_stock,
+)
+from pp_lightning.pruned.block import PrunedBlock
+from pp_lightning.pruned.context import ModelContext
+from pp_lightning.pruned.inputs import BatchInputs
+from pp_lightning.pruning import COMPILED, is_pruned, pruning_of
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
 
@@ -35,7 +43,7 @@ _MOST_GRAPHS = 64
 _DYNAMO = {
     "recompile_limit": _MOST_GRAPHS,
     "force_parameter_static_shapes": False,  # layers of different widths share the graph with dynamic sizes
-    "skip_nnmodule_hook_guards": False,  # a layer has a hook where a parallel probe wants its residual
+    "skip_nnmodule_hook_guards": False,  # pruned layers have hooks on their norms, others have not
 }
 
 _numbers = itertools.count()
@@ -76,7 +84,7 @@ class Compilation:
 
     def collect(self) -> None:
         """Note what has been compiled. To be called now and then: dynamo remembers the last 64 compilations only."""
-        for one in get_compilation_metrics():
+        for one in compilations():
             if one.co_name in self._names and one.fail_type is None:
                 seconds = float(one.entire_frame_compile_time_s or 0.0)
                 self._graphs[one.co_name, one.compile_id] = Graph(seconds, one.recompile_reason)
@@ -117,7 +125,7 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
         A record that counts graphs and their seconds as they are made.
 
     Raises:
-        UserError: the model is compiled already, it is spread over devices, or its architecture is not supported.
+        UserError: the model is compiled already, or it is spread over devices.
     """
     if hasattr(model, COMPILED):
         raise UserError("the model is compiled already: uncompile_ it first")
@@ -125,28 +133,22 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
         raise UserError(
             "graphs cannot hold what accelerate wraps around modules (device_map): load without it to compile"
         )
-    architecture, pruners = architecture_of(model.config), pruners_of(model)
     compilation = Compilation(mode)
     if mode in RECORDING_MODES:
-        compilation.step_hook = architecture.decoder_of(model).register_forward_pre_hook(_begin_step)
-    with_keys = cache(_returning_keys)  # one for each class of layers
+        compilation.step_hook = stack_of(model).register_forward_pre_hook(_begin_step)
+    pruning = pruning_of(model) if is_pruned(model) else None
+    context = None if pruning is None else pruning.context
 
     @cache
-    def graphs_of(function: Callable[..., Any]) -> _TwoGraphs:
-        return _TwoGraphs(function, mode, compilation)
+    def graphs_of(forward: Callable[..., Any], cache_name: str | None, pruned: bool) -> _TwoGraphs:
+        return _TwoGraphs(_layer_function(forward, cache_name, pruned), mode, compilation)
 
-    for index, layer in enumerate(architecture.layers_of(model)):
-        pruner = pruners.get(index)
-        if pruner is None:
-            forward = _unwrapped(type(layer).forward)
-            stock = _StockForward(graphs_of(forward), graphs_of(with_keys(forward)), _widths(layer), index)
-            replace_forward(layer, MethodType(stock, layer))
-            continue
-        widths = (pruner.attention.keep, pruner.mlp.keep)
-        pruner.run_batch = partial(graphs_of(run_batch), widths)
-        pruner.choose_ahead = partial(graphs_of(choose_ahead), widths)
-        pruner.run_chosen = partial(graphs_of(run_chosen), widths)
-        pruner.context.overlaps = mode not in RECORDING_MODES
+    for index, layer in enumerate(layers_of(model)):
+        blocks = [] if pruning is None else [block for (i, _), block in pruning.pruners.items() if i == index]
+        stand_in = _CompiledLayer(layer, index, graphs_of, context if blocks else None, blocks)
+        replace_forward(layer, stand_in.forward)
+    if context is not None:
+        context.overlaps = False
     setattr(model, COMPILED, compilation)
     return compilation
 
@@ -162,14 +164,10 @@ def uncompile_(model: PreTrainedModel) -> None:
     compilation: Compilation = getattr(model, COMPILED)
     if compilation.step_hook is not None:
         compilation.step_hook.remove()
-    pruners = pruners_of(model)
-    for index, layer in enumerate(architecture_of(model.config).layers_of(model)):
-        if index in pruners:
-            pruner = pruners[index]
-            pruner.run_batch, pruner.choose_ahead, pruner.run_chosen = run_batch, choose_ahead, run_chosen
-            pruner.context.overlaps = True
-        else:
-            restore_forward(layer)
+    for layer in layers_of(model):
+        restore_forward(layer)
+    if is_pruned(model) and (context := pruning_of(model).context) is not None:
+        context.overlaps = True
     delattr(model, COMPILED)
 
 
@@ -187,7 +185,7 @@ class _TwoGraphs:
     """A function of a layer in two compilations: one for the first sizes it sees, one with dynamic sizes for the rest.
 
     Args:
-        function: its first argument is the layer, its pruner or a block, the second the residual (B, S, D).
+        function: its first argument is the layer, the second the residual (B, S, D).
         mode: torch.compile's mode.
         compilation: told of the code objects that are compiled.
     """
@@ -207,7 +205,7 @@ class _TwoGraphs:
         sizes = (widths, hidden.shape)
         self._first = self._first or sizes
         run = self._exact if sizes == self._first else self._dynamic
-        with torch._dynamo.config.patch(_DYNAMO):
+        with dynamo_settings(**_DYNAMO):
             result = run(layer, hidden, *args, **kwargs)
         if sizes not in self._seen:
             self._seen.add(sizes)
@@ -219,37 +217,78 @@ class _TwoGraphs:
         return self
 
 
-class _StockForward:
-    """Stands in for ``forward`` of a stock layer.
+_CACHES = ("past_key_values", "layer_past")  # what families call the cache that a layer is given
+
+
+class _CompiledLayer:
+    """Stands in for ``forward`` of a layer.
 
     A cache knows layers by number, which would make a graph for each of them. So the first tokens of a cache go through
     a graph that gives their keys and values back, and the cache gets them afterwards; with more tokens in it, the layer
     stays eager.
 
     Args:
-        alone: the forward without a cache.
-        first: :func:`_returning_keys` of it.
-        widths: of the layer.
-        index: of the layer.
+        layer: stock, or with pruned blocks.
+        index: its number.
+        graphs_of: the compilations of a layer's function: see :func:`_layer_function`.
+        context: of a layer with pruned blocks.
+        blocks: these.
     """
 
-    def __init__(self, alone: "_TwoGraphs", first: "_TwoGraphs", widths: tuple[int, ...], index: int) -> None:
-        self._alone = alone
-        self._first = first
-        self._widths = widths
+    def __init__(
+        self,
+        layer: nn.Module,
+        index: int,
+        graphs_of: Callable[[Callable[..., Any], str | None, bool], "_TwoGraphs"],
+        context: ModelContext | None,
+        blocks: Sequence[PrunedBlock],
+    ) -> None:
+        self._layer = layer
         self._index = index
+        self._graphs_of = graphs_of
+        self._context = context
+        self._blocks = list(blocks)
+        self._function = _unwrapped(type(layer).forward)
+        shapes = tuple(size for weight in layer.parameters() for size in weight.shape)
+        self._widths = (*(block.runner.keep for block in blocks), *shapes)
 
-    def __call__(
-        self, layer: nn.Module, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
-    ) -> Any:
-        if past_key_values is None:
-            return self._alone(self._widths, layer, hidden_states, *args, **kwargs)
-        if torch.compiler.is_compiling() or not self._begins(past_key_values):
-            forward = type(layer).forward
-            return forward(layer, hidden_states, *args, past_key_values=past_key_values, **kwargs)
-        result, keys, values = self._first(self._widths, layer, hidden_states, *args, **kwargs)
-        past_key_values.update(keys, values, self._index)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer, in a graph where there is one for it."""
+        context = self._context
+        batch = None if context is None else context.batch
+        name = next((name for name in _CACHES if kwargs.get(name) is not None), None)
+        cache = None if name is None else kwargs[name]
+        stays_eager = torch.compiler.is_compiling() or (batch is not None and batch.decoding)
+        if stays_eager or (cache is not None and not self._begins(cache)):
+            return run_stock(self._layer, hidden_states, *args, **kwargs)
+        if name is not None:
+            del kwargs[name]
+        run = self._graphs_of(self._function, name, context is not None)
+        if context is None or batch is None:
+            result, *keys_and_values = run(self._widths, self._layer, hidden_states, args, kwargs)
+        else:
+            result, *keys_and_values = self._run_pruned(run, context, batch, hidden_states, args, kwargs)
+        if cache is not None and keys_and_values:
+            cache.update(*keys_and_values, self._index)
         return result
+
+    def _run_pruned(
+        self, run: "_TwoGraphs", context: ModelContext, batch: BatchInputs, hidden: Tensor, args: Any, kwargs: Any
+    ) -> Any:
+        """The layer in a graph, and around it what a graph cannot do: memory, and what is held for decoding."""
+        plans = {block.block: block.plan(batch) for block in self._blocks}
+        for block in self._blocks:
+            block.runner.slices.prepare(leaves=plans[block.block].leaves)
+        own = batch.of_layer(self._index, plans)
+        try:
+            found = run(self._widths, self._layer, hidden, args, kwargs, context, own)
+        finally:
+            context.batch = batch
+        batch.middle = own.middle
+        for block in self._blocks:
+            if plans[block.block].leaves:
+                block.runner.slices.hold_left(block.last)
+        return found
 
     def _begins(self, cache: Any) -> bool:
         """Whether the cache will hold these tokens and no others, and gives them back as they are."""
@@ -270,18 +309,31 @@ class _Slot:
         return keys, values
 
 
-def _returning_keys(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's ``forward`` that fills no cache, but gives its keys and values back too."""
+def _layer_function(forward: Callable[..., Any], cache_name: str | None, pruned: bool) -> Callable[..., Any]:
+    """A layer's ``forward`` as a function of tensors and constants: what is compiled.
 
-    def with_keys(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    Args:
+        forward: of the layer's class.
+        cache_name: argument for the cache: keys and values are then given back too, and no cache is filled.
+        pruned: whether it is told of the batch.
+    """
+
+    def run_layer(
+        layer: nn.Module,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        context: ModelContext | None = None,
+        batch: BatchInputs | None = None,
+    ) -> tuple[Any, ...]:
+        if pruned and context is not None:
+            context.batch = batch
+        if cache_name is None:
+            return (forward(layer, hidden, *args, **kwargs),)
         slot = _Slot()
-        return forward(layer, hidden_states, *args, past_key_values=slot, **kwargs), *slot.seen
+        return forward(layer, hidden, *args, **{cache_name: slot}, **kwargs), *slot.seen
 
-    return with_keys
-
-
-def _widths(layer: nn.Module) -> tuple[int, ...]:
-    return tuple(size for weight in layer.parameters() for size in weight.shape)
+    return run_layer
 
 
 def with_own_code(function: Callable[..., Any]) -> FunctionType:

@@ -7,12 +7,10 @@ and top-k are 0. Counts are of one batch of B rows and S tokens, as Python integ
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pp_lightning.architectures import ModelShape
-from pp_lightning.blocks import AttentionUnit, Block, units_of
+from pp_lightning.blocks import AttentionUnit, Block, BlockKey, ModelShape, units_of
 from pp_lightning.functional.budget import one_projection_is_cheaper
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.pruning import Pruning
-from pp_lightning.statistics import BlockKey
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,11 @@ class Flops:
 
 def dense_flops(shape: ModelShape, rows: int, tokens: int) -> Flops:
     """FLOPs of the dense model on a (B, S) batch."""
-    attention = attention_flops(shape, rows, tokens, shape.num_heads, shape.num_key_value_heads)
-    mlp = mlp_flops(shape, rows, tokens, shape.mlp_width)
-    blocks = {}
-    for layer in range(shape.num_layers):
-        blocks[layer, Block.ATTENTION] = attention
-        blocks[layer, Block.MLP] = mlp
+    whole = {
+        Block.ATTENTION: attention_flops(shape, rows, tokens, shape.num_heads, shape.num_key_value_heads),
+        Block.MLP: mlp_flops(shape, rows, tokens, shape.mlp_width),
+    }
+    blocks = {(i, block): whole[block] for i in range(shape.num_layers) for block in Block if shape.has(i, block)}
     return Flops(blocks, probe=0, vocabulary=2 * rows * tokens * shape.hidden_size * shape.vocabulary)
 
 
@@ -89,8 +86,9 @@ def attention_flops(shape: ModelShape, rows: int, tokens: int, heads: int, keys:
 
 def attention_front_flops(shape: ModelShape, rows: int, tokens: int, heads: int, keys: int) -> int:
     """Query, key and value projections and both products of attention: all but the output projection."""
-    projections = _linear(rows * tokens, shape.hidden_size, (heads + 2 * keys) * shape.head_size)
-    return projections + 2 * 2 * rows * heads * tokens * tokens * shape.head_size
+    width = heads * shape.query_rows + 2 * keys * shape.head_size
+    products = 2 * 2 * rows * heads * tokens * tokens * shape.head_size
+    return _linear(rows * tokens, shape.hidden_size, width) + products
 
 
 def mlp_flops(shape: ModelShape, rows: int, tokens: int, channels: int) -> int:
@@ -142,8 +140,8 @@ def choosing_flops(
     if block is Block.MLP:
         return mlp_front_flops(shape, rows, tokens, shape.mlp_width) - mlp_front_flops(shape, rows, tokens, keep)
     heads, keys = kept_head_counts(shape, unit, keep)
-    left_out = shape.num_heads - heads + 2 * (shape.num_key_value_heads - keys)
-    projections = _linear(rows * tokens, shape.hidden_size, left_out * shape.head_size)
+    left_out = (shape.num_heads - heads) * shape.query_rows + 2 * (shape.num_key_value_heads - keys) * shape.head_size
+    projections = _linear(rows * tokens, shape.hidden_size, left_out)
     return projections + 2 * 2 * probe[0] * shape.num_heads * probe[1] ** 2 * shape.head_size
 
 
@@ -174,7 +172,10 @@ def decoding_flops(shape: ModelShape, pruning: Pruning | None, rows: int, past: 
         heads, keys = shape.num_heads, shape.num_key_value_heads
         if pruning is not None and (layer, Block.ATTENTION) in keep:
             heads, keys = kept_head_counts(shape, pruning.plan.unit, keep[layer, Block.ATTENTION])
-        total += _linear(rows, shape.hidden_size, (2 * heads + 2 * keys) * shape.head_size)
-        total += 2 * 2 * rows * heads * (past + 1) * shape.head_size
-        total += mlp_flops(shape, rows, 1, keep.get((layer, Block.MLP), shape.mlp_width))
+        if shape.has(layer, Block.ATTENTION):
+            width = heads * (shape.query_rows + shape.head_size) + 2 * keys * shape.head_size
+            total += _linear(rows, shape.hidden_size, width)
+            total += 2 * 2 * rows * heads * (past + 1) * shape.head_size
+        if shape.has(layer, Block.MLP):
+            total += mlp_flops(shape, rows, 1, keep.get((layer, Block.MLP), shape.mlp_width))
     return total

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pp_lightning.architectures import architecture_of
 from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
+from pp_lightning.interfaces import model_inputs
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.methods.frozen import FrozenOnText
 from pp_lightning.pruning import frozen_history, kept_units, pruning_of
@@ -31,9 +31,8 @@ def choice_for(model: PreTrainedModel, batch: Mapping[str, Any]) -> FrozenOnText
     method = pruning_of(model).method
     if not isinstance(method, DynamicMethod):
         raise UserError(f"{type(method).__name__} has made its choice for good: only a dynamic one can be frozen")
-    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask") if name in batch}
     with frozen_history(model):
-        architecture_of(model.config).decoder_of(model)(**inputs, use_cache=False)
+        model.base_model(**model_inputs(model, batch))
     kept = {}
     for layer, units in kept_units(model).items():
         kept[layer, Block.ATTENTION], kept[layer, Block.MLP] = units.attention, units.mlp

@@ -15,18 +15,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from pp_lightning.architectures import architecture_of
-from pp_lightning.blocks import Block, block_modules
+from pp_lightning.blocks import BlockKey
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import fingerprint
-from pp_lightning.forwards import innermost_forward, replace_forward, restore_forward
+from pp_lightning.families import OUTPUT, blocks_of, layers_of
 from pp_lightning.functional.taylor import Taylor, taylor_importance
-from pp_lightning.importances import Importances
+from pp_lightning.importances import Importances, by_role
+from pp_lightning.interfaces import current_forward, replace_forward, restore_forward
 from pp_lightning.progress import shown
 from pp_lightning.pruning import is_pruned
-from pp_lightning.statistics import BlockKey
 
-OUTPUT = "output"  # the role of the matrix whose inputs are scored, as block_modules names it
 IGNORED = -100  # label of a token that is not predicted
 Batch = Mapping[str, Any]
 Projection = tuple[BlockKey, str]  # block and role
@@ -107,7 +105,7 @@ class _Collector:
         """The vectors by block and role, on the CPU."""
         members: dict[BlockKey, dict[str, Tensor]] = {}
         for key, role in self.projections:
-            members.setdefault(key, {})[role] = self._vectors[key, role].cpu()
+            members.setdefault(key, {}).update(by_role(role, self._vectors[key, role].cpu()))
         return dict(members)
 
     @torch.no_grad()
@@ -144,16 +142,13 @@ class _Collector:
 
 def projections_of(model: PreTrainedModel, layers: Sequence[int] | None = None) -> dict[Projection, nn.Parameter]:
     """The weights of both blocks of some layers (None: of all), by block and role."""
-    architecture = architecture_of(model.config)
-    model_layers = architecture.layers_of(model)
     found: dict[Projection, nn.Parameter] = {}
-    for index in range(len(model_layers)) if layers is None else layers:
-        for block in Block:
-            modules = block_modules(architecture, model_layers[index], block)
-            for role, module in {**modules.inputs, OUTPUT: modules.output}.items():
-                weight = module.weight
+    for key, modules in blocks_of(model).items():
+        if layers is None or key[0] in layers:
+            for name in modules.names:
+                weight = modules.projection(name).weight
                 assert isinstance(weight, nn.Parameter)
-                found[(index, block), role] = weight
+                found[key, modules.role(name)] = weight
     return found
 
 
@@ -195,9 +190,9 @@ def recomputed(model: PreTrainedModel) -> Iterator[None]:
 
     transformers' own switch for this works in training mode only, where dropout would be active.
     """
-    layers = architecture_of(model.config).layers_of(model)
+    layers = layers_of(model)
     for layer in layers:
-        replace_forward(layer, partial(checkpoint, innermost_forward(layer), use_reentrant=False))
+        replace_forward(layer, partial(checkpoint, current_forward(layer), use_reentrant=False))
     try:
         yield
     finally:

@@ -7,12 +7,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pp_lightning.blocks import Block
+from pp_lightning.blocks import Block, BlockKey
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence
-from pp_lightning.statistics import BlockKey
 
 Members = Mapping[str, Tensor]
+
+
+def by_role(roles: str, vector: Tensor) -> dict[str, Tensor]:
+    """A projection's vector by role. A projection of several roles has as many rows of each, as gate and up have."""
+    names = roles.split("+")
+    return dict(zip(names, vector.chunk(len(names)), strict=True))
 
 
 @dataclass

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pp_lightning.architectures import ModelShape
-from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, units_of
+from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, ModelShape, units_of
 from pp_lightning.errors import UserError
 from pp_lightning.functional.budget import kept_channels, kept_heads, layer_ratio
 from pp_lightning.methods.base import PruningMethod
@@ -63,7 +62,8 @@ def make_plan(
             ratio = 0.0
         units = units_of(shape, block, unit)
         if block is Block.ATTENTION:
-            plans.append(BlockPlan(block, units, ratio, kept_heads(units.number, ratio), round_to=1))
+            keep = kept_heads(units.number, ratio) if ratio else units.number
+            plans.append(BlockPlan(block, units, ratio, keep, round_to=1))
         else:
             _check_rounding(units.number, ratio, round_to)
             keep = kept_channels(units.number, ratio, round_to)

@@ -10,20 +10,31 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from pp_lightning.allocation import spread
-from pp_lightning.architectures import Architecture, ModelShape, architecture_of, shape_of
-from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, block_modules
+from pp_lightning.blocks import AttentionUnit, Block, BlockKey, BlockPlan, ModelShape
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence
+from pp_lightning.families import (
+    BlockModules,
+    blocks_of,
+    family_of,
+    layers_of,
+    refusal,
+    shape_of,
+    shape_of_model,
+    stack_of,
+)
 from pp_lightning.importances import Importances
+from pp_lightning.interfaces import adapted_weight, argument_names
 from pp_lightning.methods.base import AllocationName, BlockToPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import Plan, make_plan
-from pp_lightning.pruned.context import BatchContext
-from pp_lightning.pruned.dynamic import layer_pruner
-from pp_lightning.pruned.layer import LayerPruner, install_pruner, publish_residual, remove_pruner
+from pp_lightning.pruned.block import PrunedBlock
+from pp_lightning.pruned.check import Meeting, check_block, kinds_of, meetings
+from pp_lightning.pruned.context import ModelContext
 from pp_lightning.pruned.lots import Lots
+from pp_lightning.pruned.runner import BlockRunner
 from pp_lightning.pruned.static import SlicedBlock, restore_block, slice_block
-from pp_lightning.statistics import BlockKey, Statistics
+from pp_lightning.statistics import Statistics
 
 _ATTRIBUTE = "_pp_lightning"
 COMPILED = "_pp_lightning_compiled"  # where compile_ leaves its record
@@ -54,15 +65,19 @@ class Pruning:
         method: the policy.
         plan: layers and uniform counts.
         keep: units that stay, for every pruned block (FLAP's differ from layer to layer).
-        context: shared by the layers of a dynamically pruned model; None for a static method.
-        choices: the kept units of a static method.
+        shape: sizes of the dense model.
+        context: shared by the blocks of a dynamically pruned model; None for a static method.
+        pruners: the blocks that choose, of a dynamic method.
+        choices: the units of a static method, and of blocks that keep all.
         biases: what it added to the outputs of its blocks, where anything.
     """
 
     method: PruningMethod
     plan: Plan
     keep: dict[BlockKey, int]
-    context: BatchContext | None = None
+    shape: ModelShape
+    context: ModelContext | None = None
+    pruners: dict[BlockKey, PrunedBlock] = field(default_factory=dict)
     choices: dict[BlockKey, Tensor] = field(default_factory=dict)
     biases: dict[BlockKey, Tensor] = field(default_factory=dict)
     _sliced: dict[BlockKey, SlicedBlock] = field(default_factory=dict)
@@ -84,7 +99,6 @@ def prune_(
     floor: float | None = None,
     keep_dense: bool = True,
     release_stats: bool = False,
-    pack_slices: bool = False,
 ) -> None:
     """Prune a causal language model in place. It stays the transformers model it was: same class, same call.
 
@@ -107,18 +121,17 @@ def prune_(
             MLPs, or 0.25 in both where that would leave too little to remove.
         keep_dense: keep a static method's dense weights for :func:`unprune_`. False saves their memory.
         release_stats: empty a dynamic method's statistics while pruning, so that a history never exists twice.
-        pack_slices: with a dynamic method, keep every block's slice between batches and copy only what the next choice
-            changes: faster for small batches on a CPU, and costs the memory of all slices.
 
     Raises:
         UserError: the model is not supported or already pruned, the ratios leave nothing, or ``evidence`` is missing,
             of another kind or model, or does not cover what is needed.
     """
-    architecture, shape = architecture_of(model.config), shape_of(model.config)
     if hasattr(model, _ATTRIBUTE):
         raise UserError("the model is pruned already: unprune_ it first")
     _check_not_compiled(model)
     _check_loaded(model)
+    check_family(model, method)
+    blocks, shape = blocks_of(model), shape_of_model(model)
     plan = make_plan(
         shape,
         method,
@@ -130,13 +143,16 @@ def prune_(
     )
     _check_evidence(model, method, evidence)
     stats = evidence if isinstance(evidence, Statistics) else None
-    plan, keep = spread(plan, method, _output_weights(model, architecture), stats, allocation, floor)
+    weights = {key: adapted_weight(block.projection(block.output)) for key, block in blocks.items()}
+    plan, keep = spread(plan, method, weights, stats, allocation, floor)
+    met = _checked(model, blocks, shape, plan, keep)
+    surgery = _Surgery(model, blocks, shape, plan, keep, met)
     if isinstance(method, DynamicMethod):
-        pruning = _prune_dynamic(model, architecture, shape, method, plan, keep, stats, release_stats, pack_slices)
+        pruning = _prune_dynamic(surgery, method, stats, release_stats)
     else:
         assert isinstance(method, StaticMethod)
         found = Statistics(model="") if evidence is None else evidence
-        pruning = _prune_static(model, architecture, shape, method, plan, keep, found, keep_dense)
+        pruning = _prune_static(surgery, method, found, keep_dense)
     setattr(model, _ATTRIBUTE, pruning)
 
 
@@ -150,12 +166,11 @@ def unprune_(model: PreTrainedModel) -> None:
     _check_not_compiled(model)
     if not pruning._can_undo:
         raise UserError("the dense weights were given up with keep_dense=False: load the model again")
-    layers = architecture_of(model.config).layers_of(model)
-    for (index, _), sliced in pruning._sliced.items():
-        restore_block(layers[index], sliced)
-    if pruning.context is not None:
-        for index in pruning.plan.layers:
-            remove_pruner(layers[index])
+    for sliced in pruning._sliced.values():
+        restore_block(sliced)
+    for block in pruning.pruners.values():
+        block.runner.remove()
+        del block.runner.modules.owner.pruner
     for hook in pruning._hooks:
         hook.remove()
     delattr(model, _ATTRIBUTE)
@@ -180,12 +195,12 @@ def kept_units(model: PreTrainedModel) -> dict[int, KeptUnits]:
         UserError: the model is not pruned.
     """
     pruning = pruning_of(model)
-    if pruning.context is None:
-        attention, mlp = Block.ATTENTION, Block.MLP
-        return {i: KeptUnits(pruning.choices[i, attention], pruning.choices[i, mlp]) for i in pruning.plan.layers}
-    if not pruning.context.chosen:
+    if pruning.context is not None and not pruning.context.chosen:
         return {}
-    return {index: KeptUnits(p.attention.kept.clone(), p.mlp.kept.clone()) for index, p in pruners_of(model).items()}
+    kept = dict(pruning.choices) | {key: block.kept.clone() for key, block in pruning.pruners.items()}
+    nothing = torch.empty(0, dtype=torch.long)
+    layers = sorted({layer for layer, _ in kept})
+    return {i: KeptUnits(kept.get((i, Block.ATTENTION), nothing), kept.get((i, Block.MLP), nothing)) for i in layers}
 
 
 @contextmanager
@@ -224,12 +239,6 @@ def pruning_of(model: PreTrainedModel) -> Pruning:
     return pruning
 
 
-def pruners_of(model: PreTrainedModel) -> dict[int, LayerPruner]:
-    """The pruners of a dynamically pruned model's layers, by layer index."""
-    layers = architecture_of(model.config).layers_of(model)
-    return {i: p for i, layer in enumerate(layers) if isinstance(p := getattr(layer, "pruner", None), LayerPruner)}
-
-
 def blocks_to_prune(
     model: PreTrainedModel, plan: Plan, keep: Mapping[BlockKey, int] | None = None
 ) -> list[BlockToPrune]:
@@ -239,19 +248,13 @@ def blocks_to_prune(
         model: dense.
         plan: layers and ratios.
         keep: units that stay in each block; None takes the plan's uniform counts.
-
-    Raises:
-        UserError: single query heads of grouped ones are asked for.
     """
-    if shape_of(model.config).grouped and plan.unit is AttentionUnit.QUERY_HEAD:
-        raise UserError("static methods remove whole key/value groups of this model: use attention_unit=kv_group")
-    architecture = architecture_of(model.config)
-    layers = architecture.layers_of(model)
+    blocks = blocks_of(model)
     return [
-        BlockToPrune(index, block, block_modules(architecture, layers[index], block.block).output_weight)
+        BlockToPrune(index, block, adapted_weight(blocks[key].projection(blocks[key].output)))
         for index in plan.layers
-        for block in (plan.blocks if keep is None else _counted(plan, keep, index))
-        if block.ratio > 0
+        for block in (plan.blocks if keep is None else counted(plan, keep, index))
+        if block.ratio > 0 and (key := (index, block.block)) in blocks
     ]
 
 
@@ -265,79 +268,163 @@ def _check_evidence(model: PreTrainedModel, method: PruningMethod, evidence: Evi
     evidence.check_model(model)
 
 
-def _prune_dynamic(
+def check_family(model: PreTrainedModel, method: PruningMethod) -> None:
+    """Refuse blocks that are known not to be prunable, before any work.
+
+    Raises:
+        UserError: the method prunes such a block.
+    """
+    family, found = family_of(model.config), {block for _, block in blocks_of(model)}
+    for block in method.blocks:
+        _refuse(block, refusal(family, block, block in found), model)
+    if (
+        method.attention_unit is AttentionUnit.QUERY_HEAD
+        and not method.splits_groups
+        and shape_of(model.config).grouped
+    ):
+        name = type(method).__name__
+        raise UserError(f"{name} removes whole key/value groups of this model: use attention_unit=kv_group")
+
+
+def counted(plan: Plan, keep: Mapping[BlockKey, int], layer: int) -> list[BlockPlan]:
+    """The plans of a layer's blocks, with the counts of that layer."""
+    return [replace(b, keep=keep[layer, b.block]) for b in plan.blocks if (layer, b.block) in keep]
+
+
+def _checked(
     model: PreTrainedModel,
-    architecture: Architecture,
+    blocks: Mapping[BlockKey, BlockModules],
     shape: ModelShape,
-    method: DynamicMethod,
     plan: Plan,
-    keep: dict[BlockKey, int],
-    stats: Statistics | None,
-    release: bool,
-    packs: bool,
-) -> Pruning:
-    if model.config._attn_implementation not in ("sdpa", "eager"):
-        raise UserError('dynamic pruning runs SDPA: load the model with attn_implementation="sdpa"')
-    histories = stats if method.keeps_history else None
-    layers = architecture.layers_of(model)
-    num_positions = None if histories is None else histories.num_positions
-    context = BatchContext(num_positions, Lots(method, len(layers)))
-    pruners = {  # all of them before the first is installed: a mistake leaves the model as it was
-        index: layer_pruner(
-            layers[index],
-            index,
-            architecture,
-            shape,
-            _counted(plan, keep, index),
-            method,
-            context,
-            histories,
-            release,
-            packs,
+    keep: Mapping[BlockKey, int],
+) -> Mapping[BlockKey, Meeting]:
+    """What every block meets, after each kind of block that is to lose something has been tried.
+
+    Raises:
+        UserError: slicing a block would not equal silencing its units.
+    """
+    wanted = [block.block for block in plan.blocks if block.ratio > 0]
+    met = meetings(model, blocks)
+    firsts = kinds_of(model)
+    for key in sorted(
+        {(firsts[layer], block) for layer, block in keep if block in wanted and (layer, block) in blocks}
+    ):
+        splits_groups = plan.unit is AttentionUnit.QUERY_HEAD and 1 < shape.num_key_value_heads < shape.num_heads
+        if splits_groups and key[1] is Block.ATTENTION and blocks[key].is_fused:
+            _refuse(key[1], "its queries and keys are one projection, use attention_unit=kv_group", model)
+        try:
+            check_block(blocks[key], shape, plan.unit, met[key])
+        except UserError as reason:
+            _refuse(key[1], str(reason), model)
+    return met
+
+
+def _refuse(block: Block, reason: str | None, model: PreTrainedModel) -> None:
+    if reason is not None:
+        other = Block.MLP if block is Block.ATTENTION else Block.ATTENTION
+        raise UserError(
+            f"the {block.value} of {model.config.model_type} cannot be pruned: {reason}; "
+            f"blocks=({other.value!r},) leaves it alone"
         )
-        for index in plan.layers
+
+
+@dataclass(frozen=True)
+class _Surgery:
+    """A model that is to be pruned, and what is known of it."""
+
+    model: PreTrainedModel
+    blocks: Mapping[BlockKey, BlockModules]
+    shape: ModelShape
+    plan: Plan
+    keep: dict[BlockKey, int]
+    met: Mapping[BlockKey, Meeting]
+
+    def whole(self) -> dict[BlockKey, Tensor]:
+        """The blocks of pruned layers that keep all units, and these."""
+        numbers = {block.block: block.units.number for block in self.plan.blocks}
+        return {key: torch.arange(number) for key, number in self.keep.items() if number == numbers[key[1]]}
+
+
+def _prune_dynamic(surgery: _Surgery, method: DynamicMethod, stats: Statistics | None, release: bool) -> Pruning:
+    model, plan = surgery.model, surgery.plan
+    histories = stats if method.keeps_history else None
+    stack, layers = stack_of(model), layers_of(model)
+    context = ModelContext(
+        None if histories is None else histories.num_positions,
+        argument_names(stack),
+        argument_names(layers[0]),
+        bool(getattr(model.config, "use_cache", False)),
+        Lots(method, len(layers)),
+    )
+    whole = surgery.whole()
+    pruners = {  # all of them before the first is installed: a mistake leaves the model as it was
+        key: _pruned_block(surgery, key, method, context, histories, release)
+        for key in surgery.keep
+        if key not in whole
     }
-    for index, pruner in pruners.items():
-        install_pruner(layers[index], pruner)
-    hooks = [architecture.decoder_of(model).register_forward_pre_hook(context.begin_batch, with_kwargs=True)]
+    hooks = []
+    for key, block in pruners.items():
+        block.runner.modules.owner.pruner = block
+        block.runner.install(block.forward, block.begin)
+        if block.norm is not None:
+            hooks.append(block.norm.register_forward_pre_hook(block.see_residual))
+    context.blocks = list(pruners.values())
+    hooks += [
+        stack.register_forward_pre_hook(context.begin_batch, with_kwargs=True),
+        layers[0].register_forward_pre_hook(context.enter_layers, with_kwargs=True),
+        stack.register_forward_hook(context.end_batch, with_kwargs=True),
+    ]
     if method.probe_source == "previous":
-        before = {index - 1 for index in plan.layers if index > 0} - set(plan.layers)
-        hooks += [
-            publish_residual(layers[index].get_submodule(architecture.mlp_norm), context) for index in sorted(before)
-        ]
-    return Pruning(method, plan, keep, context, _hooks=hooks)
+        hooks += _publish_residuals(surgery, context)
+    return Pruning(method, plan, surgery.keep, surgery.shape, context, pruners, choices=whole, _hooks=hooks)
 
 
-def _output_weights(model: PreTrainedModel, architecture: Architecture) -> dict[BlockKey, Tensor]:
-    layers = enumerate(architecture.layers_of(model))
-    return {(i, b): block_modules(architecture, layer, b).output_weight for i, layer in layers for b in Block}
+def _publish_residuals(surgery: _Surgery, context: ModelContext) -> list[RemovableHandle]:
+    """Let parallel probing see the residuals that enter pruned layers, and those between the blocks in front of them."""
+    layers, hooks = layers_of(surgery.model), []
+    for index in surgery.plan.layers:
+        hooks.append(layers[index].register_forward_pre_hook(context.enter_layer, with_kwargs=True))
+    for index in {i for i in surgery.plan.layers} | {i - 1 for i in surgery.plan.layers if i > 0}:
+        block = surgery.blocks.get((index, Block.MLP))
+        if block is not None:
+            norm = surgery.met[index, Block.MLP].norm
+            meets = block.module if norm is None else getattr(layers[index], norm)
+            hooks.append(meets.register_forward_pre_hook(context.between_blocks))
+    return hooks
 
 
-def _counted(plan: Plan, keep: Mapping[BlockKey, int], layer: int) -> tuple[BlockPlan, BlockPlan]:
-    """The plan of a layer's attention and of its MLP block, with the counts of that layer."""
-    attention, mlp = (replace(block, keep=keep[layer, block.block]) for block in plan.blocks)
-    return attention, mlp
+def _pruned_block(
+    surgery: _Surgery,
+    key: BlockKey,
+    method: DynamicMethod,
+    context: ModelContext,
+    histories: Statistics | None,
+    release: bool,
+) -> PrunedBlock:
+    index, name = key
+    modules, norm = surgery.blocks[key], surgery.met[key].norm
+    runner = BlockRunner(modules, surgery.shape, surgery.plan.unit, surgery.keep[key], context.memory)
+    # the mean first: making the history may give up what it is made from
+    mean = histories.channel_moments(index, name)[0] if histories is not None and method.keeps_mean else None
+    history = None if histories is None else histories.second_moment(index, name, release=release)
+    before = None if norm is None else getattr(modules.layer, norm)
+    block = PrunedBlock(runner, index, method, context, before, history, mean)
+    if not torch.isfinite(block.weight_norm).all():
+        raise UserError(
+            f"the {name.value} block of layer {index} has weights that are not finite: check the checkpoint"
+        )
+    return block
 
 
-def _prune_static(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    shape: ModelShape,
-    method: StaticMethod,
-    plan: Plan,
-    keep: dict[BlockKey, int],
-    evidence: Evidence,
-    keep_dense: bool,
-) -> Pruning:
-    layers = architecture.layers_of(model)
-    pruning = Pruning(method, plan, {}, _can_undo=keep_dense)
+def _prune_static(surgery: _Surgery, method: StaticMethod, evidence: Evidence, keep_dense: bool) -> Pruning:
+    plan = surgery.plan
+    pruning = Pruning(method, plan, {}, surgery.shape, _can_undo=keep_dense)
     for index in plan.layers:
-        whole = [block for block in plan.blocks if block.ratio == 0]
+        whole = [block for block in plan.blocks if block.ratio == 0 and (index, block.block) in surgery.blocks]
         pruning.choices |= {(index, block.block): torch.arange(block.units.number) for block in whole}
     with torch.no_grad():
-        for target, choice in method.choose(blocks_to_prune(model, plan, keep), evidence):
-            layer = layers[target.layer]
-            sliced = slice_block(layer, architecture, shape, target.plan, choice)
+        for target, choice in method.choose(blocks_to_prune(surgery.model, plan, surgery.keep), evidence):
+            sliced = slice_block(surgery.blocks[target.key], surgery.shape, plan.unit, choice)
             pruning.choices[target.key] = choice.kept
             if choice.bias is not None:
                 pruning.biases[target.key] = choice.bias

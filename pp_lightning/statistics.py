@@ -7,15 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pp_lightning.blocks import Block
+from pp_lightning.blocks import Block, BlockKey
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence, fingerprint
 
 __all__ = ["BlockKey", "BlockSums", "Statistics", "fingerprint"]
 
 _NO_MEANS = "these statistics have no means, which this method needs: calibrate(..., means=True)"
-
-BlockKey = tuple[int, Block]
 
 
 @dataclass

@@ -22,8 +22,10 @@ from transformers import (
 )
 
 from pp_lightning import KeptUnits, Statistics, calibrate, frozen_history
-from pp_lightning.architectures import Architecture, architecture_of
-from pp_lightning.pruning import pruners_of
+from pp_lightning.blocks import Block
+from pp_lightning.families import blocks_of
+from pp_lightning.pruned.block import PrunedBlock
+from pp_lightning.pruning import pruning_of
 
 VOCABULARY = 96
 HEADS, GROUPS, MLP_WIDTH, LAYERS = 8, 4, 160, 5
@@ -153,12 +155,16 @@ def logits(model: PreTrainedModel, text: Tensor, **arguments: Any) -> Tensor:
     return result
 
 
+def pruned_blocks(model: PreTrainedModel) -> dict[tuple[int, Block], PrunedBlock]:
+    """The blocks of a dynamically pruned model that choose, by layer and block."""
+    return pruning_of(model).pruners
+
+
 def histories(model: PreTrainedModel) -> dict[tuple[int, str], Tensor]:
     """Copies of all histories of a dynamically pruned model."""
     return {
-        (index, name): block.history.clone()
-        for index, pruner in pruners_of(model).items()
-        for name, block in (("attention", pruner.attention), ("mlp", pruner.mlp))
+        (index, name.value): block.history.clone()
+        for (index, name), block in pruned_blocks(model).items()
         if block.history is not None
     }
 
@@ -186,9 +192,8 @@ def masked_dense(dense: PreTrainedModel, kept: dict[int, KeptUnits], num_units: 
 
 def output_weights(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
     """The output matrices (D, C) of a layer's attention and MLP block."""
-    family: Architecture = architecture_of(model.config)
-    module = family.layers_of(model)[layer]
-    return tuple(module.get_submodule(path).weight for path in (family.attention_output, family.down))  # type: ignore
+    blocks = blocks_of(model)
+    return blocks[layer, Block.ATTENTION].output_weight, blocks[layer, Block.MLP].output_weight
 
 
 def plant(

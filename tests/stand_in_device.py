@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from pp_lightning.architectures import architecture_of
+from pp_lightning.pruned.batch import run_batch
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,11 +28,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from pp_lightning import prune_
-from pp_lightning.architectures import architecture_of
 from pp_lightning.blocks import Block
 from pp_lightning.functional.moments import Places
 from pp_lightning.methods import DynamicMethod, FullBatchProbing, ProbePruning
-from pp_lightning.pruned.batch import run_batch
 from pp_lightning.pruned.context import BatchContext
 from pp_lightning.pruning import pruners_of, pruning_of
 from pp_lightning.statistics import BlockSums, Statistics

@@ -3,8 +3,8 @@ import torch
 
 from pp_lightning import UserError, calibrate, kept_units, prune_, unprune_
 from pp_lightning.allocation import unit_flops
-from pp_lightning.architectures import shape_of
 from pp_lightning.blocks import Block
+from pp_lightning.families import shape_of
 from pp_lightning.flops import attention_flops, mlp_flops, pruned_flops
 from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, StaticPPsp
 from pp_lightning.plan import make_plan

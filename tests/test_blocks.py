@@ -1,6 +1,6 @@
 import pytest
-
 from pp_lightning.architectures import Architecture, architecture_of, shape_of
+
 from pp_lightning.blocks import AttentionUnit, Block, block_modules, units_of
 from tests.models import MODELS, config, tiny
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from pp_lightning import Statistics, UserError, calibrate, prune_
-from pp_lightning.architectures import architecture_of
-from pp_lightning.blocks import Block, block_modules
+from pp_lightning.blocks import Block
+from pp_lightning.families import blocks_of
 from pp_lightning.methods import FullBatchProbing
 from tests.models import LAYERS, MODELS, calibration_batches, ids, padded, ragged, tiny
 
@@ -23,11 +23,18 @@ def assert_same(found: Statistics, expected: Statistics) -> None:
         assert torch.equal(found.residuals[key], expected.residuals[key]), key
 
 
+NORMS = {  # in front of attention and MLP
+    "opt": ("self_attn_layer_norm", "final_layer_norm"),
+    None: ("input_layernorm", "post_attention_layernorm"),
+}
+
+
 def states_of(model, batch, layer: int, block: Block, part: str = "output") -> torch.Tensor:
     """The input (B, S, C) of a block's output matrix (or of its norm), caught with a hook of our own."""
     caught = []
-    architecture = architecture_of(model.config)
-    module = getattr(block_modules(architecture, architecture.layers_of(model)[layer], block), part)
+    modules = blocks_of(model)[layer, block]
+    norm = NORMS.get(model.config.model_type, NORMS[None])[block is Block.MLP]
+    module = modules.projection(modules.output) if part == "output" else getattr(modules.layer, norm)
     hook = module.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     with torch.no_grad():
         model(**batch, use_cache=False)

@@ -13,8 +13,19 @@ from transformers import CompileConfig, StaticCache
 
 from pp_lightning import UserError, compile_, kept_units, prune_
 from pp_lightning.methods import FullBatchProbing, ProbePruning
-from pp_lightning.pruning import pruners_of
-from tests.models import GROUPED, MODELS, SETTINGS, choices, histories, ids, logits, ragged, statistics, tiny
+from tests.models import (
+    GROUPED,
+    MODELS,
+    SETTINGS,
+    choices,
+    histories,
+    ids,
+    logits,
+    pruned_blocks,
+    ragged,
+    statistics,
+    tiny,
+)
 from tests.test_generation import STEPS, generate, pruned
 
 SLIDING = {"mistral", "qwen2"}  # transformers counts tokens in windows in Python: a second graph, for all other counts
@@ -142,20 +153,18 @@ def test_an_emptied_cache_is_a_new_prompt(name):
     model(input_ids=ids(3, 1), past_key_values=cache, use_cache=True)  # the original is still filled
 
 
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
 @torch.inference_mode()
-def test_what_decoding_reads_stays_where_it_is(name, packed):
+def test_what_decoding_reads_stays_where_it_is(name):
     """CUDA graphs read it there: what moves is recorded again, for every prompt."""
-    model, found = pruned(name, method=ProbePruning.best, pack_slices=packed), []
+    model, found = pruned(name, method=ProbePruning.best), []
     for seed in (1, 2, 3):
         prompt(model, seed)
         held = [
             tensor.data_ptr()
-            for pruner in pruners_of(model).values()
-            for block in (pruner.attention, pruner.mlp)
-            for projection in block.hold_slices().projections.values()
-            for tensor in projection
+            for block in pruned_blocks(model).values()
+            for matrix in block.runner.slices.hold(block.last).values()
+            for tensor in matrix
             if tensor is not None
         ]
         found.append((held, choices(kept_units(model))))

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, OPTConfig
 
 from pp_lightning import prune_, unprune_
-from pp_lightning.architectures import shape_of
 from pp_lightning.blocks import Block
+from pp_lightning.families import shape_of
 from pp_lightning.flops import dense_flops, probe_flops, pruned_flops
 from pp_lightning.methods import FullBatchProbing, ProbePruning, WandaSP
 from pp_lightning.pruning import pruning_of

@@ -5,10 +5,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from pp_lightning import UserError, kept_units, prune_, unprune_
-from pp_lightning.architectures import shape_of
+from pp_lightning.families import shape_of
 from pp_lightning.methods import FullBatchProbing, ProbePruning, WandaSP
-from pp_lightning.pruned.slicing import BlockSlices
-from pp_lightning.pruning import pruners_of
+from pp_lightning.pruned.slices import BlockSlices
 from tests.models import (
     GROUPED,
     GROUPS,
@@ -23,6 +22,7 @@ from tests.models import (
     logits,
     masked_dense,
     padded,
+    pruned_blocks,
     ragged,
     statistics,
     tiny,
@@ -132,17 +132,15 @@ def test_static_cache(name, unit, method):
 def test_a_cache_of_fixed_size_finds_its_slices_made(monkeypatch, name):
     """On accelerators transformers compiles decoding with one: slices made inside a CUDA graph would not outlive it."""
     model, made = pruned(name), []
-    original = BlockSlices.of
+    original = BlockSlices._written
     cache = StaticCache(config=model.config, max_cache_len=24)
     model(input_ids=ids(2, 12), past_key_values=cache, use_cache=True)
-    held = [block.slices.held for pruner in pruners_of(model).values() for block in (pruner.attention, pruner.mlp)]
+    held = [block.runner.slices.held for block in pruned_blocks(model).values()]
     assert None not in held
-    monkeypatch.setattr(BlockSlices, "of", lambda *arguments: made.append(1) or original(*arguments))
+    monkeypatch.setattr(BlockSlices, "_written", lambda *arguments: made.append(1) or original(*arguments))
     model(input_ids=ids(2, 1), past_key_values=cache, use_cache=True)
     assert not made
-    assert held == [
-        block.slices.held for pruner in pruners_of(model).values() for block in (pruner.attention, pruner.mlp)
-    ]
+    assert all(block.runner.slices.held is one for block, one in zip(pruned_blocks(model).values(), held, strict=True))
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_gqa", "opt"])
@@ -194,15 +192,15 @@ def test_decoding_goes_beyond_the_calibrated_positions():
 @pytest.mark.parametrize("steps", [4, STEPS])
 def test_slices_are_made_once_while_decoding(monkeypatch, steps):
     made = []
-    original = BlockSlices.of
+    original = BlockSlices._written
 
-    def counted(self, choice, memory, roles=None):
-        sliced = original(self, choice, memory, roles)
-        made.extend((self, role) for role in sliced.projections)
+    def counted(self, *arguments):
+        sliced = original(self, *arguments)
+        made.extend((self, name) for name in sliced)
         return sliced
 
-    monkeypatch.setattr(BlockSlices, "of", counted)
     model = pruned("llama")
+    monkeypatch.setattr(BlockSlices, "_written", counted)
     generate(model, {"input_ids": ids(3, 20)}, max_new_tokens=1)
     prefill = len(made)
     assert prefill == 7 * len(PRUNED)  # four projections of attention, three of the MLP
@@ -213,7 +211,7 @@ def test_slices_are_made_once_while_decoding(monkeypatch, steps):
 
 @pytest.mark.parametrize(
     ("name", "unit", "heads"),
-    [("llama", "default", 3), ("llama_gqa", "default", 2), ("llama_gqa", "query_head", GROUPS)],
+    [("llama", "default", 3), ("llama_gqa", "default", 2), ("llama_gqa", "query_head", 3)],
 )
 def test_the_cache_holds_kept_heads_only(name, unit, heads):
     model = pruned(name, unit)

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from pp_lightning import UserError, prune_, taylor_importances
-from pp_lightning.architectures import architecture_of
-from pp_lightning.blocks import Block, block_modules
+from pp_lightning.blocks import Block
+from pp_lightning.families import blocks_of
 from pp_lightning.functional.taylor import Taylor
 from pp_lightning.methods import WandaSP
 from tests.models import MODELS, SETTINGS, ids, ragged, statistics, tiny
@@ -13,9 +13,8 @@ LAYER = 3
 
 def naive(model, batches, taylor):
     """Every element of one layer's projections, from dense gradients that are kept whole: {(block, role): vector}."""
-    layer = architecture_of(model.config).layers_of(model)[LAYER]
-    parts = {block: block_modules(architecture_of(model.config), layer, block) for block in Block}
-    weights = {(b, r): m.weight for b, p in parts.items() for r, m in {**p.inputs, "output": p.output}.items()}
+    parts = {block: blocks_of(model)[LAYER, block] for block in Block}
+    weights = {(block, p.role(name)): p.projection(name).weight for block, p in parts.items() for name in p.names}
     rows = [{k: v[i : i + 1] for k, v in batch.items()} for batch in batches for i in range(len(batch["input_ids"]))]
     squares = {key: torch.zeros_like(weight, dtype=torch.float64) for key, weight in weights.items()}
     total = {key: torch.zeros_like(weight, dtype=torch.float64) for key, weight in weights.items()}

@@ -61,8 +61,6 @@ class PrunedLM(PrunableModule):
         dtype: dtype of the weights; ``auto`` keeps the checkpoint's own.
         pad_token: a token to pad with, for tokenizers that define none (LLaMA: ``</s>``).
         compile: compile every layer, dense ones too: saved arithmetic becomes saved time. The first batch pays for it.
-        pack_slices: keep every block's slice between batches and copy only what changes: faster for small batches on a
-            CPU, and costs the memory of all slices.
         allow_pickle: also load ``.bin`` checkpoints, which can run code of whoever wrote them.
         from_scratch: take only the config and tokenizer from ``path`` and draw new weights.
         learning_rate: peak learning rate of ``fit`` (AdamW, linear warm-up, cosine decay).
@@ -92,7 +90,6 @@ class PrunedLM(PrunableModule):
         dtype: Dtype = "float32",
         pad_token: str | None = None,
         compile: bool = False,
-        pack_slices: bool = False,
         allow_pickle: bool = False,
         from_scratch: bool = False,
         learning_rate: float = 1e-3,
@@ -115,7 +112,6 @@ class PrunedLM(PrunableModule):
             frozen_on=frozen_on,
             statistics_file=statistics,
             importances_file=importances,
-            pack_slices=pack_slices,
         )
         self.path = path
         self.tokenizer = load_tokenizer(path, pad_token)

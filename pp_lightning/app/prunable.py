@@ -9,12 +9,13 @@ from transformers import PreTrainedModel
 
 from pp_lightning.allocation import settled_floors
 from pp_lightning.app.evidence import importances_for
-from pp_lightning.architectures import shape_of
+from pp_lightning.blocks import Block
 from pp_lightning.calibration import calibrate
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import first_batch
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence
+from pp_lightning.families import shape_of
 from pp_lightning.freezing import choice_for
 from pp_lightning.importances import Importances
 from pp_lightning.methods import DynamicMethod, PruningMethod
@@ -22,7 +23,7 @@ from pp_lightning.methods.base import AllocationName
 from pp_lightning.methods.frozen import FrozenOnHistory
 from pp_lightning.methods.gradient import GradientMethod
 from pp_lightning.plan import make_plan
-from pp_lightning.pruning import is_pruned, prune_, pruning_of, unprune_
+from pp_lightning.pruning import check_family, is_pruned, prune_, pruning_of, unprune_
 from pp_lightning.recovery import Adapters, Recovered
 from pp_lightning.statistics import Statistics
 
@@ -75,7 +76,6 @@ class PrunableModule(L.LightningModule):
         frozen_on: FrozenOn | None,
         statistics_file: str | None,
         importances_file: str | None,
-        pack_slices: bool,
     ) -> None:
         super().__init__()
         self.model = model
@@ -91,7 +91,6 @@ class PrunableModule(L.LightningModule):
         self.frozen_on: FrozenOn | None = frozen_on
         self.statistics_file = statistics_file
         self.importances_file = importances_file
-        self.pack_slices = pack_slices
         self.recovered: Recovered | None = None
         self.label = "dense" if method is None else method.label
         self.reuse = False
@@ -123,10 +122,12 @@ class PrunableModule(L.LightningModule):
             return
         if self._allocation == "global":
             _check_can_rank(method)
+        check_family(self.model, method)
         shape = shape_of(self.model.config)
         plan = make_plan(shape, self._settled(method), **self.amounts(pruning_ratio))
         if (allocation or self._allocation or method.allocation) == "global":
-            settled_floors(plan, shape.num_layers, self.floor, window)
+            have = {block: shape.num_layers - len(shape.without[block]) for block in Block}
+            settled_floors(plan, have, self.floor, window)
 
     def check_importances(self, methods: Sequence[PruningMethod]) -> None:
         """Refuse, before any work is done, a file of importances that is not for all of these methods.
@@ -159,7 +160,7 @@ class PrunableModule(L.LightningModule):
             prune_(self.model, method, evidence, **amounts, **allocation)
             method = choice_for(self.model, first_batch(data))
             unprune_(self.model)
-        keep = {"keep_dense": self.reuse, "release_stats": not self.reuse, "pack_slices": self.pack_slices}
+        keep = {"keep_dense": self.reuse, "release_stats": not self.reuse}
         prune_(self.model, method, evidence, **amounts, **allocation, **keep)
         if self.recovered is not None:
             self._adapters = self.recovered.attach(self.model)

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from pp_lightning.app.curve import write_curve
-from pp_lightning.architectures import shape_of
+from pp_lightning.blocks import BlockKey
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence, fingerprint
+from pp_lightning.families import shape_of
 from pp_lightning.methods import LoRAPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.base import StaticChoice
 from pp_lightning.methods.recorded import Choices
@@ -25,7 +26,6 @@ from pp_lightning.pruning import blocks_to_prune, is_pruned, prune_, pruning_of,
 from pp_lightning.recovery import Adapters, GradualPruning, Recovery
 from pp_lightning.recovery.folder import CHOICES
 from pp_lightning.recovery.gradual import check_schedule
-from pp_lightning.statistics import BlockKey
 
 UNFINISHED = "unfinished.ckpt"  # what an interrupted training goes on from
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from pp_lightning.app.metrics import BatchMeanPerplexity, Perplexity
 from pp_lightning.app.results import FlopsRatios, Timing
-from pp_lightning.architectures import shape_of
 from pp_lightning.commonsense import CommonsenseData, TaskResults, evaluate_tasks
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import LanguageModelling
+from pp_lightning.families import shape_of
 from pp_lightning.flops import Flops, dense_flops, pruned_flops
 from pp_lightning.pruning import is_pruned, pruning_of
 

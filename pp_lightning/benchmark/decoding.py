@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from pp_lightning.architectures import ModelShape, shape_of
 from pp_lightning.benchmark.clock import stopwatch_for
 from pp_lightning.benchmark.rows import Row
 from pp_lightning.benchmark.settings import Case, MeasuredDtype
 from pp_lightning.benchmark.subject import Subject
 from pp_lightning.benchmark.timing import Runner, measured
 from pp_lightning.benchmark.variants import Variant, reference_of
+from pp_lightning.blocks import ModelShape
 from pp_lightning.compilation import CompileMode, torch_mode
+from pp_lightning.families import shape_of
 from pp_lightning.flops import decoding_flops, dense_flops, pruned_flops
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.progress import Tell
@@ -22,7 +23,7 @@ from pp_lightning.pruning import Pruning, is_pruned, pruning_of
 
 PROMPT_TOKENS = 64
 
-_DECODED = ("PP", "PP, packed slices", "PP, compiled")  # of the dynamic variants; the others hold a choice as these do
+_DECODED = ("PP", "PP, compiled")  # of the dynamic variants; the others hold a choice as these do
 
 
 def decoding_rows(

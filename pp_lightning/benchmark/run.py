@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pp_lightning.architectures import shape_of
 from pp_lightning.benchmark.blocks import choosing_function, dense_pruner, held_function, meetings
 from pp_lightning.benchmark.clock import stopwatch_for
 from pp_lightning.benchmark.decoding import decoding_rows
@@ -20,6 +19,7 @@ from pp_lightning.benchmark.variants import VARIANTS, Variant, chosen_variants, 
 from pp_lightning.blocks import Block
 from pp_lightning.compilation import compile_, uncompile_
 from pp_lightning.errors import UserError
+from pp_lightning.families import shape_of
 from pp_lightning.flops import (
     choosing_flops,
     dense_flops,

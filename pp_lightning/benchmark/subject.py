@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pp_lightning.architectures import shape_of
 from pp_lightning.benchmark.settings import BenchmarkSettings, Case, MeasuredDtype
 from pp_lightning.benchmark.shapes import random_model
 from pp_lightning.benchmark.variants import Variant, pruned_copy, sharing_copy
 from pp_lightning.calibration import calibrate
 from pp_lightning.checkpoints import load_model, load_tokenizer
 from pp_lightning.errors import UserError
+from pp_lightning.families import shape_of
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.pruning import prune_
 from pp_lightning.statistics import Statistics
@@ -103,7 +103,6 @@ class Subject:
                 round_to=self.settings.round_to,
                 keep_dense=False,
                 release_stats=True,
-                pack_slices=variant.packs,
             )
         del self.statistics
         return self.model

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pp_lightning.architectures import architecture_of
 from pp_lightning.benchmark.clock import Stopwatch, stopwatch_for
 from pp_lightning.benchmark.settings import BenchmarkSettings
+from pp_lightning.families import stack_of
 from pp_lightning.progress import Tell
 from pp_lightning.pruning import is_pruned, kept_units
 
@@ -93,7 +93,7 @@ def model_runner(model: PreTrainedModel, batches: Sequence[Tensor]) -> Runner:
         clock.mark()
 
     def run(index: int) -> Mapping[str, float]:
-        hook = architecture_of(model.config).decoder_of(model).register_forward_hook(end_of_decoder)
+        hook = stack_of(model).register_forward_hook(end_of_decoder)
         try:
             clock.mark()
             model(input_ids=batches[index], use_cache=False)

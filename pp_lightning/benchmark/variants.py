@@ -20,12 +20,10 @@ class Variant:
     Attributes:
         method: how it is pruned; None is dense.
         compiled: whether its layers are compiled. It stands against the dense model that is, or is not, compiled too.
-        packs: whether slices stay between batches (``prune_(..., pack_slices=True)``).
     """
 
     method: PruningMethod | None
     compiled: bool
-    packs: bool = False
 
 
 VARIANTS: Mapping[str, Variant] = {
@@ -35,8 +33,6 @@ VARIANTS: Mapping[str, Variant] = {
     "static PPsp, compiled": Variant(StaticPPsp(), compiled=True),
     "PP": Variant(ProbePruning(), compiled=False),
     "PP, compiled": Variant(ProbePruning(), compiled=True),
-    "PP, packed slices": Variant(ProbePruning(), compiled=False, packs=True),
-    "PP, packed slices, compiled": Variant(ProbePruning(), compiled=True, packs=True),
     "PP, best()": Variant(ProbePruning.best(), compiled=False),
     "PP, best(), compiled": Variant(ProbePruning.best(), compiled=True),
     "PP, parallel probing": Variant(ProbePruning(probe_source="previous"), compiled=False),
@@ -98,6 +94,5 @@ def pruned_copy(
         skip_layers=skip_layers,
         round_to=round_to,
         keep_dense=False,
-        pack_slices=variant.packs,
     )
     return copied

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pp_lightning.pruned.block import PrunedBlock
-from pp_lightning.pruning import pruners_of
+from pp_lightning.pruning import is_pruned, pruning_of
 
 
 class Histories:
@@ -20,7 +20,7 @@ class Histories:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        blocks = [block for pruner in pruners_of(model).values() for block in (pruner.attention, pruner.mlp)]
+        blocks = pruning_of(model).pruners.values() if is_pruned(model) else ()
         self._copies: list[tuple[PrunedBlock, Tensor]] = [
             (block, block.history.detach().to("cpu", copy=True)) for block in blocks if block.history is not None
         ]

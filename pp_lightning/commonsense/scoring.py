@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pp_lightning.architectures import architecture_of
 from pp_lightning.commonsense.batching import RowBatch
 from pp_lightning.commonsense.prefixes import continuation_states, worth_sharing
 from pp_lightning.errors import UserError
@@ -104,7 +103,7 @@ def _continuation_states(model: PreTrainedModel, batch: RowBatch) -> Tensor:
 
     The decoder is called as a module, by the path that pruning hooks into, so a pruned model sees the batch begin.
     """
-    decoder, device = architecture_of(model.config).decoder_of(model), model.device
+    decoder, device = model.base_model, model.device
     if not _chooses_per_batch(model) and worth_sharing(batch, model.config):
         return continuation_states(decoder, batch, device)
     inputs = {"input_ids": batch["input_ids"].to(device), "attention_mask": batch["attention_mask"].to(device)}

@@ -1,5 +1,8 @@
 """From scores to indices to slices."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -31,6 +34,26 @@ def take_rows(weight: Tensor, units: Tensor, rows_per_unit: int, out: Tensor | N
         return blocks.index_select(0, units).flatten(0, 1)
     torch.index_select(blocks, 0, units, out=out.view(-1, rows_per_unit, *weight.shape[1:]))
     return out
+
+
+class Rows(NamedTuple):
+    """Consecutive rows of a projection that belong to units in the same way.
+
+    Attributes:
+        start: the first of them.
+        number: how many.
+        width: rows of one unit; 0 where all of them stay, whatever is kept.
+    """
+
+    start: int
+    number: int
+    width: int
+
+
+def take_unit_rows(weight: Tensor, rows: Sequence[Rows], units: Tensor) -> Tensor:
+    """Rows of the kept units (K,) of a projection whose rows have several roles: (out, ...) to (fewer, ...)."""
+    parts = [(weight[start : start + number], width) for start, number, width in rows]
+    return torch.cat([take_rows(part, units, width) if width else part for part, width in parts])
 
 
 def take_columns(weight: Tensor, units: Tensor, columns_per_unit: int, out: Tensor | None = None) -> Tensor:

@@ -10,12 +10,12 @@ from typing import ClassVar, Generic, Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
-from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, Units
+from pp_lightning.blocks import AttentionUnit, Block, BlockKey, BlockPlan, Units
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence
 from pp_lightning.functional.budget import rounded_up
 from pp_lightning.functional.selection import keep_best
-from pp_lightning.statistics import BlockKey, Statistics
+from pp_lightning.statistics import Statistics
 
 BlockName = Literal["attention", "mlp"]
 UnitName = Literal["query_head", "kv_group"]
@@ -35,6 +35,7 @@ class PruningMethod(ABC):
         label: short name for tables and the command line.
         needs_statistics: whether :func:`~pp_lightning.prune_` must be given something to choose from.
         evidence: what that is: calibration statistics, or gradient importances.
+        splits_groups: whether it can choose single query heads where several share a key/value head.
         allocation: how the removed units are spread over the layers, unless :func:`~pp_lightning.prune_` is told.
     """
 
@@ -42,6 +43,7 @@ class PruningMethod(ABC):
     needs_statistics: ClassVar[bool] = True
     evidence: ClassVar[type[Evidence]] = Statistics
     allocation: AllocationName = "uniform"
+    splits_groups: ClassVar[bool] = True
 
     def __init__(
         self,

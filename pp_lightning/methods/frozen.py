@@ -6,10 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pp_lightning.blocks import BlockKey
 from pp_lightning.errors import UserError
 from pp_lightning.methods.base import BlockToPrune, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
-from pp_lightning.statistics import BlockKey, Statistics
+from pp_lightning.statistics import Statistics
 
 
 class FrozenMethod(StaticMethod):

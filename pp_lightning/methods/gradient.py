@@ -12,6 +12,7 @@ class GradientMethod(StaticMethod[Importances]):
     """Static: chooses once, from importances."""
 
     evidence: ClassVar[type[Evidence]] = Importances
+    splits_groups: ClassVar[bool] = False  # gradients of a shared key would count for each of its query heads
 
     @property
     @abstractmethod

@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pp_lightning.blocks import Block
+from pp_lightning.blocks import Block, BlockKey
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence, fingerprint
 from pp_lightning.methods.base import BlockName, BlockToPrune, StaticChoice, StaticMethod, UnitName
-from pp_lightning.statistics import BlockKey
 
 
 @dataclass

@@ -1,51 +1,48 @@
-"""What a pruned attention and a pruned MLP block have in common: choose, slice, run, remember."""
+"""A block of a transformer layer under a dynamic method: choose, slice, run the stock code, remember."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import ClassVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pp_lightning.blocks import BlockModules, Units
-from pp_lightning.functional.budget import one_projection_is_cheaper
+from pp_lightning.blocks import Block
 from pp_lightning.functional.compensation import channel_mean, restored_mean, update_mean_
-from pp_lightning.functional.moments import Places, placed_second_moment, second_moment, update_history_
+from pp_lightning.functional.linear import wants_rows
+from pp_lightning.functional.moments import placed_second_moment, second_moment, update_history_
 from pp_lightning.functional.selection import keep_best, unit_channels
+from pp_lightning.interfaces import adapted_weight, run_stock
 from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod
-from pp_lightning.pruned.choice import Choice, HowToRun
-from pp_lightning.pruned.slicing import BlockSlices
-from pp_lightning.pruned.surroundings import Surroundings
-from pp_lightning.pruned.weights import Weights
-from pp_lightning.pruned.workspace import SliceWorkspace
+from pp_lightning.pruned.choice import Choice, ExecutionPlan
+from pp_lightning.pruned.context import ModelContext
+from pp_lightning.pruned.inputs import Arguments, BatchInputs, Earlier, probe_arguments
+from pp_lightning.pruned.projection import PrunedProjection, Run
+from pp_lightning.pruned.recomputing import Recomputing
+from pp_lightning.pruned.runner import BlockRunner
+from pp_lightning.pruned.runs import ChoosingAtOutput, OnChoice
 
 
-class PrunedBlock(nn.Module, ABC):
-    """One block of one layer under a dynamic method.
+class PrunedBlock(nn.Module):
+    """Hangs on the module of a block as ``pruner``; its :meth:`forward` stands in for the module's. It owns no weight.
 
-    A block that keeps all its units runs densely and never probes (``chooses`` is False). The layer keeps its modules
-    and weights; this holds the history (P_max, C), the constant part of the scores (C,) and the units kept for the last
-    batch (K,), as buffers that are not part of the checkpoint.
+    The stock code runs twice: on the probe, with all weights, up to the output projection, whose input is what scores
+    are made of; then on the whole batch, with slices of the kept units in its projections. This holds the history
+    (P_max, C), the constant part of the scores (C,) and the units kept for the last batch (K,), as buffers that are not
+    part of the checkpoint.
 
     Args:
-        modules: the block's modules.
-        units: its units.
-        widths: rows (of ``output``: columns) that a unit has in each projection. What is not named stays whole.
-        keep: K, how many of them stay; all of them means that the block runs densely and never probes.
+        runner: of the stock code.
+        index: of the layer.
         method: the policy.
-        workspace: memory for slices, shared by the blocks of the model.
+        context: shared by the blocks of the model.
+        norm: the norm in front of the block; None where the residual itself enters.
         history: (P_max, C) float32 to start from, or None for methods without.
         mean: (C,) float32, the running mean to start from, or None for methods without.
-        packs: keep the slice between batches, see :class:`BlockSlices`.
 
     Attributes:
-        slices: the block's weights, whole and sliced.
-        mixes_tokens: whether tokens see each other in the block's front half.
         decodes: whether choices are held for decoding. From then on, prompts leave their slices for it.
     """
 
-    mixes_tokens: ClassVar[bool]
     history: Tensor | None
     mean: Tensor | None
     weight_norm: Tensor
@@ -54,227 +51,217 @@ class PrunedBlock(nn.Module, ABC):
 
     def __init__(
         self,
-        modules: BlockModules,
-        units: Units,
-        widths: Mapping[str, int],
-        keep: int,
+        runner: BlockRunner,
+        index: int,
         method: DynamicMethod,
-        workspace: SliceWorkspace,
+        context: ModelContext,
+        norm: nn.Module | None,
         history: Tensor | None,
-        mean: Tensor | None = None,
-        packs: bool = False,
+        mean: Tensor | None,
     ) -> None:
         super().__init__()
-        self.units = units
-        self.widths = widths
-        self.keep = keep
+        self.runner = runner
+        self.block = runner.modules.block
+        self.index = index
+        self.units = runner.units
         self.method = method
-        self._modules_of_layer = (modules,)  # in a tuple: the layer owns them, not this module
-        device = modules.output_weight.device
-        self.chooses = keep < units.number
-        norm = method.weight_norm(modules.output_weight) if self.chooses else torch.empty(0, device=device)
-        self.register_buffer("weight_norm", norm, persistent=False)
-        for name, start in (("history", history), ("mean", mean)):
-            kept_here = start.to(device) if self.chooses and start is not None else None
-            self.register_buffer(name, kept_here, persistent=False)
-        self.register_buffer("kept", torch.arange(keep, device=device), persistent=False)
-        restores = self.chooses and method.restores_means
-        width = modules.output_weight.shape[0]
-        self.register_buffer("restored", torch.zeros(width, device=device) if restores else None, persistent=False)
+        self.context = context
         self.decodes = False
-        self.slices = BlockSlices(modules, widths, keep, units.number, workspace, packs=packs)
+        self.recomputing = Recomputing()
+        self._norm = (norm,)  # in a tuple: the layer owns it, not this module
+        self._residual: tuple[Tensor, ...] = ()
+        weight = adapted_weight(runner.output.module)
+        self.register_buffer("weight_norm", method.weight_norm(weight), persistent=False)
+        for name, start in (("history", history), ("mean", mean)):
+            self.register_buffer(name, None if start is None else start.to(weight.device), persistent=False)
+        self.register_buffer("kept", torch.arange(runner.keep, device=weight.device), persistent=False)
+        restored = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
+        self.register_buffer("restored", restored if method.restores_means else None, persistent=False)
 
     @property
-    def parts(self) -> BlockModules:
-        """The block's modules inside the layer."""
-        return self._modules_of_layer[0]
-
-    def states(self, normed: Tensor, weights: Weights, around: Surroundings) -> Tensor:
-        """The front half: from the normalised input (B, S, D) to the input of the output matrix (B, S, C or K * d)."""
-        return self.mix(self.project(normed, weights), around, weights.kept)
-
-    def project(self, normed: Tensor, weights: Weights) -> dict[str, Tensor]:
-        """The input projections of (B, S, D), by role: all of the front half that has weights."""
-        return {role: weights.apply(role, normed) for role in self.parts.inputs}
-
-    @abstractmethod
-    def mix(self, projected: Mapping[str, Tensor], around: Surroundings, kept: Tensor | None) -> Tensor:
-        """The rest of the front half: attention, or activation and gate. May overwrite what it is given.
-
-        Args:
-            projected: by role, (B, S, ...), whole or of the kept units.
-            around: mask, positions and cache.
-            kept: (K,) the kept units; None where all are there.
-        """
-
-    def forward(
-        self, residual: Tensor, probed: Tensor, around: Surroundings, how: HowToRun
-    ) -> tuple[Tensor, Choice | None]:
-        """Choose for a new batch, run it on the choice and remember it. Traces into one graph.
-
-        Args:
-            residual: (B, S, D) entering the block.
-            probed: the residual that the probe is taken from; ``residual`` itself unless probing runs in parallel.
-            around: mask, positions and cache.
-            how: from :meth:`how_to_run`.
-
-        Returns:
-            The block's output (B, S, D), to be added to the residual, and the choice; None where all units stay.
-        """
-        normed = self.parts.norm(residual)
-        if not self.chooses:
-            return self.run_whole(normed, around), None
-        source = normed if probed is residual else self.parts.norm(probed)
-        if how.shares:
-            return self._run_shared(normed, self.probe(source, probed, around), around, how.keep)
-        choice = self.choose_from(source, probed, around, how.keep)
-        return self.run(normed, choice, around, how), choice
-
-    def choose_from(self, source: Tensor, probed: Tensor, around: Surroundings, keep: int) -> Choice:
-        """Run the probe ahead and choose by it.
-
-        Args:
-            source: (B, S, D), the normalised ``probed``.
-            probed: (B, S, D), the residual that the probe is taken from.
-            around: mask and positions.
-            keep: K.
-        """
-        probe = self.probe(source, probed, around)
-        if probe is None:
-            states = self.states(source, self.slices.whole(), replace(around, cache=None))
-        else:
-            states = self.states(probe.take(source), self.slices.whole(), around.of_probe(probe))
-        return self.choose(states, probe, around, keep)
-
-    def how_to_run(self, num_rows: int, num_tokens: int, *, parallel: bool, caching: bool = False) -> HowToRun:
-        """How a batch of (B, S) is run: the same for all batches of one shape."""
-        rows, tokens = self.method.probe_sizes(num_rows, num_tokens)
-        sliced_anyway = caching and self.decodes and self.slices.can_be_left
-        shares = not parallel and one_projection_is_cheaper(
-            rows * tokens, num_rows * num_tokens, self.keep, self.units.number, sliced_anyway=sliced_anyway
-        )
-        return HowToRun(self.keep, shares, leaves=sliced_anyway and not shares)
-
-    @torch.no_grad()
-    def probe(self, source: Tensor, probed: Tensor, around: Surroundings) -> AnyProbe | None:
-        """The part of the batch that runs ahead; None is all of it.
-
-        Args:
-            source: (B, S, D), the normalised ``probed``.
-            probed: (B, S, D), the residual that the probe is taken from.
-            around: positions, sizes and lots.
-        """
-        real = None if around.places is None else around.places.real
-        lots = None if around.lots is None else around.lots[0 if self.mixes_tokens else 1]
-        return self.method.select(probed, source, real, around.probe_sizes, lots=lots, mixes_tokens=self.mixes_tokens)
-
-    @torch.no_grad()
-    def choose(self, states: Tensor, probe: AnyProbe | None, around: Surroundings, keep: int) -> Choice:
-        """The units to keep for this batch, and what the others contribute to it on average.
-
-        Args:
-            states: (b, s, C), what the probe's front half gives.
-            probe: where in the batch that is.
-            around: positions.
-            keep: K.
-        """
-        energy, means = self.method.observe(states, probe, around.places, self.history, self.mean)
-        kept = keep_best(self.method.unit_scores(energy, self.weight_norm, self.units.channels), keep)
-        if means is None:
-            return Choice(kept)
-        return Choice(kept, restored_mean(self.parts.output_weight, means, unit_channels(kept, self.units.channels)))
-
-    def _run_shared(
-        self, normed: Tensor, probe: AnyProbe | None, around: Surroundings, keep: int
-    ) -> tuple[Tensor, Choice]:
-        """Probe and batch from one projection with all weights."""
-        projected = self.project(normed, self.slices.whole())
-        if self.mixes_tokens:
-            ahead = projected if probe is None else {role: probe.take(states) for role, states in projected.items()}
-            inside = replace(around, cache=None) if probe is None else around.of_probe(probe)
-            choice = self.choose(self.mix(ahead, inside, None), probe, around, keep)
-            weights = self.slices.for_batch(choice, ["output"])
-            assert weights.kept is not None  # the kept units in the order of the slices
-            states = self.mix(self._of_units(projected, weights.kept), around, weights.kept)
-        else:  # token by token: the probe's states are among the batch's
-            whole = self.mix(projected, around, None)
-            choice = self.choose(whole if probe is None else probe.take(whole), probe, around, keep)
-            weights = self.slices.for_batch(choice, ["output"])
-            assert weights.kept is not None
-            states = whole.index_select(-1, unit_channels(weights.kept, self.units.channels))
-        return self._finish(states, weights, around), choice
-
-    def _of_units(self, projected: Mapping[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
-        """Whole projections (B, S, U * w) reduced to the kept units."""
-        reduced = dict(projected)
-        for role in projected.keys() & self.widths.keys():
-            heads = projected[role].unflatten(-1, (-1, self.widths[role]))
-            reduced[role] = heads.index_select(2, kept).flatten(2)
-        return reduced
-
-    def run_whole(self, normed: Tensor, around: Surroundings) -> Tensor:
-        """The output (B, S, D) of a block that keeps all its units."""
-        return self._finish(self.states(normed, self.slices.whole(), around), self.slices.whole(), around)
-
-    def run(self, normed: Tensor, choice: Choice, around: Surroundings, how: HowToRun) -> Tensor:
-        """The output (B, S, D) of the whole batch on the choice; the history moves."""
-        weights = self.slices.for_batch(choice, leave=how.leaves)
-        return self._finish(self.states(normed, weights, around), weights, around)
-
-    def decode(self, residual: Tensor, around: Surroundings) -> Tensor:
-        """The output (B, S, D) of tokens that continue a batch, on the choice made for it; the history stays."""
-        weights = self.hold_slices()
-        states = self.states(self.parts.norm(residual), weights, around)
-        return self._finish(states, weights, replace(around, remember=False))
-
-    def hold(self, choice: Choice, how: HowToRun) -> None:
-        """Note the choice of the batch, and where its slices are, for decoding and for whoever asks."""
-        self.kept.copy_(choice.kept)
-        if self.restored is not None and choice.restored is not None:
-            self.restored.copy_(choice.restored)
-        if how.leaves:
-            self.slices.hold_left(self._last)
-
-    def hold_slices(self) -> Weights:
-        """What decoding runs on, made now where it is not there yet.
-
-        transformers compiles decoding with a cache of fixed size on accelerators, with CUDA graphs: what is made inside
-        of one is gone with the next token.
-        """
-        self.expect_decoding()
-        return self.slices.hold(self._last)
-
-    def expect_decoding(self) -> None:
-        """From now on leave the slices of prompts for the tokens that continue them."""
-        if self.chooses and not self.decodes:  # written once only: graphs would do so for every token
-            self.decodes = True
-
-    def prepare(self, how: HowToRun) -> None:
-        """Before a new batch: let go of slices held for decoding, and have memory for the next one."""
-        self.slices.prepare(how, self.kept)
+    def norm(self) -> nn.Module | None:
+        """The norm in front."""
+        return self._norm[0]
 
     @property
-    def _last(self) -> Choice:
+    def mixes_tokens(self) -> bool:
+        """Whether tokens see each other in front of the output projection."""
+        return self.block is Block.ATTENTION
+
+    @property
+    def last(self) -> Choice:
         """What the last batch was run on."""
         return Choice(self.kept, self.restored)
 
-    def _finish(self, states: Tensor, weights: Weights, around: Surroundings) -> Tensor:
-        """Move the history by the batch's states (B, S, C or K * d), and apply the output matrix to them."""
-        if self.history is not None and around.remember:
-            assert weights.kept is not None
-            with torch.no_grad():
-                self.remember(states, weights.kept, around.places)
-        return weights.apply("output", states)
+    # What the layer calls.
 
-    def remember(self, states: Tensor, kept: Tensor, places: Places | None) -> None:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block on a batch. Traces into one graph."""
+        names = self.runner.names
+        given = dict(zip(names, args, strict=False)) | kwargs
+        hidden = given.pop(names[0])
+        inputs = self.context.batch
+        if inputs is None:
+            return self.runner.stock(hidden, given)
+        return self.runner.run_as(self._decide(hidden, given, inputs), hidden, given)
+
+    def begin(self, projection: PrunedProjection, hidden: Tensor) -> Tensor:
+        """The same for a block without a module of its own: what its first projection gives. The output ends the run."""
+        inputs = self.context.batch
+        if inputs is None:
+            return projection.stock(hidden)
+        self.runner.run = run = self._decide(hidden, {}, inputs)
+        return run.enter(projection, hidden)
+
+    def see_residual(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook of the norm in front: its input is what ranks the probe."""
+        inputs = self.context.batch
+        if inputs is not None and not inputs.decoding:
+            self._residual = (inputs.as_batch(args[0]),)
+
+    # One batch.
+
+    def _decide(self, hidden: Tensor, given: Arguments, inputs: BatchInputs) -> Run:
+        """How the batch's projections run: on the choice that is held, or on one that is made now."""
+        slices = self.runner.slices
+        if inputs.decoding:
+            self.expect_decoding()
+            return OnChoice(slices.hold(self.last), self.last)
+        plan = self.plan(inputs)
+        slices.prepare(leaves=plan.leaves)
+        known = self.recomputing.known(hidden, self.runner.modules.layer)
+        if known is not None:
+            return OnChoice(slices.of(known), known)
+        residual, self._residual = self._residual or (inputs.as_batch(hidden),), ()
+        if plan.shares and not self.mixes_tokens:  # token by token: the probe's states are among the batch's
+            return ChoosingAtOutput(
+                partial(self._choose_late, inputs.as_batch(hidden), residual[0], inputs, plan), self.units.channels
+            )
+        ahead = self.runner.whole_outputs(hidden) if plan.shares else None
+        choice = self._choose(inputs.as_batch(hidden), residual[0], given, inputs, plan, ahead)
+        weights = slices.of(choice, leaves=plan.leaves, output_alone=plan.shares)
+        self._hold(choice)
+        if plan.leaves and not torch.compiler.is_compiling():
+            slices.held = weights
+        return OnChoice(weights, choice, self._memory(inputs), ahead)
+
+    def plan(self, inputs: BatchInputs) -> ExecutionPlan:
+        """How a batch is run: the same for all batches of one shape."""
+        if inputs.plans is not None:
+            return inputs.plans[self.block]
+        leaves = inputs.caching and self.decodes and not torch.is_grad_enabled()
+        leaves = leaves and not wants_rows(self.runner.output.module.weight)
+        return inputs.plan(self.method, self.runner.keep, self.units.number, leaves=leaves)
+
+    @torch.no_grad()
+    def _choose(
+        self,
+        hidden: Tensor,
+        residual: Tensor,
+        given: Arguments,
+        inputs: BatchInputs,
+        plan: ExecutionPlan,
+        ahead: dict[str, Tensor] | None,
+    ) -> Choice:
+        """Run the probe ahead and choose by it, on a stream of its own where the probe need not wait.
+
+        Args:
+            hidden: (B, S, D), entering the block.
+            residual: (B, S, D), what ranks the probe.
+            given: the other arguments of the block's module.
+            inputs: of the batch.
+            plan: of the batch.
+            ahead: outputs of the input projections on the batch, by name, with all weights; None runs them.
+        """
+        earlier = self._earlier(inputs)
+        if earlier is None:
+            return self.choose_by_probe(hidden, residual, given, inputs, plan, ahead)
+        choose = partial(self._choose_by_earlier, earlier.residual, given, inputs, plan)
+        side = self.context.side_stream(hidden.device)
+        if side is None:
+            return choose()
+        return side.join(side.start(earlier.since or side.moment(), choose))
+
+    def _choose_by_earlier(
+        self, residual: Tensor, given: Arguments, inputs: BatchInputs, plan: ExecutionPlan
+    ) -> Choice:
+        norm = self._norm[0]
+        source = residual if norm is None else run_stock(norm, residual)
+        return self.choose_by_probe(source, residual, given, inputs, plan, None)
+
+    def choose_by_probe(
+        self,
+        source: Tensor,
+        residual: Tensor,
+        given: Arguments,
+        inputs: BatchInputs,
+        plan: ExecutionPlan,
+        ahead: dict[str, Tensor] | None,
+    ) -> Choice:
+        """Choose by a probe that is cut from ``source`` (B, S, D); see :meth:`_choose`."""
+        probe = self._probe(source, residual, inputs, plan)
+        part = source if probe is None else probe.take(source)
+        if ahead is not None and probe is not None:
+            ahead = {name: probe.take(states) for name, states in ahead.items()}
+        states = self.runner.states(part, probe_arguments(given, probe), ahead)
+        return self._choice(states, probe, inputs)
+
+    def _choose_late(
+        self, hidden: Tensor, residual: Tensor, inputs: BatchInputs, plan: ExecutionPlan, states: Tensor
+    ) -> OnChoice:
+        """Choose by states (B, S, C) or (B * S, C) of the whole batch, the probe's among them."""
+        with torch.no_grad():
+            probe, whole = self._probe(hidden, residual, inputs, plan), inputs.as_batch(states)
+            choice = self._choice(whole if probe is None else probe.take(whole), probe, inputs)
+            self._hold(choice)
+        return OnChoice(self.runner.slices.of(choice, output_alone=True), choice, self._memory(inputs))
+
+    def _probe(self, source: Tensor, residual: Tensor, inputs: BatchInputs, plan: ExecutionPlan) -> AnyProbe | None:
+        """The part of the batch that runs ahead; None is all of it."""
+        places = inputs.places_on(source.device)
+        real = None if places is None else places.real
+        lots = inputs.lots_of(self.index, 0 if self.mixes_tokens else 1, source.device)
+        return self.method.select(residual, source, real, plan.probe_sizes, lots=lots, mixes_tokens=self.mixes_tokens)
+
+    def _choice(self, states: Tensor, probe: AnyProbe | None, inputs: BatchInputs) -> Choice:
+        """The units to keep for this batch, and what the others contribute to it on average.
+
+        Args:
+            states: (b, s, C), what reaches the output projection on the probe.
+            probe: where in the batch that is.
+            inputs: of the batch.
+        """
+        places = inputs.places_on(states.device)
+        energy, means = self.method.observe(states, probe, places, self.history, self.mean)
+        scores = self.method.unit_scores(energy, self.weight_norm, self.units.channels)
+        kept = keep_best(scores, self.runner.keep)
+        if means is None:
+            return Choice(kept)
+        weight = self.runner.output.module.weight
+        return Choice(kept, restored_mean(weight, means, unit_channels(kept, self.units.channels)))
+
+    def _hold(self, choice: Choice) -> None:
+        """Note the choice of the batch for decoding, and for whoever asks."""
+        self.kept.copy_(choice.kept)
+        if self.restored is not None and choice.restored is not None:
+            self.restored.copy_(choice.restored)
+        self.recomputing.note(choice)
+
+    def _memory(self, inputs: BatchInputs) -> Any:
+        """What moves the history by the batch's states; None leaves it."""
+        return partial(self.remember, inputs) if inputs.remember and self.history is not None else None
+
+    @torch.no_grad()
+    def remember(self, inputs: BatchInputs, states: Tensor, kept: Tensor) -> None:
         """Move the history, and the running mean where there is one, by a batch.
 
         Args:
-            states: (B, S, C or K * d), the input of the output matrix.
+            inputs: of the batch.
+            states: (..., K * w), the input of the output matrix.
             kept: (K,) int64, the units that it has.
-            places: positions of the batch.
         """
         assert self.history is not None
+        states, places = inputs.as_batch(states), inputs.places_on(states.device)
         channels = unit_channels(kept, self.units.channels)
         if places is None:
             update_history_(self.history, second_moment(states), channels, self.method.momentum, None)
@@ -285,11 +272,34 @@ class PrunedBlock(nn.Module, ABC):
             batch_mean = channel_mean(states, None if places is None else places.real)
             update_mean_(self.mean, batch_mean, channels, self.method.momentum)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrunedBlock":
+    def _earlier(self, inputs: BatchInputs) -> Earlier | None:
+        """The residual that a parallel probe is taken from."""
+        if self.method.probe_source != "previous":
+            return None
+        earlier = inputs.middle if self.mixes_tokens else inputs.entered
+        return None if earlier is None else earlier.on(self.kept.device)
+
+    # Decoding.
+
+    def expect_decoding(self) -> None:
+        """From now on leave the slices of prompts for the tokens that continue them."""
+        if not self.decodes:  # written once only: graphs would do so for every token
+            self.decodes = True
+
+    def hold_slices(self) -> None:
+        """Make what decoding runs on now.
+
+        transformers compiles decoding with a cache of fixed size on accelerators, with CUDA graphs: what is made inside
+        of one is gone with the next token.
+        """
+        self.expect_decoding()
+        self.runner.slices.hold(self.last)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PrunedBlock":
         """Follow the model to its device, but stay in float32: a history in half precision stalls."""
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 moved = fn(buffer)
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-        self.slices.forget()
+        self.runner.slices.forget()
         return self

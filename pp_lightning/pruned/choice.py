@@ -17,15 +17,15 @@ class Choice(NamedTuple):
     restored: Tensor | None = None
 
 
-class HowToRun(NamedTuple):
-    """How a batch is run: Python constants, known from its shape.
+class ExecutionPlan(NamedTuple):
+    """How a block runs a batch: Python constants, known from the batch's shape.
 
     Attributes:
-        keep: K, the units that stay.
-        shares: whether probe and batch come from one projection.
-        leaves: whether the slices are left where decoding will find them.
+        probe_sizes: rows and tokens of the probe.
+        shares: whether probe and batch come from one projection with all weights.
+        leaves: whether the slices are left where decoding finds them.
     """
 
-    keep: int
+    probe_sizes: tuple[int, int]
     shares: bool
-    leaves: bool = False
+    leaves: bool

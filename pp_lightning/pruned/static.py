@@ -1,77 +1,118 @@
 """Static pruning: a stock layer whose projections are replaced by narrower ones, for good."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from pp_lightning.architectures import Architecture, ModelShape
-from pp_lightning.blocks import Block, BlockPlan, block_modules
-from pp_lightning.functional.selection import take_columns, take_rows
+from pp_lightning.blocks import AttentionUnit, ModelShape
+from pp_lightning.errors import UserError
+from pp_lightning.families import BlockModules
+from pp_lightning.functional.selection import take_columns, take_unit_rows
 from pp_lightning.methods.base import StaticChoice
+from pp_lightning.pruned.projection import PrunedProjection
+from pp_lightning.pruned.runner import BlockRunner
+from pp_lightning.pruned.slices import SliceMemory
 
 
-@dataclass(frozen=True)
+class TakeHeads:
+    """Forward hook of a key or value projection that stays whole: each kept query head gets its own.
+
+    Args:
+        heads: (K,) int64, the key/value head of each kept query head.
+        size: d.
+    """
+
+    def __init__(self, heads: Tensor, size: int) -> None:
+        self.heads = heads
+        self.size = size
+
+    def __call__(self, projection: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """(..., G * d) to (..., K * d)."""
+        self.heads = self.heads.to(output.device)
+        return output.unflatten(-1, (-1, self.size)).index_select(-2, self.heads).flatten(-2)
+
+
+@dataclass
 class SlicedBlock:
-    """What a block was before it was sliced: the dense projections by path, and a head count that was an attribute."""
+    """What a block was before it was sliced.
 
-    dense: Mapping[str, nn.Linear]
-    attention_path: str
-    head_count: str | None
-    num_heads: int
+    Attributes:
+        runner: of its stock code.
+        dense: the dense projections by name.
+        parameters: other dense parameters of its module by name.
+        hooks: on projections that stay whole.
+    """
+
+    runner: BlockRunner
+    dense: Mapping[str, nn.Module]
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
 
-def slice_block(
-    layer: nn.Module,
-    architecture: Architecture,
-    shape: ModelShape,
-    plan: BlockPlan,
-    choice: StaticChoice,
-) -> SlicedBlock:
+def slice_block(modules: BlockModules, shape: ModelShape, unit: AttentionUnit, choice: StaticChoice) -> SlicedBlock:
     """Replace a block's projections by slices of the kept units. The layer's own ``forward`` then runs them.
 
     Args:
-        layer: a stock decoder layer.
-        architecture: its description.
+        modules: of a stock layer.
         shape: the dense model's sizes.
-        plan: which block, and its units; in attention with grouped queries these are whole key/value groups.
+        unit: what is pruned in attention.
         choice: the kept units, and a bias for the block's output.
 
     Returns:
         What :func:`restore_block` needs.
+
+    Raises:
+        UserError: a projection is not a plain Linear.
     """
-    modules, units, kept = block_modules(architecture, layer, plan.block), plan.units, choice.kept
-    queries_per_key = shape.num_heads // shape.num_key_value_heads
-    shared = {"key", "value"}
-    for role, module in modules.inputs.items():
-        rows = units.channels // queries_per_key if role in shared else units.channels
-        module_bias = None if module.bias is None else take_rows(module.bias, kept, rows)
-        layer.set_submodule(
-            modules.names[role], _linear_like(module, take_rows(module.weight, kept, rows), module_bias)
-        )
-    output = modules.output
-    columns = take_columns(output.weight, kept, units.channels).contiguous()
-    layer.set_submodule(modules.names["output"], _linear_like(output, columns, _total_bias(output, choice.bias)))
-    head_count = architecture.head_count if plan.block is Block.ATTENTION else None
-    if head_count is not None:
-        setattr(layer.get_submodule(architecture.attention), head_count, len(kept))
-    dense = {modules.names[role]: module for role, module in {**modules.inputs, "output": output}.items()}
-    return SlicedBlock(dense, architecture.attention, head_count, shape.num_heads)
+    kept = choice.kept
+    runner = BlockRunner(modules, shape, unit, len(kept), SliceMemory())
+    for one in runner.projections.values():
+        if not one.is_linear:
+            raise UserError(
+                f"{modules.path_of(one.name)} is a {type(one.module).__name__}: static pruning slices plain Linear "
+                "layers, so merge adapters and load unquantised weights"
+            )
+    sliced = SlicedBlock(runner, {name: one.module for name, one in runner.projections.items()})
+    module, like = modules.module, runner.output.module
+    for one in runner.inputs:
+        if one.repeats > 1:
+            sliced.hooks.append(one.module.register_forward_hook(TakeHeads(kept // one.repeats, shape.head_size)))
+        else:
+            setattr(module, one.name, _narrow(one, kept))
+    columns = take_columns(like.weight, kept, runner.units.channels).contiguous()
+    setattr(module, modules.output, _linear_like(like, columns, _total_bias(like, choice.bias)))
+    if runner.fields is not None:
+        runner.fields.install()
+        sliced.parameters = runner.fields.narrow_for_good(kept)
+    return sliced
 
 
-def restore_block(layer: nn.Module, sliced: SlicedBlock) -> None:
+def restore_block(sliced: SlicedBlock) -> None:
     """Put the dense projections back, with the device and dtype that the slices have now."""
-    for path, dense in sliced.dense.items():
-        narrow = layer.get_submodule(path)
-        assert isinstance(narrow, nn.Linear)
-        layer.set_submodule(path, dense.to(narrow.weight.device, narrow.weight.dtype))
-    if sliced.head_count is not None:
-        setattr(layer.get_submodule(sliced.attention_path), sliced.head_count, sliced.num_heads)
+    module = sliced.runner.module
+    narrow = getattr(module, sliced.runner.modules.output).weight
+    for name, dense in sliced.dense.items():
+        setattr(module, name, dense.to(narrow.device, narrow.dtype))
+    for name, whole in sliced.parameters.items():
+        setattr(module, name, nn.Parameter(whole.to(narrow.device, narrow.dtype), whole.requires_grad))
+    for hook in sliced.hooks:
+        hook.remove()
+    if sliced.runner.fields is not None:
+        sliced.runner.fields.remove()
+
+
+def _narrow(one: PrunedProjection, kept: Tensor) -> nn.Linear:
+    weight, bias = one.matrix
+    own_bias = None if bias is None else take_unit_rows(bias, one.rows, kept)
+    return _linear_like(one.module, take_unit_rows(weight, one.rows, kept), own_bias)
 
 
 def _linear_like(module: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear: nn.Linear = type(module)(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=module.weight.requires_grad)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), requires_grad=module.weight.requires_grad)

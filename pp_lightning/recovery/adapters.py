@@ -9,12 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pp_lightning.architectures import architecture_of
-from pp_lightning.blocks import Block, block_modules
+from pp_lightning.blocks import BlockKey
 from pp_lightning.errors import UserError
-from pp_lightning.functional.selection import take_columns, take_rows
-from pp_lightning.gradients import OUTPUT, Projection
-from pp_lightning.statistics import BlockKey
+from pp_lightning.families import blocks_of, layer_prefix, unit_rows
+from pp_lightning.functional.selection import take_columns, take_unit_rows
+from pp_lightning.gradients import Projection
 
 _NAME = "default"  # peft's name for an only adapter
 _PREFIX = "base_model.model."  # what peft's own wrapper puts before a module's path in its files
@@ -76,15 +75,16 @@ class Adapters:
         Args:
             kept: by block, the kept units (K,) and how many units there are.
         """
-        state = self.state()
-        for (key, role), _ in self.layers():
-            if key in kept:
-                units, number = kept[key]
-                down, up = self.names((key, role))
-                if role == OUTPUT:
+        state, blocks = self.state(), blocks_of(self.model)
+        for key, (units, number) in kept.items():
+            modules = blocks[key]
+            for name in modules.names:
+                down, up = self.names((key, modules.role(name)))
+                if name == modules.output:
                     state[down] = take_columns(state[down], units, state[down].shape[1] // number).contiguous()
                 else:
-                    state[up] = take_rows(state[up], units, state[up].shape[0] // number)
+                    rows = unit_rows(modules.inputs[name], number, shared=False)
+                    state[up] = take_unit_rows(state[up], rows, units)
         return state
 
     @torch.no_grad()
@@ -131,13 +131,11 @@ class Adapters:
 
 def projection_paths(model: PreTrainedModel) -> dict[Projection, str]:
     """Paths inside the model of all projections of all layers, by block and role."""
-    architecture = architecture_of(model.config)
-    paths: dict[Projection, str] = {}
-    for index, layer in enumerate(architecture.layers_of(model)):
-        for block in Block:
-            for role, name in block_modules(architecture, layer, block).names.items():
-                paths[(index, block), role] = f"{architecture.decoder}.{architecture.layers}.{index}.{name}"
-    return paths
+    return {
+        (key, modules.role(name)): f"{layer_prefix(model, key[0])}.{modules.path_of(name)}"
+        for key, modules in blocks_of(model).items()
+        for name in modules.names
+    }
 
 
 def down_of(layer: Any) -> nn.Parameter:
@@ -169,8 +167,7 @@ def _merged(layer: Any) -> nn.Linear:
 
 def _depth(model: PreTrainedModel) -> int:
     """Dots before the part of a projection's path that is the same in every layer."""
-    architecture = architecture_of(model.config)
-    return f"{architecture.decoder}.{architecture.layers}.0".count(".") + 1
+    return layer_prefix(model, 0).count(".") + 1
 
 
 def _peft() -> Any:

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pp_lightning.blocks import BlockKey
 from pp_lightning.errors import UserError
+from pp_lightning.families import OUTPUT
 from pp_lightning.functional.schedule import cubic_ratio, last_ratio, removed_units
 from pp_lightning.functional.selection import keep_best
-from pp_lightning.gradients import OUTPUT
 from pp_lightning.importances import Importances
 from pp_lightning.methods.base import BlockToPrune, StaticChoice
 from pp_lightning.methods.lora_prune import LORA, LoRAPrune
 from pp_lightning.recovery.adapters import Adapters
 from pp_lightning.recovery.importances import adapter_members
-from pp_lightning.statistics import BlockKey
 
 
 class GradualPruning:

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pp_lightning.blocks import BlockKey
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import fingerprint
+from pp_lightning.families import OUTPUT
 from pp_lightning.functional.lora import lora_importance
-from pp_lightning.gradients import IGNORED, OUTPUT, Batch, frozen_except, labels_of, next_token_loss, recomputed
-from pp_lightning.importances import Importances, Members
+from pp_lightning.gradients import IGNORED, Batch, frozen_except, labels_of, next_token_loss, recomputed
+from pp_lightning.importances import Importances, Members, by_role
 from pp_lightning.methods.lora_prune import LORA
 from pp_lightning.progress import shown
 from pp_lightning.pruning import is_pruned
 from pp_lightning.recovery.adapters import Adapters, down_of, scale_of, up_of
-from pp_lightning.statistics import BlockKey
 
 
 def lora_importances(
@@ -69,9 +70,8 @@ def adapter_members(adapters: Adapters, layers: Sequence[int] | None = None) -> 
             down, up = down_of(layer), up_of(layer)
             assert down.grad is not None and up.grad is not None
             weight = layer.get_base_layer().weight
-            members.setdefault(key, {})[role] = lora_importance(
-                weight, down, up, down.grad, up.grad, scale_of(layer), of_outputs=role != OUTPUT
-            )
+            vector = lora_importance(weight, down, up, down.grad, up.grad, scale_of(layer), of_outputs=role != OUTPUT)
+            members.setdefault(key, {}).update(by_role(role, vector))
     return dict(members)
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from pp_lightning.architectures import architecture_of
 from transformers import AutoModelForCausalLM, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
 
 from pp_lightning import UserError, calibrate, frozen_history, kept_units, prune_, unprune_
-from pp_lightning.architectures import architecture_of
 from pp_lightning.commonsense import score_batch
 from pp_lightning.commonsense.batching import ChoiceBatch, collate_questions, group_questions
 from pp_lightning.commonsense.encoding import EncodedQuestion, EncodedRow

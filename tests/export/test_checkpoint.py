@@ -13,7 +13,7 @@ from export import export_checkpoint
 from export.costs import dense_parameters
 from export.entries import Entry
 from pp_lightning import UserError, calibrate, kept_units, prune_
-from pp_lightning.architectures import shape_of
+from pp_lightning.families import shape_of
 from pp_lightning.flops import dense_flops
 from pp_lightning.methods import FLAP, ProbePruning, StaticPPsp, WandaSP
 from tests.models import (

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pp_lightning import kept_units, prune_
-from pp_lightning.architectures import shape_of
 from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, Units, units_of
+from pp_lightning.families import shape_of
 from pp_lightning.methods import FLAP
 from pp_lightning.methods.base import BlockToPrune
 from pp_lightning.methods.flap import global_counts

@@ -6,7 +6,6 @@ import torch
 from pp_lightning import UserError, calibrate, kept_units, prune_, unprune_
 from pp_lightning.functional.moments import Places
 from pp_lightning.methods import ProbePruning, StaticPPsp, WandaSP
-from pp_lightning.pruning import pruners_of
 from tests.models import PRUNED, SETTINGS, histories, ids, logits, output_weights, ragged, run_frozen, statistics, tiny
 from tests.recording import RecordingProbePruning
 
@@ -216,7 +215,7 @@ def test_fixed_fusion_weights_choose_differently():
         model = tiny("llama")
         prune_(model, ProbePruning(fusion_weight=weight), statistics("llama"), **SETTINGS)
         logits(model, ids())
-        chosen.append([p.mlp.kept.tolist() for p in pruners_of(model).values()])
+        chosen.append([units.mlp.tolist() for units in kept_units(model).values()])
     assert chosen[0] != chosen[1]
 
 

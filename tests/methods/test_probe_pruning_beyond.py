@@ -4,15 +4,14 @@ import pytest
 import torch
 
 from pp_lightning import UserError, kept_units, prune_, unprune_
-from pp_lightning.architectures import architecture_of
-from pp_lightning.blocks import Block, block_modules
+from pp_lightning.blocks import Block
+from pp_lightning.families import blocks_of
 from pp_lightning.functional.draws import ScatteredProbe
 from pp_lightning.functional.probe import Probe
 from pp_lightning.functional.selection import unit_channels
 from pp_lightning.methods import ProbePruning
-from pp_lightning.pruned.batch import run_batch
-from pp_lightning.pruning import pruners_of
-from tests.models import MODELS, PRUNED, SETTINGS, choices, ids, logits, ragged, statistics, tiny
+from pp_lightning.pruned.choice import Choice
+from tests.models import MODELS, PRUNED, SETTINGS, choices, ids, logits, pruned_blocks, ragged, statistics, tiny
 from tests.recording import RecordingProbePruning
 
 WHOLE = {"row_ratio": 1.0, "token_ratio": 1.0}
@@ -24,17 +23,12 @@ def pruned(name, method, **settings):
     return model
 
 
-def blocks_of(model):
-    return {(layer, name): getattr(pruner, name.value) for layer, pruner in pruners_of(model).items() for name in Block}
-
-
 def with_means_in_place(name, kept, mean_of):
     """A dense model in which every pruned channel is replaced by ``mean_of(key, states)`` before the output matrix."""
     model = tiny(name)
-    layers = architecture_of(model.config).layers_of(model)
     for layer, units in kept.items():
         for block in Block:
-            modules = block_modules(architecture_of(model.config), layers[layer], block)
+            modules = blocks_of(model)[layer, block]
             numbers = getattr(units, block.value)
             width = 1 if block is Block.MLP else modules.output_weight.shape[1] // (4 if name == "llama_gqa" else 8)
             stays = torch.zeros(modules.output_weight.shape[1], dtype=torch.bool)
@@ -44,7 +38,7 @@ def with_means_in_place(name, kept, mean_of):
                 states = inputs[0]
                 return (torch.where(stays, states, mean_of(key, states)),)
 
-            modules.output.register_forward_pre_hook(replace)
+            modules.projection(modules.output).register_forward_pre_hook(replace)
     return model
 
 
@@ -64,16 +58,16 @@ def test_restores_the_mean_of_the_batch(name, score):
 def test_restores_the_running_mean():
     model = pruned("llama", ProbePruning(compensation="history", momentum=1.0))
     found = logits(model, ids())
-    calibrated = {key: statistics("llama").channel_moments(*key)[0] for key in blocks_of(model)}
+    calibrated = {key: statistics("llama").channel_moments(*key)[0] for key in pruned_blocks(model)}
     expected = with_means_in_place("llama", kept_units(model), lambda key, _: calibrated[key])
     torch.testing.assert_close(found, logits(expected, ids()), rtol=1e-4, atol=1e-4)
 
 
 def test_running_means_move_where_channels_are_kept():
     model = pruned("llama", ProbePruning(compensation="history", momentum=0.5))
-    before = {key: block.mean.clone() for key, block in blocks_of(model).items()}
+    before = {key: block.mean.clone() for key, block in pruned_blocks(model).items()}
     logits(model, ids())
-    for (_, name), block in blocks_of(model).items():
+    for (_, name), block in pruned_blocks(model).items():
         channels = unit_channels(block.kept, block.units.channels)
         moved = block.mean != before[_, name]
         assert moved[channels].all()
@@ -198,19 +192,19 @@ def test_a_held_choice_holds_what_it_restores():
     with torch.no_grad():
         filled = model(input_ids=text, use_cache=True).past_key_values
         model(input_ids=text[:, :1], past_key_values=filled, use_cache=True)
-    for block in blocks_of(model).values():
+    for block in pruned_blocks(model).values():
         assert block.restored.abs().sum() > 0
-        torch.testing.assert_close(block.slices.held.projections["output"].bias, block.restored)
+        torch.testing.assert_close(block.runner.slices.held[block.runner.modules.output].bias, block.restored)
 
 
 def test_bias_of_the_output_matrix_stays():
     model = pruned("opt", ProbePruning(compensation="probe"))
-    block = blocks_of(model)[2, Block.MLP]
-    own = block.parts.output.bias.clone()
-    weights = block.slices.whole().restoring(torch.ones(64))
-    torch.testing.assert_close(weights.projections["output"].bias, own + 1)
+    runner = pruned_blocks(model)[2, Block.MLP].runner
+    own = runner.output.module.bias.clone()
+    weights = runner.slices.of(Choice(torch.arange(4), torch.ones(64)), output_alone=True)
+    torch.testing.assert_close(weights["fc2"].bias, own + 1)
     logits(model, ids())
-    assert torch.equal(block.parts.output.bias, own)  # and no weight changes
+    assert torch.equal(runner.output.module.bias, own)  # and no weight changes
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -235,9 +229,9 @@ def test_a_layer_of_the_best_settings_traces_into_one_graph(batch, change):
     def model_and_logits(compiled):
         model = pruned("llama", ProbePruning(**{**ProbePruning.best().settings(), **change}))
         torch._dynamo.reset()
-        for pruner in pruners_of(model).values():
+        for layer in model.model.layers:
             if compiled:
-                pruner.run_batch = torch.compile(run_batch, fullgraph=True, backend="eager")
+                layer.compile(fullgraph=True, backend="eager")
         given = ragged([24, 20, 9, 24], "left")
         mask = {"attention_mask": given["attention_mask"]} if batch == "padded" else {}
         return [logits(model, given["input_ids"], **mask) for _ in range(2)], choices(kept_units(model))

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from pp_lightning.pruned.workspace import SliceWorkspace, fresh_memory
 
 from pp_lightning import calibrate, kept_units, prune_, unprune_
 from pp_lightning.functional import linear as linear_module
 from pp_lightning.methods import FullBatchProbing, ProbePruning
 from pp_lightning.pruned.choice import Choice
-from pp_lightning.pruned.workspace import SliceWorkspace, fresh_memory
 from pp_lightning.pruning import pruners_of, pruning_of
 from tests.models import (
     MODELS,

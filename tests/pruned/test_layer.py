@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from pp_lightning import calibrate, kept_units, prune_
-from pp_lightning.architectures import architecture_of, shape_of
 from pp_lightning.blocks import Block
+from pp_lightning.families import blocks_of, shape_of
 from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, StaticPPsp, WandaSP
 from tests.models import (
     GROUPED,
@@ -101,15 +101,11 @@ def test_flap_equals_masked_dense_with_its_bias(name, bias):
 
 def add_flap_bias(model, kept, stats, num_units):
     """Put ``W E[x]`` of the removed channels on top of what bias the output matrices have, with loops."""
-    architecture = architecture_of(model.config)
     for index, units in kept.items():
-        layer = architecture.layers_of(model)[index]
-        parts = (
-            (Block.ATTENTION, architecture.attention_output, units.attention, num_units),
-            (Block.MLP, architecture.down, units.mlp, MLP_WIDTH),
-        )
-        for block, path, kept_here, number in parts:
-            output = layer.get_submodule(path)
+        parts = ((Block.ATTENTION, units.attention, num_units), (Block.MLP, units.mlp, MLP_WIDTH))
+        for block, kept_here, number in parts:
+            modules = blocks_of(model)[index, block]
+            output = modules.projection(modules.output)
             width = output.in_features // number
             mean = stats.sums[index, block].values.sum(0) / stats.counts.sum()
             bias = torch.zeros(output.out_features)

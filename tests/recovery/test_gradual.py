@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from pp_lightning import UserError, prune_
-from pp_lightning.architectures import shape_of
 from pp_lightning.blocks import Block
 from pp_lightning.evidence import fingerprint
+from pp_lightning.families import shape_of
 from pp_lightning.functional.members import normalised_unit_scores
 from pp_lightning.methods import LoRAPrune
 from pp_lightning.methods.recorded import Choices, Recorded

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from pp_lightning import UserError, prune_, taylor_importances
-from pp_lightning.architectures import architecture_of
-from pp_lightning.blocks import Block, block_modules
+from pp_lightning.blocks import Block
+from pp_lightning.families import blocks_of
 from pp_lightning.methods import WandaSP
 from pp_lightning.recovery import Adapters, lora_importances
 from pp_lightning.recovery.adapters import down_of
@@ -19,12 +19,12 @@ def dense_gradients(name):
     model = tiny(name)
     text = torch.cat([batch["input_ids"] for batch in BATCHES])
     model(input_ids=text, labels=text, use_cache=False).loss.backward()
-    architecture = architecture_of(model.config)
     found = {}
     for block in Block:
-        parts = block_modules(architecture, architecture.layers_of(model)[LAYER], block)
-        for role, module in {**parts.inputs, "output": parts.output}.items():
-            found[block, role] = module.weight.detach(), module.weight.grad
+        parts = blocks_of(model)[LAYER, block]
+        for name in parts.names:
+            weight = parts.projection(name).weight
+            found[block, parts.role(name)] = weight.detach(), weight.grad
     return found
 
 

@@ -1,9 +1,9 @@
 import pytest
+from pp_lightning.architectures import ARCHITECTURES, LLAMA, OPT, architecture_of, shape_of
 from torch import nn
 from transformers import GPT2Config, LlamaConfig, OPTConfig
 
 from pp_lightning import UserError, calibrate, prune_
-from pp_lightning.architectures import ARCHITECTURES, LLAMA, OPT, architecture_of, shape_of
 from pp_lightning.blocks import Block, block_modules
 from pp_lightning.methods import FullBatchProbing
 from tests.models import GROUPS, HEADS, LAYERS, MLP_WIDTH, MODELS, calibration_batches, config, tiny

@@ -5,9 +5,9 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 
 from pp_lightning import UserError, calibrate, compile_, prune_, unprune_
-from pp_lightning.architectures import architecture_of
-from pp_lightning.forwards import is_wrapped
+from pp_lightning.families import layers_of
 from pp_lightning.gradients import recomputed
+from pp_lightning.interfaces import is_wrapped
 from pp_lightning.methods import FLAP, ProbePruning
 from tests.models import SETTINGS, calibration_batches, histories, ids, logits, statistics, tiny
 
@@ -19,10 +19,6 @@ def wrapped(name):
     dispatch_model(model, device_map={"": "cpu"}, force_hooks=True)
     assert all(is_wrapped(layer) for layer in layers_of(model))
     return model
-
-
-def layers_of(model):
-    return architecture_of(model.config).layers_of(model)
 
 
 def count_moves(model):

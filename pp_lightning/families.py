@@ -1,0 +1,437 @@
+"""Model families as data: where a transformer keeps the parts that pruning touches, and what is particular about it.
+
+Blocks are found by the names that transformers gives to projections, and by shape. A family that needs nothing else is
+a model type in :data:`FAMILIES` at most; a :class:`Family` says what differs. Whatever is found is checked when a model
+is pruned (:mod:`pp_lightning.pruned.check`).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from pp_lightning.blocks import Block, BlockKey, ModelShape
+from pp_lightning.errors import UserError
+from pp_lightning.functional.selection import Rows
+
+# Projections into a block by name, each with the roles of its output rows; several roles follow one another. ``group``
+# is query, key and value of a head (or of a key/value group), one unit after the other.
+_ATTENTION_INPUTS: tuple[Mapping[str, tuple[str, ...]], ...] = (
+    {"q_proj": ("query",), "k_proj": ("key",), "v_proj": ("value",)},
+    {"qkv_proj": ("query", "key", "value")},
+    {"query_key_value": ("group",)},
+)
+_ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense")
+_MLP_INPUTS: tuple[Mapping[str, tuple[str, ...]], ...] = (
+    {"gate_proj": ("gate",), "up_proj": ("up",)},
+    {"gate_up_proj": ("gate", "up")},
+    {"up_proj": ("up",)},
+    {"fc1": ("up",)},
+    {"c_fc": ("up",)},
+    {"dense_h_to_4h": ("up",)},
+)
+_MLP_OUTPUTS = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
+OUTPUT = "output"  # the role of the matrix whose inputs are scored
+_HEAD_SIZES = ("head_dim", "head_size", "attention_head_size")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is particular about some model types.
+
+    Attributes:
+        model_types: values of ``config.model_type``.
+        query_counts: attributes of the attention module that fix its number of query heads; ``config.NAME`` is a field
+            of the module's config. Without any, the number follows from the width of the projections.
+        key_counts: the same of key/value heads.
+        head_parameters: parameters of the attention module with one row a query head.
+        bare_mlp: name of the activation, where a layer runs its MLP's projections without a module around them.
+        linear: names of Linear subclasses that compute what a Linear does.
+        stacked_if: config field; where it is set, rows of a fused ``group`` projection lie role by role after all.
+        refusals: blocks that cannot be pruned, and why.
+        unless: config field and value: a configuration that cannot be pruned at all, and why.
+    """
+
+    model_types: tuple[str, ...]
+    query_counts: tuple[str, ...] = ()
+    key_counts: tuple[str, ...] = ()
+    head_parameters: tuple[str, ...] = ()
+    bare_mlp: str | None = None
+    linear: tuple[str, ...] = ()
+    stacked_if: tuple[str, Any] | None = None
+    refusals: Mapping[Block, str] = field(default_factory=dict)
+    unless: tuple[str, Any, str] | None = None
+
+
+_EXPERTS = "its channels are those of routed experts"
+_ALL_HEADS = "it normalises queries and keys over all heads together"
+
+FAMILIES = (
+    Family(
+        (
+            "apertus",
+            "arcee",
+            "cohere",
+            "cohere2",
+            "dinov2",
+            "ernie4_5",
+            "eurobert",
+            "exaone4",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "glm",
+            "glm4",
+            "gpt_neox",
+            "granite",
+            "helium",
+            "hunyuan_v1_dense",
+            "llama",
+            "llama4_text",
+            "ministral",
+            "ministral3",
+            "mistral",
+            "nanochat",
+            "nemotron",
+            "olmo",
+            "phi",
+            "qwen2",
+            "qwen3",
+            "qwen3_5_text",
+            "seed_oss",
+            "siglip_vision_model",
+            "smollm3",
+            "starcoder2",
+            "vit",
+        )
+    ),
+    Family(
+        ("opt",),
+        query_counts=("num_heads",),
+        bare_mlp="activation_fn",
+        unless=("do_layer_norm_before", False, "it normalises after each block, as OPT-350m does"),
+    ),
+    Family(("stablelm",), query_counts=("num_heads",), key_counts=("num_key_value_heads",)),
+    Family(("phi3",), query_counts=("config.num_attention_heads",), key_counts=("num_key_value_heads",)),
+    Family(
+        ("falcon",),
+        query_counts=("num_heads",),
+        key_counts=("num_kv_heads",),
+        linear=("FalconLinear",),
+        stacked_if=("multi_query", True),
+    ),
+    Family(("mixtral", "qwen3_moe", "granitemoe", "qwen3_next"), refusals={Block.MLP: _EXPERTS}),
+    Family(("gpt_oss",), head_parameters=("sinks",), refusals={Block.MLP: _EXPERTS}),
+    Family(("olmo2", "olmo3"), refusals={Block.ATTENTION: _ALL_HEADS}),
+    Family(("diffllama",), refusals={Block.ATTENTION: "its heads work in pairs"}),
+    Family(("deepseek_v2", "deepseek_v3"), refusals={Block.ATTENTION: "its heads share one latent projection"}),
+)
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """What is particular about a model's type; nothing where it is not known.
+
+    Raises:
+        UserError: this configuration of the type cannot be pruned.
+    """
+    known = (family for family in FAMILIES if config.model_type in family.model_types)
+    family = next(known, Family((config.model_type,)))
+    if family.unless is not None:
+        name, value, reason = family.unless
+        if getattr(config, name, None) == value:
+            raise UserError(f"this {config.model_type} model cannot be pruned: {reason}")
+    return family
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of a projection that play one role.
+
+    Attributes:
+        role: ``query``, ``key``, ``value``, ``group``, ``gate`` or ``up``.
+        rows: how many.
+    """
+
+    role: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class BlockModules:
+    """Where one block of one layer keeps its modules. Modules are looked up anew each time: adapters wrap them.
+
+    Attributes:
+        block: which block.
+        layer: the decoder (or encoder) layer.
+        path: of the block's own module inside the layer; empty where the layer itself runs the projections.
+        inputs: projections into the block by their name inside that module, with the roles of their rows.
+        output: name of the projection that leaves the block, weight (D, C).
+        family: what is particular.
+    """
+
+    block: Block
+    layer: nn.Module
+    path: str
+    inputs: Mapping[str, tuple[Part, ...]]
+    output: str
+    family: Family
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that owns the projections."""
+        return self.layer.get_submodule(self.path)
+
+    @property
+    def owner(self) -> Any:
+        """The module that :mod:`pp_lightning.pruned` hangs its own on: the block's, or a bare block's first projection."""
+        return self.projection(next(iter(self.inputs))) if self.is_bare else self.module
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All projections, the output last."""
+        return (*self.inputs, self.output)
+
+    def projection(self, name: str) -> Any:
+        """A projection as it is now."""
+        return getattr(self.module, name)
+
+    def path_of(self, name: str) -> str:
+        """Path of a projection inside the layer."""
+        return f"{self.path}.{name}" if self.path else name
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix whose input columns are scored, (D, C)."""
+        weight: Tensor = self.projection(self.output).weight
+        return weight
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the layer itself runs the projections, without a module around them."""
+        return not self.path
+
+    @property
+    def activation(self) -> Any:
+        """Of a bare MLP: what is between its projections."""
+        assert self.family.bare_mlp is not None
+        return getattr(self.layer, self.family.bare_mlp)
+
+    def is_linear(self, projection: nn.Module) -> bool:
+        """Whether a projection computes ``x W^T + b`` of a plain weight, and nothing else."""
+        known = type(projection).forward is nn.Linear.forward or type(projection).__name__ in self.family.linear
+        weight = getattr(projection, "weight", None)
+        return known and type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+
+    def role(self, name: str) -> str:
+        """What a projection is: ``output``, or the roles of its rows."""
+        return OUTPUT if name == self.output else "+".join(part.role for part in self.inputs[name])
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether a projection has rows of several roles."""
+        return any(len(parts) > 1 or parts[0].role == "group" for parts in self.inputs.values())
+
+
+def stack_path(model: PreTrainedModel) -> tuple[str, str]:
+    """Path of the module that loops over the layers, and the name of its list of them.
+
+    Raises:
+        UserError: there is no list of layers.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and any(_looks_like_a_layer(one) for one in module):
+            parent, _, name = path.rpartition(".")
+            return parent, name
+    raise UserError(f"model type {model.config.model_type!r} has no list of transformer layers that can be pruned")
+
+
+def stack_of(model: PreTrainedModel) -> nn.Module:
+    """The module that loops over the layers."""
+    stack: nn.Module = model.get_submodule(stack_path(model)[0])
+    return stack
+
+
+def layers_of(model: PreTrainedModel) -> Sequence[nn.Module]:
+    """The layers, first to last."""
+    parent, name = stack_path(model)
+    layers = getattr(model.get_submodule(parent), name)
+    assert isinstance(layers, nn.ModuleList)
+    return list(layers)
+
+
+def layer_prefix(model: PreTrainedModel, index: int) -> str:
+    """Path of a layer inside the model."""
+    return ".".join(part for part in (*stack_path(model), str(index)) if part)
+
+
+def blocks_of(model: PreTrainedModel) -> dict[BlockKey, BlockModules]:
+    """Every block of every layer that pruning knows, whether or not it can be pruned."""
+    family, config = family_of(model.config), model.config
+    found = (
+        (i, block, block_of(layer, block, family, config))
+        for i, layer in enumerate(layers_of(model))
+        for block in Block
+    )
+    return {(index, block): modules for index, block, modules in found if modules is not None}
+
+
+def block_of(layer: nn.Module, block: Block, family: Family, config: PreTrainedConfig) -> BlockModules | None:
+    """One block of a layer; None where it has none that is known."""
+    attention = block is Block.ATTENTION
+    inputs, outputs = (_ATTENTION_INPUTS, _ATTENTION_OUTPUTS) if attention else (_MLP_INPUTS, _MLP_OUTPUTS)
+    bare = [("", layer)] if family.bare_mlp and not attention else []
+    for path, module in [*layer.named_children(), *bare]:
+        roles = next((names for names in inputs if all(hasattr(module, name) for name in names)), None)
+        output = next((name for name in outputs if hasattr(module, name)), None)
+        if roles is None or output is None or not _are_matrices(module, (*roles, output)):
+            continue
+        parts = {name: _parts(module, name, own, output, family, config) for name, own in roles.items()}
+        return BlockModules(block, layer, path, parts, output, family)
+    return None
+
+
+def unit_rows(parts: Sequence[Part], number: int, *, shared: bool) -> list[Rows]:
+    """Which rows of a projection belong to units.
+
+    Args:
+        parts: of the projection.
+        number: U.
+        shared: keys and values stay whole, as single query heads of a group share them.
+    """
+    rows, start = [], 0
+    for part in parts:
+        whole = shared and part.role in ("key", "value")
+        rows.append(Rows(start, part.rows, 0 if whole else part.rows // number))
+        start += part.rows
+    return rows
+
+
+def refusal(family: Family, block: Block, found: bool) -> str | None:
+    """Why no layer's ``block`` can be pruned; None where nothing is known against it."""
+    if block in family.refusals:
+        return family.refusals[block]
+    return None if found else "its projections have no names that are known"
+
+
+def _looks_like_a_layer(module: nn.Module) -> bool:
+    children = [module, *module.children()]
+    every = (*_ATTENTION_INPUTS, *_MLP_INPUTS)
+    return any(all(hasattr(child, name) for name in names) for child in children for names in every)
+
+
+def _are_matrices(module: nn.Module, names: Sequence[str]) -> bool:
+    projections = [getattr(module, name) for name in names]
+    return all(isinstance(one, nn.Module) and getattr(one, "weight", None) is not None for one in projections)
+
+
+def _parts(
+    module: nn.Module, name: str, roles: tuple[str, ...], output: str, family: Family, config: PreTrainedConfig
+) -> tuple[Part, ...]:
+    rows = _features(getattr(module, name))[0]
+    if roles == ("group",) and family.stacked_if is not None:
+        field_name, value = family.stacked_if
+        if getattr(config, field_name) == value and not getattr(config, "new_decoder_architecture", False):
+            roles = ("query", "key", "value")
+    if len(roles) < 3:
+        return tuple(Part(role, rows // len(roles)) for role in roles)
+    queries = _features(getattr(module, output))[1]
+    keys = (rows - queries) // 2
+    return Part("query", queries), Part("key", keys), Part("value", keys)
+
+
+def _features(projection: Any) -> tuple[int, int]:
+    """Outputs and inputs of a projection, of a quantised one too."""
+    if hasattr(projection, "out_features"):
+        return projection.out_features, projection.in_features
+    rows, columns = projection.weight.shape
+    return rows, columns
+
+
+def head_size_of(module: nn.Module, config: PreTrainedConfig) -> int:
+    """The size d of one head of an attention module."""
+    found = next((getattr(module, name) for name in _HEAD_SIZES if hasattr(module, name)), None)
+    found = getattr(config, "head_dim", None) if found is None else found
+    return int(config.hidden_size // config.num_attention_heads if found is None else found)
+
+
+def shape_of(config: PreTrainedConfig) -> ModelShape:
+    """The sizes of a model, from its config alone.
+
+    Raises:
+        UserError: nothing in it can be pruned, or its layers differ in size.
+    """
+    content = {k: v for k, v in config.to_dict().items() if k not in ("dtype", "torch_dtype", "transformers_version")}
+    return _cached_shape(type(config), json.dumps(content, sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=64)
+def _cached_shape(kind: type[PreTrainedConfig], content: str) -> ModelShape:
+    return shape_of_model(empty_model(kind.from_dict(json.loads(content))))
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of this config without memory for its weights."""
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config)
+        except ValueError:  # not a language model
+            return AutoModel.from_config(config)
+
+
+def shape_of_model(model: PreTrainedModel) -> ModelShape:
+    """The sizes of a dense model."""
+    config = model.config
+    blocks = blocks_of(model)
+    attention = {i: blocks[i, b] for i, b in blocks if b is Block.ATTENTION}
+    mlps = {i: blocks[i, b] for i, b in blocks if b is Block.MLP}
+    heads = _alike({i: _head_counts(block, config) for i, block in attention.items()}, "attention", config)
+    widths = _alike({i: _mlp_sizes(block) for i, block in mlps.items()}, "MLP", config)
+    if heads is None and widths is None:
+        raise UserError(f"model type {config.model_type!r} has no blocks that can be pruned")
+    vocabulary = model.get_output_embeddings()
+    return ModelShape(
+        num_layers=len(layers_of(model)),
+        hidden_size=config.hidden_size,
+        num_heads=heads[0] if heads else 0,
+        num_key_value_heads=heads[1] if heads else 0,
+        head_size=heads[2] if heads else 0,
+        query_rows=heads[3] if heads else 0,
+        mlp_width=widths[0] if widths else 0,
+        gated=widths[1] if widths else False,
+        vocabulary=0 if vocabulary is None else vocabulary.weight.shape[0],
+        without={Block.ATTENTION: _missing(model, attention), Block.MLP: _missing(model, mlps)},
+    )
+
+
+def _missing(model: PreTrainedModel, found: Mapping[int, BlockModules]) -> frozenset[int]:
+    return frozenset(range(len(layers_of(model)))) - found.keys()
+
+
+def _alike(sizes: Mapping[int, tuple[int, ...]], name: str, config: PreTrainedConfig) -> tuple[int, ...] | None:
+    found = set(sizes.values())
+    if len(found) > 1:
+        raise UserError(
+            f"this {config.model_type} model has {name} blocks of different sizes: give one that was not pruned"
+        )
+    return next(iter(found), None)
+
+
+def _head_counts(block: BlockModules, config: PreTrainedConfig) -> tuple[int, int, int, int]:
+    """Query heads, key/value heads, head size, rows of the query projection in one head."""
+    size = head_size_of(block.module, config)
+    heads = _features(block.projection(block.output))[1] // size
+    parts = {part.role: part.rows for own in block.inputs.values() for part in own}
+    if "group" in parts:
+        keys = (parts["group"] // size - heads) // 2
+        return heads, keys, size, size
+    return heads, parts["key"] // size, size, parts["query"] // heads
+
+
+def _mlp_sizes(block: BlockModules) -> tuple[int, bool]:
+    roles = [part.role for own in block.inputs.values() for part in own]
+    return _features(block.projection(block.output))[1], "gate" in roles

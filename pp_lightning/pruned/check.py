@@ -1,0 +1,181 @@
+"""What the layers of a model meet, and whether slicing their blocks equals silencing the units that go.
+
+Seen on a few tokens, in the first layer of each kind. A wrong model is never produced: what does not agree is refused.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pp_lightning.blocks import AttentionUnit, Block, BlockKey, ModelShape
+from pp_lightning.errors import UserError
+from pp_lightning.families import BlockModules, layers_of
+from pp_lightning.functional.selection import unit_channels
+from pp_lightning.interfaces import argument_names
+from pp_lightning.pruned.choice import Choice
+from pp_lightning.pruned.inputs import Arguments
+from pp_lightning.pruned.runner import BlockRunner
+from pp_lightning.pruned.runs import Masked, OnChoice
+from pp_lightning.pruned.slices import SliceMemory
+
+_ROWS, _TOKENS = 2, 12
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Meeting:
+    """What a block meets in a batch.
+
+    Attributes:
+        hidden: what enters it, (B, S, D) or (B * S, D).
+        given: the other arguments of its module.
+        norm: name of the layer's norm that ``hidden`` comes from; None where the residual itself enters.
+    """
+
+    hidden: Tensor
+    given: Arguments
+    norm: str | None
+
+
+class _Enough(Exception):
+    """The last layer of interest has been run."""
+
+
+@torch.no_grad()
+def meetings(model: PreTrainedModel, blocks: Mapping[BlockKey, BlockModules]) -> dict[BlockKey, Meeting]:
+    """What each block of the first layer of each kind meets, by layer and block.
+
+    Args:
+        model: dense.
+        blocks: all blocks of all layers.
+    """
+    seen: dict[BlockKey, Meeting] = {}
+    firsts = kinds_of(model)
+    layers = layers_of(model)
+    hooks = []
+    for index in set(firsts.values()):
+        made: dict[int, tuple[str, Tensor]] = {}  # the tensors too: their numbers would be given anew
+        for name, child in layers[index].named_children():
+            hooks.append(child.register_forward_hook(partial(_note_output, made, name)))
+        for block in Block:
+            modules = blocks.get((index, block))
+            if modules is not None:
+                entrance = modules.projection(next(iter(modules.inputs))) if modules.is_bare else modules.module
+                note = partial(_note_inputs, seen, (index, block), made, argument_names(entrance))
+                hooks.append(entrance.register_forward_pre_hook(note, with_kwargs=True))
+    hooks.append(layers[max(firsts.values())].register_forward_hook(_stop))
+    was_training = model.training
+    model.eval()
+    try:
+        with suppress(_Enough):
+            model.base_model(**_few_inputs(model))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(was_training)
+    return {(i, block): seen[firsts[i], block] for i, block in blocks if (firsts[i], block) in seen}
+
+
+def kinds_of(model: PreTrainedModel) -> dict[int, int]:
+    """For each layer the first one that is built like it."""
+    types = getattr(model.config, "layer_types", None)
+    firsts: dict[object, int] = {}
+    found = {}
+    for index, layer in enumerate(layers_of(model)):
+        shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
+        kind = (type(layer), shapes, types[index] if types is not None and index < len(types) else None)
+        found[index] = firsts.setdefault(kind, index)
+    return found
+
+
+@torch.no_grad()
+def check_block(modules: BlockModules, shape: ModelShape, unit: AttentionUnit, met: Meeting) -> None:
+    """Run a block on half of its units, and whole with the others silenced.
+
+    Raises:
+        UserError: the two differ, or the block cannot be run on half of its units.
+    """
+    runner = BlockRunner(modules, shape, unit, 1, SliceMemory())
+    number = runner.units.number
+    if number < 2:
+        return
+    runner = BlockRunner(modules, shape, unit, number // 2, SliceMemory())
+    kept = torch.randperm(number, generator=torch.Generator().manual_seed(0))[: number // 2].sort().values
+    kept = kept.to(met.hidden.device)
+    try:
+        with _installed(runner):
+            choice = Choice(kept)
+            sliced = runner.run_as(OnChoice(runner.slices.of(choice), choice), met.hidden, met.given)
+            masked = runner.run_as(Masked(unit_channels(kept, runner.units.channels)), met.hidden, met.given)
+            differ = not _agree(_first(sliced), _first(masked))
+    except Exception as error:  # whatever stock code raises on fewer heads than it expects
+        reason = " ".join(str(error).split())[:80] or type(error).__name__
+        raise UserError(f"its code does not run on fewer units ({reason})") from error
+    if differ:
+        raise UserError("its code does not compute the same on fewer units")
+
+
+@contextmanager
+def _installed(runner: BlockRunner) -> Iterator[None]:
+    was_training = runner.module.training
+    runner.install(None, lambda projection, states: projection.stock(states))
+    runner.module.eval()
+    try:
+        yield
+    finally:
+        runner.module.train(was_training)
+        runner.remove()
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _agree(sliced: Tensor, masked: Tensor) -> bool:
+    wide, expected = sliced.float(), masked.float()
+    if wide.shape != expected.shape:
+        return False
+    allowed = 0.05 if sliced.dtype in _HALF else 1e-3
+    return bool((wide - expected).norm() <= allowed * expected.norm() + 1e-30)
+
+
+def _note_output(made: dict[int, tuple[str, Tensor]], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    if isinstance(output, Tensor):
+        made[id(output)] = (name, output)
+
+
+def _note_inputs(
+    seen: dict[BlockKey, Meeting],
+    key: BlockKey,
+    made: Mapping[int, tuple[str, Tensor]],
+    names: tuple[str, ...],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    hidden = given.pop(names[0])
+    cached = {name: None for name in ("past_key_values", "layer_past") if name in given}
+    seen[key] = Meeting(hidden, given | cached, made[id(hidden)][0] if id(hidden) in made else None)
+
+
+def _stop(*_: object) -> None:
+    raise _Enough
+
+
+def _few_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A few random tokens, or images."""
+    generator, config = torch.Generator().manual_seed(0), model.config
+    if model.main_input_name == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
+        images = torch.randn(_ROWS, config.num_channels, *size, generator=generator)
+        return {"pixel_values": images.to(model.device, model.dtype)}
+    ids = torch.randint(0, config.vocab_size, (_ROWS, _TOKENS), generator=generator)
+    return {"input_ids": ids.to(model.device)}
