@@ -37,12 +37,18 @@ def wants_rows(weight: Tensor) -> bool:
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``states @ weight.T + bias``: (..., in) to (..., out)."""
-    if wants_rows(weight):
-        weight = weight.contiguous()
-    if not torch.is_grad_enabled() and _has_thin_kernel(states, weight) and states.numel() // states.shape[-1] <= THIN:
+    if states.device.type != "cpu" or torch.compiler.is_exporting():
+        return F.linear(states, weight, bias)
+    if not _NATIVE.get(weight.dtype, True):
+        weight = weight.contiguous()  # see wants_rows
+    thin = states.dtype == weight.dtype == torch.float32 and states.numel() <= THIN * states.shape[-1]
+    if not (thin and _ONEDNN) or torch.is_grad_enabled() or not weight.is_contiguous():
+        return F.linear(states, weight, bias)
+    if torch.compiler.is_compiling():
         product: Tensor = thin_linear(states, weight, bias)
-        return product
-    return F.linear(states, weight, bias)
+    else:
+        product = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+    return product
 
 
 @torch.library.custom_op("pp_lightning::thin_linear", mutates_args=())
@@ -58,15 +64,9 @@ def _(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @register_flop_formula(torch.ops.pp_lightning.thin_linear)
-def _(states: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+def _flops(states: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * states.numel() * weight[0]
 
 
-def _has_thin_kernel(states: Tensor, weight: Tensor) -> bool:
-    return (
-        states.device.type == "cpu"
-        and states.dtype == weight.dtype == torch.float32
-        and weight.is_contiguous()
-        and _ONEDNN
-        and not torch.compiler.is_exporting()
-    )
+if _ONEDNN:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)

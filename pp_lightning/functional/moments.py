@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pp_lightning.functional.draws import ScatteredProbe
+from pp_lightning.functional.probe import Probe
+
 
 @dataclass(frozen=True)
 class Places:
@@ -41,10 +44,8 @@ def sum_of_squares(states: Tensor) -> Tensor:
     """Sum over rows of X^2: (B, S, C) of any dtype to (S, C) float32."""
     if torch.compiler.is_compiling():
         return states.float().square().sum(0)  # fused into one loop: no temporary
-    return _row_by_row(states) if states.device.type == "cpu" else _at_once(states)
-
-
-def _row_by_row(states: Tensor) -> Tensor:
+    if states.device.type != "cpu":
+        return _at_once(states)
     # Row by row: no float32 copy of the states, which can be the largest tensor of a block, and on a CPU many times
     # faster than a norm or a sum over the first dimension.
     total = torch.zeros(states.shape[1:], device=states.device)
@@ -119,6 +120,41 @@ def fuse(probe: Tensor, history: Tensor, fusion_weight: float | None) -> Tensor:
     # w P + (1 - w) H with w = P / (P + H) is (P^2 + H^2) / (P + H)
     fused = (probe.square() + history.square()) / total
     return torch.where(total > 0, fused, 0.0)
+
+
+def fused_energy(
+    states: Tensor, probe: Probe | ScatteredProbe, places: Places | None, history: Tensor, fusion_weight: float | None
+) -> tuple[Tensor, Tensor | int]:
+    """The probe's second moment fused with the history at the probe's positions, summed over them (01-method, step 4).
+
+    A position that the probe has no real token at is left to the history.
+
+    Args:
+        states: the probe's states, (b, s, C).
+        probe: where in the batch they come from.
+        places: positions of the whole batch; None where columns are positions and nothing is padding.
+        history: (P_max, C) float32.
+        fusion_weight: weight of the probe; None scales by importance.
+
+    Returns:
+        The sum (C,) float32, and how many positions were summed.
+    """
+    if places is None:
+        return fuse(sum_of_squares(states) / states.shape[0], history[probe.tokens], fusion_weight).sum(0), len(
+            probe.tokens
+        )
+    assert probe.real is not None
+    positions = probe.take(places.positions)
+    if isinstance(probe, ScatteredProbe):
+        real = probe.real[0]
+        fused = fuse(states[0].float().square(), history[torch.where(real, positions[0], 0)], fusion_weight)
+        return torch.where(real[:, None], fused, 0.0).sum(0), real.sum()
+    assert probe.real_tokens is not None
+    moment, count = placed_second_moment(states, Places(positions, probe.real, places.num_positions))
+    selected = positions_held(places, probe.tokens, probe.real_tokens)
+    here = history[: places.num_positions]
+    fused = torch.where(count[:, None] > 0, fuse(moment, here, fusion_weight), here)
+    return (fused * selected[:, None]).sum(0), selected.sum()
 
 
 def update_history_(

@@ -1,6 +1,9 @@
 """Which rows and tokens of a batch run ahead as the probe (01-method, section 1, steps 1 and 2)."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,3 +111,67 @@ def real_count(eligible: Tensor, ratio: float, minimum: int) -> Tensor:
     number = eligible.sum()
     wanted = torch.ceil(number.double() * ratio - 1e-9).long().clamp(min=minimum)
     return torch.minimum(wanted, number)
+
+
+Arguments = dict[str, Any]
+
+
+def probe_arguments(given: Arguments, probe: object) -> Arguments:
+    """A block's arguments cut to the probe's rows and tokens, at their true positions and without a cache.
+
+    Args:
+        given: by name, without the hidden states.
+        probe: None is the whole batch.
+    """
+    cut = dict(given)
+    for name in _WITHOUT_CACHE.keys() & cut.keys():
+        cut[name] = _WITHOUT_CACHE[name]
+    mask = cut.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 4:  # a cache of fixed size has room behind the batch
+        cut["attention_mask"] = mask[..., : mask.shape[2]]
+    if isinstance(probe, Probe):  # anything else goes through blocks that take no arguments
+        for name in _CUTS.keys() & cut.keys():
+            cut[name] = None if cut[name] is None else _CUTS[name](cut[name], probe)
+    return cut
+
+
+def _by_row_and_token(value: Any, probe: Probe) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_by_row_and_token, value, repeat(probe)))
+    rows = value if value.shape[0] == 1 else value.index_select(0, probe.rows)
+    return rows.index_select(1, probe.tokens)
+
+
+def _mask(mask: Any, probe: Probe) -> Tensor:
+    """Of a mask (B or 1, 1 or H, S, T), bool or additive, (B, S), or one that is a function of indices."""
+    if not isinstance(mask, Tensor):
+        mask = _dense_mask(mask, probe)
+    elif mask.dim() == 2:
+        real = mask.index_select(0, probe.rows).index_select(1, probe.tokens)
+        return real if probe.real_tokens is None else real * probe.real_tokens
+    else:
+        rows = mask if mask.shape[0] == 1 else mask.index_select(0, probe.rows)
+        mask = rows.index_select(2, probe.tokens).index_select(3, probe.tokens)
+    if probe.real_tokens is None:
+        return mask
+    if mask.dtype == torch.bool:
+        return mask & probe.real_tokens
+    return mask.masked_fill(~probe.real_tokens, torch.finfo(mask.dtype).min)
+
+
+def _dense_mask(mask: Any, probe: Probe) -> Tensor:
+    """A flex-attention block mask written down for the probe, additive: that is what flex attention takes beside it."""
+    rows, queries = probe.rows[:, None, None, None], probe.tokens[None, None, :, None]
+    keys = probe.tokens[None, None, None, :]
+    allowed = mask.mask_mod(rows, torch.zeros_like(rows), queries, keys).expand(
+        len(probe.rows), 1, *[len(probe.tokens)] * 2
+    )
+    return torch.where(allowed, 0.0, torch.finfo(torch.get_default_dtype()).min)
+
+
+_CUTS: Mapping[str, Callable[[Any, Probe], Any]] = {
+    "attention_mask": _mask,
+    "position_embeddings": _by_row_and_token,
+    "position_ids": _by_row_and_token,
+}
+_WITHOUT_CACHE: Mapping[str, Any] = {"past_key_values": None, "layer_past": None, "use_cache": False}

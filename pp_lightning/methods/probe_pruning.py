@@ -9,13 +9,12 @@ from pp_lightning.errors import UserError
 from pp_lightning.functional import draws
 from pp_lightning.functional.budget import probe_rows, probe_tokens
 from pp_lightning.functional.compensation import channel_mean
-from pp_lightning.functional.moments import Places
+from pp_lightning.functional.moments import Places, fused_energy
 from pp_lightning.functional.probe import select_probe, token_norms
 from pp_lightning.functional.scores import energy_about
 from pp_lightning.methods.base import BOTH_BLOCKS, AllocationName, BlockName, UnitName
 from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod, ProbeSource, Sight
 from pp_lightning.methods.options import COMPENSATIONS, DRAWS, SCORES, CompensationName, RankingName, ScoreName, checked
-from pp_lightning.methods.probe_moments import fused_energy
 
 
 class ProbePruning(DynamicMethod):
@@ -168,7 +167,8 @@ class ProbePruning(DynamicMethod):
         """The energy, centred where the score says so, and the means that the compensation restores."""
         centred = SCORES[self.score].centred
         if self.compensation is None and not centred:
-            return Sight(self.energy(states, probe, places, history))
+            assert probe is not None and history is not None
+            return Sight(fused_energy(states, probe, places, history, self.fusion_weight)[0])
         assert probe is not None and history is not None
         mean = channel_mean(states, probe.real)
         restored = None if self.compensation is None else COMPENSATIONS[self.compensation](mean, running_mean)

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from pp_lightning.blocks import Block
 from pp_lightning.functional.compensation import channel_mean, restored_mean, update_mean_
 from pp_lightning.functional.linear import wants_rows
-from pp_lightning.functional.moments import placed_second_moment, second_moment, update_history_
+from pp_lightning.functional.moments import placed_second_moment, sum_of_squares, update_history_
+from pp_lightning.functional.probe import Arguments, probe_arguments
 from pp_lightning.functional.selection import keep_best, unit_channels
 from pp_lightning.interfaces import adapted_weight, run_stock
 from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod
 from pp_lightning.pruned.choice import Choice, ExecutionPlan
 from pp_lightning.pruned.context import ModelContext
-from pp_lightning.pruned.inputs import Arguments, BatchInputs, Earlier, probe_arguments
-from pp_lightning.pruned.projection import PrunedProjection, Run
+from pp_lightning.pruned.inputs import BatchInputs, Earlier
+from pp_lightning.pruned.projection import Product
 from pp_lightning.pruned.recomputing import Recomputing
 from pp_lightning.pruned.runner import BlockRunner
-from pp_lightning.pruned.runs import ChoosingAtOutput, OnChoice
 
 
 class PrunedBlock(nn.Module):
@@ -40,6 +40,8 @@ class PrunedBlock(nn.Module):
         mean: (C,) float32, the running mean to start from, or None for methods without.
 
     Attributes:
+        block: attention or MLP.
+        units: of the block.
         decodes: whether choices are held for decoding. From then on, prompts leave their slices for it.
     """
 
@@ -68,7 +70,8 @@ class PrunedBlock(nn.Module):
         self.context = context
         self.decodes = False
         self.recomputing = Recomputing()
-        self._norm = (norm,)  # in a tuple: the layer owns it, not this module
+        self._mixes_tokens = self.block is Block.ATTENTION
+        self._of_layer = (runner.modules.layer, norm)  # in a tuple: the layer owns them, not this module
         self._residual: tuple[Tensor, ...] = ()
         weight = adapted_weight(runner.output.module)
         self.register_buffer("weight_norm", method.weight_norm(weight), persistent=False)
@@ -81,12 +84,7 @@ class PrunedBlock(nn.Module):
     @property
     def norm(self) -> nn.Module | None:
         """The norm in front."""
-        return self._norm[0]
-
-    @property
-    def mixes_tokens(self) -> bool:
-        """Whether tokens see each other in front of the output projection."""
-        return self.block is Block.ATTENTION
+        return self._of_layer[1]
 
     @property
     def last(self) -> Choice:
@@ -97,53 +95,65 @@ class PrunedBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block on a batch. Traces into one graph."""
-        names = self.runner.names
-        given = dict(zip(names, args, strict=False)) | kwargs
-        hidden = given.pop(names[0])
-        inputs = self.context.batch
+        runner, inputs = self.runner, self.context.batch
+        given = {**dict(zip(runner.names, args, strict=False)), **kwargs}
+        hidden = given.pop(runner.names[0])
         if inputs is None:
-            return self.runner.stock(hidden, given)
-        return self.runner.run_as(self._decide(hidden, given, inputs), hidden, given)
+            return runner.stock(hidden, given)
+        self._prepare(hidden, given, inputs)
+        return runner.run(hidden, given)
 
-    def begin(self, projection: PrunedProjection, hidden: Tensor) -> Tensor:
+    def begin(self, hidden: Tensor) -> Tensor:
         """The same for a block without a module of its own: what its first projection gives. The output ends the run."""
-        inputs = self.context.batch
+        runner, inputs = self.runner, self.context.batch
         if inputs is None:
-            return projection.stock(hidden)
-        self.runner.run = run = self._decide(hidden, {}, inputs)
-        return run.enter(projection, hidden)
+            return runner.inputs[0].stock(hidden)
+        self._prepare(hidden, {}, inputs)
+        return runner.begin(hidden)
 
     def see_residual(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the norm in front: its input is what ranks the probe."""
         inputs = self.context.batch
         if inputs is not None and not inputs.decoding:
-            self._residual = (inputs.as_batch(args[0]),)
+            self._residual = (args[0],)
 
     # One batch.
 
-    def _decide(self, hidden: Tensor, given: Arguments, inputs: BatchInputs) -> Run:
-        """How the batch's projections run: on the choice that is held, or on one that is made now."""
-        slices = self.runner.slices
+    def _prepare(self, hidden: Tensor, given: Arguments, inputs: BatchInputs) -> None:
+        """Make the projections ready for a batch: on the choice that is held, or on one that is made now.
+
+        Args:
+            hidden: (B, S, D) or (B * S, D), entering the block.
+            given: the other arguments of the block's module.
+            inputs: of the batch.
+        """
+        runner, slices = self.runner, self.runner.slices
         if inputs.decoding:
             self.expect_decoding()
-            return OnChoice(slices.hold(self.last), self.last)
+            runner.narrow(self.last, slices.hold(self.last))
+            return
         plan = self.plan(inputs)
         slices.prepare(leaves=plan.leaves)
-        known = self.recomputing.known(hidden, self.runner.modules.layer)
+        layer = self._of_layer[0]
+        known = self.recomputing.known(hidden, layer) if layer.training else None
         if known is not None:
-            return OnChoice(slices.of(known), known)
-        residual, self._residual = self._residual or (inputs.as_batch(hidden),), ()
-        if plan.shares and not self.mixes_tokens:  # token by token: the probe's states are among the batch's
-            return ChoosingAtOutput(
-                partial(self._choose_late, inputs.as_batch(hidden), residual[0], inputs, plan), self.units.channels
-            )
-        ahead = self.runner.whole_outputs(hidden) if plan.shares else None
-        choice = self._choose(inputs.as_batch(hidden), residual[0], given, inputs, plan, ahead)
+            runner.narrow(known, slices.of(known))
+            return
+        (residual,), self._residual = self._residual or (hidden,), ()
+        source = hidden
+        if hidden.dim() != 3:
+            source, residual = inputs.as_batch(hidden), inputs.as_batch(residual)
+        if plan.shares and not self._mixes_tokens:  # token by token: the probe's states are among the batch's
+            runner.widen(partial(self._choose_late, source, residual, inputs, plan))
+            return
+        ahead = runner.whole_outputs(hidden) if plan.shares else None
+        choice = self._choose(source, residual, given, inputs, plan, ahead)
         weights = slices.of(choice, leaves=plan.leaves, output_alone=plan.shares)
-        self._hold(choice)
         if plan.leaves and not torch.compiler.is_compiling():
             slices.held = weights
-        return OnChoice(weights, choice, self._memory(inputs), ahead)
+        runner.narrow(choice, weights, ahead)
+        if inputs.remember and self.history is not None:
+            runner.output.does = partial(self._leave_remembered, runner.output.does, inputs, choice.kept)
 
     def plan(self, inputs: BatchInputs) -> ExecutionPlan:
         """How a batch is run: the same for all batches of one shape."""
@@ -151,45 +161,11 @@ class PrunedBlock(nn.Module):
             return inputs.plans[self.block]
         leaves = inputs.caching and self.decodes and not torch.is_grad_enabled()
         leaves = leaves and not wants_rows(self.runner.output.module.weight)
-        return inputs.plan(self.method, self.runner.keep, self.units.number, leaves=leaves)
+        key = (self.runner.keep, self.units.number, leaves)
+        return inputs.known_plans.get(key) or inputs.plan(self.method, *key)
 
     @torch.no_grad()
     def _choose(
-        self,
-        hidden: Tensor,
-        residual: Tensor,
-        given: Arguments,
-        inputs: BatchInputs,
-        plan: ExecutionPlan,
-        ahead: dict[str, Tensor] | None,
-    ) -> Choice:
-        """Run the probe ahead and choose by it, on a stream of its own where the probe need not wait.
-
-        Args:
-            hidden: (B, S, D), entering the block.
-            residual: (B, S, D), what ranks the probe.
-            given: the other arguments of the block's module.
-            inputs: of the batch.
-            plan: of the batch.
-            ahead: outputs of the input projections on the batch, by name, with all weights; None runs them.
-        """
-        earlier = self._earlier(inputs)
-        if earlier is None:
-            return self.choose_by_probe(hidden, residual, given, inputs, plan, ahead)
-        choose = partial(self._choose_by_earlier, earlier.residual, given, inputs, plan)
-        side = self.context.side_stream(hidden.device)
-        if side is None:
-            return choose()
-        return side.join(side.start(earlier.since or side.moment(), choose))
-
-    def _choose_by_earlier(
-        self, residual: Tensor, given: Arguments, inputs: BatchInputs, plan: ExecutionPlan
-    ) -> Choice:
-        norm = self._norm[0]
-        source = residual if norm is None else run_stock(norm, residual)
-        return self.choose_by_probe(source, residual, given, inputs, plan, None)
-
-    def choose_by_probe(
         self,
         source: Tensor,
         residual: Tensor,
@@ -198,85 +174,115 @@ class PrunedBlock(nn.Module):
         plan: ExecutionPlan,
         ahead: dict[str, Tensor] | None,
     ) -> Choice:
-        """Choose by a probe that is cut from ``source`` (B, S, D); see :meth:`_choose`."""
+        """Run the probe ahead and choose by it, on a stream of its own where it need not wait.
+
+        Args:
+            source: (B, S, D), entering the block.
+            residual: (B, S, D), what ranks the probe.
+            given: the other arguments of the block's module.
+            inputs: of the batch.
+            plan: of the batch.
+            ahead: outputs of the input projections on the batch, by name, with all weights; None runs them.
+        """
+        if self.method.probe_source == "previous":
+            earlier = self._earlier(inputs)
+            if earlier is not None:
+                return self._choose_ahead(earlier, given, inputs, plan)
         probe = self._probe(source, residual, inputs, plan)
         part = source if probe is None else probe.take(source)
         if ahead is not None and probe is not None:
             ahead = {name: probe.take(states) for name, states in ahead.items()}
-        states = self.runner.states(part, probe_arguments(given, probe), ahead)
-        return self._choice(states, probe, inputs)
+        if given:
+            given = probe_arguments(given, probe)
+        return self._choice(self.runner.states(part, given, ahead), probe, inputs)
+
+    def _choose_ahead(self, earlier: Earlier, given: Arguments, inputs: BatchInputs, plan: ExecutionPlan) -> Choice:
+        """Choose by a probe of an earlier residual, beside what the current stream does where there is another one."""
+
+        def choose() -> Choice:
+            norm, residual = self.norm, earlier.residual
+            source = residual if norm is None else run_stock(norm, residual)
+            probe = self._probe(source, residual, inputs, plan)
+            part = source if probe is None else probe.take(source)
+            return self._choice(self.runner.states(part, probe_arguments(given, probe)), probe, inputs)
+
+        side = self.context.side_stream(earlier.residual.device)
+        return choose() if side is None else side.join(side.start(earlier.since or side.moment(), choose))
 
     def _choose_late(
-        self, hidden: Tensor, residual: Tensor, inputs: BatchInputs, plan: ExecutionPlan, states: Tensor
-    ) -> OnChoice:
-        """Choose by states (B, S, C) or (B * S, C) of the whole batch, the probe's among them."""
+        self, source: Tensor, residual: Tensor, inputs: BatchInputs, plan: ExecutionPlan, states: Tensor
+    ) -> Tensor:
+        """The output of a batch that is chosen for by all its states (B, S, C) or (B * S, C)."""
         with torch.no_grad():
-            probe, whole = self._probe(hidden, residual, inputs, plan), inputs.as_batch(states)
+            probe, whole = self._probe(source, residual, inputs, plan), inputs.as_batch(states)
             choice = self._choice(whole if probe is None else probe.take(whole), probe, inputs)
-            self._hold(choice)
-        return OnChoice(self.runner.slices.of(choice, output_alone=True), choice, self._memory(inputs))
+        runner = self.runner
+        runner.narrow(choice, runner.slices.of(choice, output_alone=True), output_alone=True)
+        leave = runner.output.does
+        assert leave is not None
+        kept = states.index_select(-1, choice.kept)
+        remembers = inputs.remember and self.history is not None
+        return self._leave_remembered(leave, inputs, choice.kept, kept) if remembers else leave(kept)
 
     def _probe(self, source: Tensor, residual: Tensor, inputs: BatchInputs, plan: ExecutionPlan) -> AnyProbe | None:
         """The part of the batch that runs ahead; None is all of it."""
-        places = inputs.places_on(source.device)
+        places = inputs.places if inputs.places is None else inputs.places_on(source.device)
         real = None if places is None else places.real
-        lots = inputs.lots_of(self.index, 0 if self.mixes_tokens else 1, source.device)
-        return self.method.select(residual, source, real, plan.probe_sizes, lots=lots, mixes_tokens=self.mixes_tokens)
+        lots = inputs.lots if inputs.lots is None else inputs.lots_of(self.index, self._mixes_tokens, source.device)
+        return self.method.select(residual, source, real, plan.probe_sizes, lots=lots, mixes_tokens=self._mixes_tokens)
 
     def _choice(self, states: Tensor, probe: AnyProbe | None, inputs: BatchInputs) -> Choice:
-        """The units to keep for this batch, and what the others contribute to it on average.
+        """The units to keep for this batch, and what the others contribute to it on average. Noted for decoding.
 
         Args:
             states: (b, s, C), what reaches the output projection on the probe.
             probe: where in the batch that is.
             inputs: of the batch.
         """
-        places = inputs.places_on(states.device)
+        places = inputs.places if inputs.places is None else inputs.places_on(states.device)
         energy, means = self.method.observe(states, probe, places, self.history, self.mean)
         scores = self.method.unit_scores(energy, self.weight_norm, self.units.channels)
         kept = keep_best(scores, self.runner.keep)
-        if means is None:
-            return Choice(kept)
-        weight = self.runner.output.module.weight
-        return Choice(kept, restored_mean(weight, means, unit_channels(kept, self.units.channels)))
+        restored = None
+        if means is not None:
+            weight = self.runner.output.module.weight
+            restored = restored_mean(weight, means, unit_channels(kept, self.units.channels))
+            if self.restored is not None:
+                self.restored.copy_(restored)
+        self.kept.copy_(kept)
+        choice = Choice(kept, restored)
+        if self._of_layer[0].training:
+            self.recomputing.note(choice)
+        return choice
 
-    def _hold(self, choice: Choice) -> None:
-        """Note the choice of the batch for decoding, and for whoever asks."""
-        self.kept.copy_(choice.kept)
-        if self.restored is not None and choice.restored is not None:
-            self.restored.copy_(choice.restored)
-        self.recomputing.note(choice)
-
-    def _memory(self, inputs: BatchInputs) -> Any:
-        """What moves the history by the batch's states; None leaves it."""
-        return partial(self.remember, inputs) if inputs.remember and self.history is not None else None
-
-    @torch.no_grad()
-    def remember(self, inputs: BatchInputs, states: Tensor, kept: Tensor) -> None:
-        """Move the history, and the running mean where there is one, by a batch.
+    def _leave_remembered(self, leave: Product, inputs: BatchInputs, kept: Tensor, states: Tensor) -> Tensor:
+        """The output of the kept units, whose states move the history, and the running mean where there is one.
 
         Args:
+            leave: the output matrix.
             inputs: of the batch.
-            states: (..., K * w), the input of the output matrix.
-            kept: (K,) int64, the units that it has.
+            kept: (K,) int64, units.
+            states: (B, S, K * w) or (B * S, K * w), the input of the output matrix.
         """
-        assert self.history is not None
-        states, places = inputs.as_batch(states), inputs.places_on(states.device)
-        channels = unit_channels(kept, self.units.channels)
-        if places is None:
-            update_history_(self.history, second_moment(states), channels, self.method.momentum, None)
-        else:
-            moment, count = placed_second_moment(states, places)
-            update_history_(self.history, moment, channels, self.method.momentum, count > 0)
-        if self.mean is not None:
-            batch_mean = channel_mean(states, None if places is None else places.real)
-            update_mean_(self.mean, batch_mean, channels, self.method.momentum)
+        history, momentum = self.history, self.method.momentum
+        assert history is not None
+        with torch.no_grad():
+            seen = states if states.dim() == 3 else inputs.as_batch(states)
+            channels = kept if self.units.channels == 1 else unit_channels(kept, self.units.channels)
+            places = inputs.places if inputs.places is None else inputs.places_on(states.device)
+            if places is None:
+                update_history_(history, sum_of_squares(seen) / seen.shape[0], channels, momentum, None)
+            else:
+                moment, count = placed_second_moment(seen, places)
+                update_history_(history, moment, channels, momentum, count > 0)
+            if self.mean is not None:
+                batch_mean = channel_mean(seen, None if places is None else places.real)
+                update_mean_(self.mean, batch_mean, channels, momentum)
+        return leave(states)
 
     def _earlier(self, inputs: BatchInputs) -> Earlier | None:
         """The residual that a parallel probe is taken from."""
-        if self.method.probe_source != "previous":
-            return None
-        earlier = inputs.middle if self.mixes_tokens else inputs.entered
+        earlier = inputs.middle if self._mixes_tokens else inputs.entered
         return None if earlier is None else earlier.on(self.kept.device)
 
     # Decoding.

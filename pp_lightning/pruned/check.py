@@ -16,12 +16,10 @@ from transformers import PreTrainedModel
 from pp_lightning.blocks import AttentionUnit, Block, BlockKey, ModelShape
 from pp_lightning.errors import UserError
 from pp_lightning.families import BlockModules, layers_of
-from pp_lightning.functional.selection import unit_channels
+from pp_lightning.functional.probe import Arguments
 from pp_lightning.interfaces import argument_names
 from pp_lightning.pruned.choice import Choice
-from pp_lightning.pruned.inputs import Arguments
 from pp_lightning.pruned.runner import BlockRunner
-from pp_lightning.pruned.runs import Masked, OnChoice
 from pp_lightning.pruned.slices import SliceMemory
 
 _ROWS, _TOKENS = 2, 12
@@ -111,8 +109,10 @@ def check_block(modules: BlockModules, shape: ModelShape, unit: AttentionUnit, m
     try:
         with _installed(runner):
             choice = Choice(kept)
-            sliced = runner.run_as(OnChoice(runner.slices.of(choice), choice), met.hidden, met.given)
-            masked = runner.run_as(Masked(unit_channels(kept, runner.units.channels)), met.hidden, met.given)
+            runner.narrow(choice, runner.slices.of(choice))
+            sliced = runner.run(met.hidden, met.given)
+            runner.widen(partial(runner.silenced, kept))
+            masked = runner.run(met.hidden, met.given)
             differ = not _agree(_first(sliced), _first(masked))
     except Exception as error:  # whatever stock code raises on fewer heads than it expects
         reason = " ".join(str(error).split())[:80] or type(error).__name__
@@ -124,7 +124,7 @@ def check_block(modules: BlockModules, shape: ModelShape, unit: AttentionUnit, m
 @contextmanager
 def _installed(runner: BlockRunner) -> Iterator[None]:
     was_training = runner.module.training
-    runner.install(None, lambda projection, states: projection.stock(states))
+    runner.install(None, None)
     runner.module.eval()
     try:
         yield

@@ -1,19 +1,23 @@
 """The stock code of one block with our code around its projections: nothing of it is replaced."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pp_lightning.blocks import AttentionUnit, Block, ModelShape, Units, units_of
+from pp_lightning.blocks import AttentionUnit, Block, ModelShape, units_of
 from pp_lightning.families import BlockModules, unit_rows
+from pp_lightning.functional.linear import linear
+from pp_lightning.functional.probe import Arguments
+from pp_lightning.functional.selection import Rows, unit_channels
 from pp_lightning.interfaces import argument_names, replace_forward, restore_forward, run_stock
+from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.heads import HeadFields
-from pp_lightning.pruned.inputs import Arguments
-from pp_lightning.pruned.projection import PrunedProjection, Run
+from pp_lightning.pruned.projection import Product, PrunedProjection
 from pp_lightning.pruned.recomputing import evaluating
-from pp_lightning.pruned.runs import Probing
-from pp_lightning.pruned.slices import BlockSlices, SliceMemory
+from pp_lightning.pruned.slices import BlockSlices, Slice, SliceMemory
 
 
 class BlockRunner:
@@ -29,10 +33,14 @@ class BlockRunner:
     Attributes:
         modules: see above.
         units: of the block.
-        projections: of the block by name, the output last.
+        keep: see above.
+        module: that owns the projections.
+        names: of its arguments.
+        projections: of the block, the output last.
+        inputs: those into the block.
+        output: the one that leaves it.
         slices: of these.
-        run: what they do at the moment; None outside of a pruned run.
-        begin: told when a block without a module of its own meets a batch: what its first projection gives.
+        fields: what else fixes the number of heads; None where nothing does.
     """
 
     def __init__(
@@ -41,40 +49,31 @@ class BlockRunner:
         self.modules = modules
         self.units = units_of(shape, modules.block, unit)
         self.keep = keep
-        self.run: Run | None = None
-        self.begin: Callable[[PrunedProjection, Tensor], Tensor] | None = None
         self.module = modules.module
         self.names = argument_names(self.module)
-        attention = modules.block is Block.ATTENTION
+        self._bare = modules.activation if modules.is_bare else None
+        self._memory = memory
+        self._head_size = shape.head_size
         # Single query heads of a group each get their own key and value; a fused projection has one for all of them.
+        attention = modules.block is Block.ATTENTION
         self._shared = attention and shape.grouped and unit is AttentionUnit.QUERY_HEAD
         self._repeats = shape.queries_per_key if self._shared and not modules.is_fused else 1
-        self._head_size = shape.head_size
-        self._memory = memory
-        self.fields = _fields(modules, shape, self.units, self._repeats) if attention else None
+        self.fields = self._fields_of(shape) if attention else None
+        self._kept: Tensor | None = None
         self._bind()
-
-    @property
-    def output(self) -> PrunedProjection:
-        """The projection that leaves the block."""
-        return self.projections[self.modules.output]
-
-    @property
-    def inputs(self) -> list[PrunedProjection]:
-        """The projections into the block."""
-        return [one for one in self.projections.values() if not one.is_output]
 
     # Standing around the stock code.
 
-    def install(self, forward: Callable[..., Any] | None, begin: Callable[[PrunedProjection, Tensor], Tensor]) -> None:
+    def install(self, forward: Callable[..., Any] | None, begin: Callable[[Tensor], Tensor] | None) -> None:
         """Stand around the projections, and in front of the block.
 
         Args:
             forward: stands in for that of the block's module.
             begin: the same for a block without one: stands in for that of its first projection.
         """
-        self.begin = begin
-        if not self.modules.is_bare and forward is not None:
+        if self._bare is not None:
+            self.inputs[0].idle = begin
+        elif forward is not None:
             replace_forward(self.module, forward)
         self._wrap()
         if self.fields is not None:
@@ -84,51 +83,70 @@ class BlockRunner:
         """Undo :meth:`install`."""
         self.rebind()
         self._unwrap()
-        if not self.modules.is_bare:
+        if self._bare is None:
             restore_forward(self.module)
         if self.fields is not None:
             self.fields.remove()
 
     def rebind(self) -> None:
         """Follow adapters, which put other modules in the place of projections."""
-        if all(getattr(self.module, name) is one.module for name, one in self.projections.items()):
+        if all(getattr(self.module, one.name) is one.module for one in self.projections):
             return
+        idle = self.inputs[0].idle
         self._unwrap()
         self._bind()
+        self.inputs[0].idle = idle
         self._wrap()
 
     def _bind(self) -> None:
-        self.projections = {name: self._projection(name) for name in self.modules.names}
-        sliced = tuple(one for one in self.projections.values() if one.is_sliced)
-        self.slices = BlockSlices(sliced, self.keep, self.units.number, self._memory)
+        self.inputs: Sequence[PrunedProjection] = [self._input(name) for name in self.modules.inputs]
+        name, columns = self.modules.output, Rows(0, self.units.number * self.units.channels, self.units.channels)
+        module = self.modules.projection(name)
+        self.output = PrunedProjection(
+            name, module, (columns,), is_output=True, is_linear=self.modules.is_linear(module)
+        )
+        self.projections = (*self.inputs, self.output)
+        sliced = [(one.name, one.module, one.rows) for one in self.projections if one.is_sliced]
+        self.slices = BlockSlices(sliced, name, self.keep, self._memory)
 
     def _wrap(self) -> None:
-        for one in self.projections.values():
+        for one in self.projections:
             replace_forward(one.module, one.forward)
-            if one.is_output and one.is_sliced:
-                one.store_by_columns()
+        if self.output.is_sliced:
+            self.output.store_by_columns()
 
     def _unwrap(self) -> None:
-        for one in self.projections.values():
+        for one in self.projections:
             restore_forward(one.module)
-            if one.is_output and one.is_sliced:
-                one.store_by_rows()
+        if self.output.is_sliced:
+            self.output.store_by_rows()
 
-    def _projection(self, name: str) -> PrunedProjection:
-        module, is_output = self.modules.projection(name), name == self.modules.output
-        parts = () if is_output else self.modules.inputs[name]
-        repeats = self._repeats if any(part.role in ("key", "value") for part in parts) else 1
+    def _input(self, name: str) -> PrunedProjection:
+        module, parts = self.modules.projection(name), self.modules.inputs[name]
         return PrunedProjection(
-            self,
             name,
             module,
-            () if is_output else unit_rows(parts, self.units.number, shared=self._shared),
-            self.units.number,
-            is_output=is_output,
+            tuple(unit_rows(parts, self.units.number, shared=self._shared)),
+            is_output=False,
             is_linear=self.modules.is_linear(module),
-            repeats=repeats,
+            repeats=self._repeats if any(part.role in ("key", "value") for part in parts) else 1,
             head_size=self._head_size,
-            bare=self.modules.is_bare,
+        )
+
+    def _fields_of(self, shape: ModelShape) -> HeadFields | None:
+        family, queries = self.modules.family, self.units.channels // shape.head_size
+        stays_one = self._repeats == 1 and shape.num_key_value_heads == 1
+        counts = family.query_counts, () if stays_one else family.key_counts
+        if not any((*counts, family.head_parameters, self._repeats > 1)):
+            return None
+        return HeadFields(
+            self.module,
+            *counts,
+            family.head_parameters,
+            queries=queries,
+            keys=queries if self._repeats > 1 else max(1, shape.num_key_value_heads // self.units.number),
+            number=self.units.number,
+            repeats=self._repeats,
         )
 
     # Running it.
@@ -136,21 +154,6 @@ class BlockRunner:
     def stock(self, hidden: Tensor, given: Arguments) -> Any:
         """What the block's module computes."""
         return run_stock(self.module, **{self.names[0]: hidden}, **given)
-
-    def run_as(self, run: Run, hidden: Tensor, given: Arguments) -> Any:
-        """The stock code with projections that do what ``run`` says."""
-        if self.modules.is_bare:
-            (first,) = self.inputs
-            return run.leave(self.output, self.modules.activation(run.enter(first, hidden)))
-        self.run = run
-        if self.fields is not None:
-            self.fields.narrow(run.kept)
-        try:
-            return self.stock(hidden, given)
-        finally:
-            self.run = None
-            if self.fields is not None:
-                self.fields.widen()
 
     def states(self, part: Tensor, given: Arguments, ahead: dict[str, Tensor] | None = None) -> Tensor:
         """What reaches the output projection, (b, s, C), on a part (b, s, D) of a batch with all weights.
@@ -160,27 +163,111 @@ class BlockRunner:
             given: the other arguments of its module.
             ahead: outputs of the other projections by name, where they are there already.
         """
-        run = Probing(ahead)
-        with evaluating(self.module):
-            self.run_as(run, part, given)
-        assert run.seen is not None
-        return run.seen
+        if self._bare is not None:
+            states: Tensor = self._bare(self.inputs[0].whole()(part))
+            return states
+        seen: list[Tensor] = []
+        self.widen(partial(_caught, seen), ahead)
+        if self.module.training:
+            with evaluating(self.module):
+                self.run(part, given)
+        else:
+            self.run(part, given)
+        return seen[0]
+
+    def narrow(
+        self,
+        choice: Choice,
+        weights: Slice,
+        ahead: dict[str, Tensor] | None = None,
+        *,
+        output_alone: bool = False,
+    ) -> None:
+        """Let the projections run on the kept units for the next :meth:`run`.
+
+        Args:
+            choice: these, and what is restored for the others.
+            weights: slices of them.
+            ahead: outputs of all units by projection, where they are there already.
+            output_alone: the output projection and no other.
+        """
+        self._kept = choice.kept
+        for one in self.projections[-1:] if output_alone else self.projections:
+            if ahead is not None and not one.is_output:
+                one.does = partial(_there, one.of_units(ahead[one.name], choice.kept))
+            elif one.is_sliced:
+                weight, bias = weights[one.name]
+                one.does = partial(linear, weight=weight, bias=bias)
+            else:
+                one.does = partial(one.spread if one.is_output else one.narrowed, choice)
+
+    def widen(self, then: Product, ahead: dict[str, Tensor] | None = None) -> None:
+        """Let the projections run on all units for the next :meth:`run`, up to the output projection.
+
+        Args:
+            then: what that does with the states that reach it.
+            ahead: see :meth:`states`.
+        """
+        self._kept = None
+        for one in self.inputs:
+            if ahead is not None:
+                one.does = partial(_there, ahead[one.name])
+            elif one.is_plain:
+                one.does = partial(linear, weight=one.module.weight, bias=one.module.bias)
+            else:
+                one.does = one.whole()
+        self.output.does = then
+
+    def run(self, hidden: Tensor, given: Arguments) -> Any:
+        """The stock code, with projections as they were made ready.
+
+        Args:
+            hidden: (B, S, D) or (B * S, D), entering the block.
+            given: the other arguments of its module.
+        """
+        fields = self.fields
+        try:
+            if self._bare is not None:
+                return self.output.forward(self._bare(self.inputs[0].forward(hidden)))
+            if fields is not None and self._kept is not None:
+                fields.narrow(self._kept)
+            return type(self.module).forward(self.module, **{self.names[0]: hidden}, **given)
+        finally:
+            for one in self.inputs:
+                one.does = None
+            self.output.does = None
+            if fields is not None:
+                fields.widen()
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """The same for a block without a module of its own: what its first projection gives. The output ends the run."""
+        (first,), output = self.inputs, self.output
+        enter, leave = first.does, output.does
+        assert enter is not None and leave is not None
+        first.does, output.does = None, partial(self._end, leave)
+        return enter(hidden)
+
+    def _end(self, leave: Product, states: Tensor) -> Tensor:
+        self.output.does = None
+        return leave(states)
 
     def whole_outputs(self, hidden: Tensor) -> dict[str, Tensor]:
         """The outputs of all units of every projection into the block, by name."""
-        return {one.name: one.whole(hidden) for one in self.inputs}
+        return {one.name: one.whole()(hidden) for one in self.inputs}
+
+    def silenced(self, kept: Tensor, states: Tensor) -> Tensor:
+        """The output of states (..., C) of all units, those that are not kept silent: what slicing must equal."""
+        channels = unit_channels(kept, self.units.channels)
+        silent = torch.ones(states.shape[-1], dtype=torch.bool, device=states.device).index_fill(0, channels, False)
+        return self.output.stock(states.masked_fill(silent, 0.0))
 
 
-def _fields(modules: BlockModules, shape: ModelShape, units: Units, repeats: int) -> HeadFields:
-    family, queries = modules.family, units.channels // shape.head_size
-    stays_one = repeats == 1 and shape.num_key_value_heads == 1
-    return HeadFields(
-        modules.module,
-        family.query_counts,
-        () if stays_one else family.key_counts,
-        family.head_parameters,
-        queries=queries,
-        keys=queries if repeats > 1 else max(1, shape.num_key_value_heads // units.number),
-        number=units.number,
-        repeats=repeats,
-    )
+def _there(output: Tensor, states: Tensor) -> Tensor:
+    """What a projection gives where its output is there already."""
+    return output
+
+
+def _caught(seen: list[Tensor], states: Tensor) -> Tensor:
+    """What stands for the output on a probe: of interest is what reached it."""
+    seen.append(states)
+    return states

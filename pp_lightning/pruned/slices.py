@@ -1,8 +1,8 @@
 """The weights of one block reduced to its kept units, and the memory that they are in."""
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,9 +40,12 @@ def gather_units_into_(out: Tensor, whole: Tensor, kept: Tensor, width: int) -> 
 
 def gathered(whole: Tensor, kept: Tensor, width: int, out: Tensor | None) -> Tensor:
     """Rows of the kept units by the fastest way there is: see :func:`take_rows`."""
-    in_graph = torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    if not in_graph or whole.device.type != "cpu":
-        return take_rows(whole, kept, width, out)
+    if not torch.compiler.is_compiling() or whole.dim() == 1 or whole.device.type != "cpu" or torch.is_grad_enabled():
+        units = whole.view(-1, width, *whole.shape[1:])
+        if out is None:
+            return units.index_select(0, kept).flatten(0, 1)
+        torch.index_select(units, 0, kept, out=out.view(-1, *units.shape[1:]))
+        return out
     if out is None:
         rows: Tensor = gather_units(whole, kept, width)
         return rows
@@ -57,22 +60,7 @@ class Matrix(NamedTuple):
     bias: Tensor | None
 
 
-class Sliceable(Protocol):
-    """A projection that a unit has rows in, or columns where it is the output.
-
-    Attributes:
-        name: inside its block.
-        is_output: whether it leaves the block.
-        rows: which of its rows belong to units; of no meaning for the output, whose columns do, one after the other.
-    """
-
-    name: str
-    is_output: bool
-    rows: tuple[Rows, ...]
-
-    @property
-    def matrix(self) -> Matrix:
-        """The whole weight and bias."""
+Slice = dict[str, Matrix]
 
 
 class SliceMemory:
@@ -112,7 +100,29 @@ def new_memory(size: int, like: Tensor) -> Tensor:
         return torch.empty(size, dtype=like.dtype, device=like.device)
 
 
-Slice = dict[str, Matrix]
+@dataclass(frozen=True)
+class Sliceable:
+    """A projection that units have rows in (of the output: columns), and where its slice lies in memory.
+
+    Attributes:
+        name: inside its block.
+        module: with ``weight`` (out, in) and ``bias``.
+        rows: which of its rows belong to units; of the output the columns, as rows of its transpose.
+        is_output: whether it leaves the block.
+        shape: of the slice in memory; the output has its columns there.
+        start: of the weight in memory.
+        bias_start: of the bias there.
+        end: of both.
+    """
+
+    name: str
+    module: Any
+    rows: tuple[Rows, ...]
+    is_output: bool
+    shape: tuple[int, int]
+    start: int
+    bias_start: int
+    end: int
 
 
 class BlockSlices:
@@ -122,35 +132,43 @@ class BlockSlices:
     in memory of its own while its choice is held: CUDA graphs of decoding read everything where it was.
 
     Args:
-        projections: those that a unit has rows (of the output: columns) in, the output last.
+        projections: name, module, and the rows that belong to units (of the output, the last: of its columns).
+        output: name of the projection that leaves the block.
         keep: K, how many units a slice has.
-        number: U, how many there are.
         memory: shared by the blocks of the model.
 
     Attributes:
         held: what tokens that continue the last batch run on; None where that was not asked for.
     """
 
-    def __init__(self, projections: Sequence[Sliceable], keep: int, number: int, memory: SliceMemory) -> None:
+    def __init__(
+        self, projections: Sequence[tuple[str, Any, tuple[Rows, ...]]], output: str, keep: int, memory: SliceMemory
+    ) -> None:
         self.held: Slice | None = None
-        self._projections = projections
-        self._keep = keep
-        self._number = number
         self._memory = memory
         self._own: Tensor | None = None
-        self._size = sum(math.prod(shape) for one in projections for shape in self._shapes(one) if shape is not None)
-        memory.reserve(self._size)
+        self._layout: list[Sliceable] = []
+        size = 0
+        for name, module, rows in projections:
+            number = sum(part.width * keep if part.width else part.number for part in rows)
+            width = module.weight.shape[name != output]
+            bias_start = size + number * width
+            # an output may get a bias that it has not, for what is restored
+            end = bias_start + (width if name == output else 0 if module.bias is None else number)
+            self._layout.append(Sliceable(name, module, rows, name == output, (number, width), size, bias_start, end))
+            size = end
+        self._size = size
+        memory.reserve(size)
 
     def prepare(self, *, leaves: bool) -> None:
         """Before a batch, and outside of graphs: let go of what was held, and have memory for the next slice."""
         self.held = None
-        if torch.is_grad_enabled() or not self._projections:
+        if not self._layout or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        like = self._projections[-1].matrix.weight
         if leaves:
-            self._make_own(like)
-        else:
-            self._memory.prepare(like)
+            self._make_own()
+        elif (buffer := self._memory.buffer) is None or buffer.dtype != self._layout[-1].module.weight.dtype:
+            self._memory.prepare(self._layout[-1].module.weight)
 
     def of(self, choice: Choice, *, leaves: bool = False, output_alone: bool = False) -> Slice:
         """The projections reduced to the kept units.
@@ -163,26 +181,47 @@ class BlockSlices:
         buffer = self._own if leaves else self._memory.buffer
         if torch.is_grad_enabled() or (torch.compiler.is_exporting() and not leaves):  # graphs plan their own memory
             buffer = None
-        return self._written(choice, self._projections[-1:] if output_alone else self._projections, buffer)
+        found = {}
+        for one in self._layout[-1:] if output_alone else self._layout:
+            place = None if buffer is None else buffer[one.start : one.bias_start].view(one.shape)
+            weight, bias = one.module.weight, one.module.bias
+            if one.is_output:
+                rows = gathered(weight.t(), choice.kept, one.rows[0].width, place).t()
+                if choice.restored is not None:
+                    bias = _restored(choice.restored, bias, weight.dtype, self._bias_place(one, buffer))
+            else:
+                alone = one.rows[0].width if len(one.rows) == 1 else 0
+                rows = (
+                    gathered(weight, choice.kept, alone, place)
+                    if alone
+                    else _rows_of(weight, one.rows, choice.kept, place)
+                )
+                if bias is not None:
+                    bias = _rows_of(bias, one.rows, choice.kept, self._bias_place(one, buffer))
+            found[one.name] = Matrix(rows, bias)
+        return found
 
     def hold(self, choice: Choice) -> Slice:
         """What tokens after the last batch run on, sliced at the first of them."""
         if self.held is None:
-            if self._projections and not torch.is_grad_enabled():
-                self._make_own(self._projections[-1].matrix.weight)
-            own = None if torch.is_grad_enabled() else self._own
-            found = self._written(choice, self._projections, own)
-            for one in self._projections[-1:]:
-                if one.is_output and wants_rows(one.matrix.weight):
+            if self._layout and not torch.is_grad_enabled():
+                self._make_own()
+            found = self.of(choice, leaves=True)
+            for one in self._layout[-1:]:
+                if one.is_output and wants_rows(one.module.weight):
                     found[one.name] = Matrix(found[one.name].weight.contiguous(), found[one.name].bias)
             self.held = found
         return self.held
 
     def hold_left(self, choice: Choice) -> None:
-        """Hold what the last batch, run on ``choice``, has left."""
+        """Hold what a graph has left of the last batch, run on ``choice``."""
         assert self._own is not None
-        places = self._stretches(self._projections, self._own)
-        self.held = {one.name: self._placed(one, choice, places[one.name]) for one in self._projections}
+        self.held = {}
+        for one in self._layout:
+            weight, bias = self._own[one.start : one.bias_start].view(one.shape), one.module.bias
+            if bias is not None if not one.is_output else choice.restored is not None:
+                bias = self._bias_place(one, self._own)
+            self.held[one.name] = Matrix(weight.t() if one.is_output else weight, bias)
 
     def forget(self) -> None:
         """Let go of all slices: the weights have changed."""
@@ -192,78 +231,33 @@ class BlockSlices:
         """Copies of a model make slices of their own."""
         return {**self.__dict__, "held": None, "_own": None}
 
-    def _make_own(self, like: Tensor) -> None:
+    def _make_own(self) -> None:
+        like = self._layout[-1].module.weight
         if self._own is None or self._own.dtype != like.dtype:
             self._own = new_memory(self._size, like)
 
-    def _shapes(self, one: Sliceable) -> tuple[tuple[int, int], tuple[int] | None]:
-        """Of a sliced projection in memory, and of its bias. The output's columns are rows there."""
-        (out, width), bias = one.matrix.weight.shape, one.matrix.bias
-        if one.is_output:
-            return (self._keep * (width // self._number), out), (out,)
-        rows = sum(part.number if part.width == 0 else part.width * self._keep for part in one.rows)
-        return (rows, width), None if bias is None else (rows,)
-
-    def _stretches(self, projections: Sequence[Sliceable], buffer: Tensor) -> Slice:
-        """Where each projection's slice lies in a buffer."""
-        places, used = {}, 0
-        for one in projections:
-            found = []
-            for shape in self._shapes(one):
-                start, used = used, used if shape is None else used + math.prod(shape)
-                found.append(None if shape is None else buffer[start:used].view(shape))
-            weight, bias = found
-            assert weight is not None
-            places[one.name] = Matrix(weight, bias)
-        return places
-
-    def _written(self, choice: Choice, projections: Sequence[Sliceable], buffer: Tensor | None) -> Slice:
-        places = None if buffer is None else self._stretches(projections, buffer)
-        return {
-            one.name: self._sliced(one, choice, None if places is None else places[one.name]) for one in projections
-        }
-
-    def _sliced(self, one: Sliceable, choice: Choice, place: Matrix | None) -> Matrix:
-        """One projection's slice, in its place where it has one."""
-        weight, bias = one.matrix
-        into = Matrix(None, None) if place is None else place  # type: ignore[arg-type]
-        if one.is_output:
-            rows = gathered(weight.t(), choice.kept, weight.shape[1] // self._number, into.weight)
-            total = _total(bias, choice.restored, weight.dtype)
-        else:
-            rows = _rows_of(weight, one.rows, choice.kept, into.weight)
-            total = None if bias is None else _rows_of(bias, one.rows, choice.kept, None)
-        if place is None:
-            return Matrix(rows.t() if one.is_output else rows, total)
-        if place.bias is not None and total is not None and total is not bias:
-            place.bias.copy_(total)
-        return self._placed(one, choice, place)
-
-    def _placed(self, one: Sliceable, choice: Choice, place: Matrix) -> Matrix:
-        """The slice that lies in a place."""
-        if not one.is_output:
-            return place
-        own_bias = place.bias if choice.restored is not None else one.matrix.bias
-        return Matrix(place.weight.t(), own_bias)
+    def _bias_place(self, one: Sliceable, buffer: Tensor | None) -> Tensor | None:
+        return None if buffer is None else buffer[one.bias_start : one.end]
 
 
-def _rows_of(whole: Tensor, rows: Sequence[Rows], kept: Tensor, place: Tensor | None) -> Tensor:
+def _rows_of(whole: Tensor, rows: tuple[Rows, ...], kept: Tensor, place: Tensor | None) -> Tensor:
     """Rows (or entries) of the kept units, of every stretch of rows in turn."""
-    take = gathered if whole.dim() == 2 else take_rows
     if len(rows) == 1:
-        return take(whole, kept, rows[0].width, place)
+        return gathered(whole, kept, rows[0].width, place)
     found, used = [], 0
     for start, number, width in rows:
         own = whole[start : start + number]
-        size = number if width == 0 else len(kept) * width
+        size = len(kept) * width if width else number
         out = None if place is None else place[used : used + size]
         used += size
-        found.append(own if width == 0 else take(own, kept, width, out))
+        if width:
+            found.append(gathered(own, kept, width, out))
+        else:
+            found.append(own if out is None else out.copy_(own))
     return torch.cat(found) if place is None else place
 
 
-def _total(bias: Tensor | None, restored: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _restored(restored: Tensor, bias: Tensor | None, dtype: torch.dtype, place: Tensor | None) -> Tensor:
     """An output's bias with what is restored added to it: it then costs nothing to add."""
-    if restored is None:
-        return bias
-    return (restored if bias is None else bias.float() + restored).to(dtype)
+    total = (restored if bias is None else bias.float() + restored).to(dtype)
+    return total if place is None else place.copy_(total)

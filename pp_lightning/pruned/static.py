@@ -70,13 +70,13 @@ def slice_block(modules: BlockModules, shape: ModelShape, unit: AttentionUnit, c
     """
     kept = choice.kept
     runner = BlockRunner(modules, shape, unit, len(kept), SliceMemory())
-    for one in runner.projections.values():
+    for one in runner.projections:
         if not one.is_linear:
             raise UserError(
                 f"{modules.path_of(one.name)} is a {type(one.module).__name__}: static pruning slices plain Linear "
                 "layers, so merge adapters and load unquantised weights"
             )
-    sliced = SlicedBlock(runner, {name: one.module for name, one in runner.projections.items()})
+    sliced = SlicedBlock(runner, {one.name: one.module for one in runner.projections})
     module, like = modules.module, runner.output.module
     for one in runner.inputs:
         if one.repeats > 1:
