@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pp_lightning.functional.probe import Probe
 from pp_lightning.methods import FullBatchProbing, ProbePruning, WandaSP
+from pp_lightning.methods.dynamic import Sight
 
 
 @dataclass
@@ -30,10 +31,10 @@ class Recording:
         self.records.append(Record(probe=super().select(*args, **more)))  # type: ignore[misc]
         return self.records[-1].probe
 
-    def energy(self, states: Tensor, *args: Any) -> Tensor:
-        record = self.records[-1]
-        record.states, record.energy = states.clone(), super().energy(states, *args)  # type: ignore[misc]
-        return record.energy
+    def observe(self, states: Tensor, *args: Any) -> Sight:
+        record, found = self.records[-1], super().observe(states, *args)  # type: ignore[misc]
+        record.states, record.energy = states.clone(), found.energy
+        return found
 
     def unit_scores(self, *args: Any) -> Tensor:
         self.records[-1].scores = super().unit_scores(*args)  # type: ignore[misc]

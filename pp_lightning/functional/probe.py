@@ -131,13 +131,15 @@ def probe_arguments(given: Arguments, probe: object) -> Arguments:
         cut["attention_mask"] = mask[..., : mask.shape[2]]
     if isinstance(probe, Probe):  # anything else goes through blocks that take no arguments
         for name in _CUTS.keys() & cut.keys():
-            cut[name] = None if cut[name] is None else _CUTS[name](cut[name], probe)
+            value, take = cut[name], _CUTS[name]
+            if isinstance(value, tuple):  # cosines and sines
+                cut[name] = tuple(map(take, value, repeat(probe)))
+            elif value is not None:
+                cut[name] = take(value, probe)
     return cut
 
 
 def _by_row_and_token(value: Any, probe: Probe) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_by_row_and_token, value, repeat(probe)))
     rows = value if value.shape[0] == 1 else value.index_select(0, probe.rows)
     return rows.index_select(1, probe.tokens)
 

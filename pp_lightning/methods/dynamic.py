@@ -99,16 +99,6 @@ class DynamicMethod(PruningMethod):
         """
 
     @abstractmethod
-    def energy(self, states: Tensor, probe: AnyProbe | None, places: Places | None, history: Tensor | None) -> Tensor:
-        """The second moment of each channel that scores are made from: (C,) float32, summed over positions.
-
-        Args:
-            states: the probe's states (b, s, C).
-            probe: where in the batch they come from.
-            places: positions of the whole batch; None where column and position are the same and nothing is padding.
-            history: (P_max, C) float32, or None for methods without one.
-        """
-
     def observe(
         self,
         states: Tensor,
@@ -117,16 +107,15 @@ class DynamicMethod(PruningMethod):
         history: Tensor | None,
         running_mean: Tensor | None,
     ) -> Sight:
-        """What units are scored by, and the means to put back: by default :meth:`energy`, and none.
+        """What units are scored by, and the means to put back.
 
         Args:
-            states: see :meth:`energy`, as the next three.
+            states: the probe's states (b, s, C).
             probe: where in the batch they come from.
-            places: positions of the whole batch.
-            history: (P_max, C) float32.
+            places: positions of the whole batch; None where column and position are the same and nothing is padding.
+            history: (P_max, C) float32, or None for methods without one.
             running_mean: (C,) float32, or None for methods without one.
         """
-        return Sight(self.energy(states, probe, places, history))
 
     def weight_norm(self, weight: Tensor) -> Tensor:
         """The constant part of the scores, (C,) float32, from the output matrix (D, C)."""

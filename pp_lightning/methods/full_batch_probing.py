@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pp_lightning.functional.moments import Places, placed_second_moment, second_moment
 from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, UnitName
-from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod
+from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod, Sight
 
 
 class FullBatchProbing(DynamicMethod):
@@ -44,7 +44,14 @@ class FullBatchProbing(DynamicMethod):
         """Everything."""
         return None
 
-    def energy(self, states: Tensor, probe: AnyProbe | None, places: Places | None, history: Tensor | None) -> Tensor:
+    def observe(
+        self,
+        states: Tensor,
+        probe: AnyProbe | None,
+        places: Places | None,
+        history: Tensor | None,
+        running_mean: Tensor | None,
+    ) -> Sight:
         """The batch's own second moment, summed over positions."""
         moment = second_moment(states) if places is None else placed_second_moment(states, places)[0]
-        return moment.sum(0)
+        return Sight(moment.sum(0))

@@ -151,11 +151,6 @@ class ProbePruning(DynamicMethod):
         ranked = residual if self.rank_by == "residual" else normed
         return select_probe(token_norms(ranked), real, self.row_ratio, self.token_ratio, sizes)
 
-    def energy(self, states: Tensor, probe: AnyProbe | None, places: Places | None, history: Tensor | None) -> Tensor:
-        """The probe's moment fused with the history at the selected positions, summed over them (step 4)."""
-        assert probe is not None and history is not None
-        return fused_energy(states, probe, places, history, self.fusion_weight)[0]
-
     def observe(
         self,
         states: Tensor,
@@ -164,18 +159,17 @@ class ProbePruning(DynamicMethod):
         history: Tensor | None,
         running_mean: Tensor | None,
     ) -> Sight:
-        """The energy, centred where the score says so, and the means that the compensation restores."""
+        """The probe's moment fused with the history at the selected positions (step 4), and the means to restore."""
+        assert probe is not None and history is not None
+        energy, count = fused_energy(states, probe, places, history, self.fusion_weight)
         centred = SCORES[self.score].centred
         if self.compensation is None and not centred:
-            assert probe is not None and history is not None
-            return Sight(fused_energy(states, probe, places, history, self.fusion_weight)[0])
-        assert probe is not None and history is not None
+            return Sight(energy)
         mean = channel_mean(states, probe.real)
         restored = None if self.compensation is None else COMPENSATIONS[self.compensation](mean, running_mean)
-        if not centred:
-            return Sight(self.energy(states, probe, places, history), restored)
-        energy, count = fused_energy(states, probe, places, history, self.fusion_weight)
-        return Sight(energy_about(energy, count, mean, mean if restored is None else restored), restored)
+        if centred:
+            energy = energy_about(energy, count, mean, mean if restored is None else restored)
+        return Sight(energy, restored)
 
     def weight_norm(self, weight: Tensor) -> Tensor:
         """The constant part of the score."""

@@ -133,7 +133,8 @@ class PrunedBlock(nn.Module):
             runner.narrow(self.last, slices.hold(self.last))
             return
         plan = self.plan(inputs)
-        slices.prepare(leaves=plan.leaves)
+        if plan.leaves or slices.held is not None or not slices.is_prepared:
+            slices.prepare(leaves=plan.leaves)
         layer = self._of_layer[0]
         known = self.recomputing.known(hidden, layer) if layer.training else None
         if known is not None:

@@ -138,6 +138,7 @@ class BlockSlices:
         memory: shared by the blocks of the model.
 
     Attributes:
+        is_prepared: whether :meth:`prepare` has nothing to do for a batch that leaves nothing.
         held: what tokens that continue the last batch run on; None where that was not asked for.
     """
 
@@ -145,6 +146,7 @@ class BlockSlices:
         self, projections: Sequence[tuple[str, Any, tuple[Rows, ...]]], output: str, keep: int, memory: SliceMemory
     ) -> None:
         self.held: Slice | None = None
+        self.is_prepared = False
         self._memory = memory
         self._own: Tensor | None = None
         self._layout: list[Sliceable] = []
@@ -167,8 +169,9 @@ class BlockSlices:
             return
         if leaves:
             self._make_own()
-        elif (buffer := self._memory.buffer) is None or buffer.dtype != self._layout[-1].module.weight.dtype:
+        else:
             self._memory.prepare(self._layout[-1].module.weight)
+        self.is_prepared = not leaves
 
     def of(self, choice: Choice, *, leaves: bool = False, output_alone: bool = False) -> Slice:
         """The projections reduced to the kept units.
@@ -226,10 +229,11 @@ class BlockSlices:
     def forget(self) -> None:
         """Let go of all slices: the weights have changed."""
         self.held = self._own = None
+        self.is_prepared = False
 
     def __getstate__(self) -> dict[str, object]:
         """Copies of a model make slices of their own."""
-        return {**self.__dict__, "held": None, "_own": None}
+        return {**self.__dict__, "held": None, "_own": None, "is_prepared": False}
 
     def _make_own(self) -> None:
         like = self._layout[-1].module.weight

@@ -106,7 +106,7 @@ def restore_block(sliced: SlicedBlock) -> None:
 
 
 def _narrow(one: PrunedProjection, kept: Tensor) -> nn.Linear:
-    weight, bias = one.matrix
+    weight, bias = one.module.weight, one.module.bias
     own_bias = None if bias is None else take_unit_rows(bias, one.rows, kept)
     return _linear_like(one.module, take_unit_rows(weight, one.rows, kept), own_bias)
 

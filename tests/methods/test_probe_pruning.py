@@ -54,7 +54,7 @@ def test_energy_equals_the_naive_loop(weight, lengths, side):
         everywhere = places = Places(real.long().cumsum(1) - 1, real, 12)
     probe = method.select(residual, residual, real)
     states = torch.randn(len(probe.rows), len(probe.tokens), 6)
-    found = method.energy(states, probe, places, history)
+    found = method.observe(states, probe, places, history, None).energy
     expected = naive_energy(states, probe, everywhere, history, weight)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
