@@ -42,6 +42,7 @@ _MOST_GRAPHS = 64
 
 _DYNAMO = {
     "recompile_limit": _MOST_GRAPHS,
+    "specialize_float": True,  # epsilons and scales are those of all layers
     "force_parameter_static_shapes": False,  # layers of different widths share the graph with dynamic sizes
     "skip_nnmodule_hook_guards": False,  # pruned layers have hooks on their norms, others have not
 }

@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from pp_lightning.architectures import architecture_of
-from pp_lightning.pruned.batch import run_batch
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,12 +26,13 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
-from pp_lightning import prune_
+from pp_lightning import compile_, prune_
 from pp_lightning.blocks import Block
+from pp_lightning.families import layers_of, stack_of
 from pp_lightning.functional.moments import Places
 from pp_lightning.methods import DynamicMethod, FullBatchProbing, ProbePruning
-from pp_lightning.pruned.context import BatchContext
-from pp_lightning.pruning import pruners_of, pruning_of
+from pp_lightning.pruned.context import ModelContext
+from pp_lightning.pruning import pruning_of
 from pp_lightning.statistics import BlockSums, Statistics
 from tests.models import MODELS, SETTINGS, statistics, tiny
 
@@ -136,13 +136,17 @@ def inspect(name: str, method: DynamicMethod, **settings: Any) -> Findings:
                 model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
             findings.decoding = _decoding(model, ids)
             torch._dynamo.reset()
-            compiled = torch.compile(run_batch, backend=_inspector(findings), fullgraph=True, dynamic=False)
-            for pruner in pruners_of(model).values():
-                pruner.run_batch = compiled
-            model(input_ids=ids, use_cache=False)
+            with patch("torch.compile", _compiled(torch.compile, findings)):
+                compile_(model)
+                model(input_ids=ids, use_cache=False)
     except Exception as error:  # what a faulty method raises depends on where it is found
         findings.error = f"{type(error).__name__}: {error}"
     return findings
+
+
+def _compiled(real: Callable[..., Any], findings: Findings) -> Callable[..., Any]:
+    """``torch.compile`` as for batches of the first size, the only ones that CUDA graphs are recorded of."""
+    return lambda function, **_: real(function, backend=_inspector(findings), fullgraph=True, dynamic=False)
 
 
 def _decoding(model: PreTrainedModel, ids: Tensor) -> Findings:
@@ -166,25 +170,26 @@ class _Moves(AlignDevicesHook):
         return module
 
 
-def _as_if_padded(context: BatchContext, shape: torch.Size, *_: object) -> None:
+def _as_if_padded(context: ModelContext, shape: torch.Size, *_: object) -> Places:
     positions = torch.zeros(shape, dtype=torch.long, device=DEVICE)
-    context._places, context._explicit_positions = Places(positions, positions > 0, shape[1]), True
+    return Places(positions, positions > 0, shape[1])
 
 
 def spread(name: str, method: DynamicMethod) -> Findings:
     """A model over two devices, as accelerate spreads it: padded batches and decoding."""
     model, findings = tiny(name), Findings()
-    architecture = architecture_of(model.config)
-    decoder, layers = architecture.decoder_of(model), architecture.layers_of(model)
+    decoder, layers = stack_of(model), layers_of(model)
     final_norm = decoder.norm if hasattr(decoder, "norm") else decoder.final_layer_norm
     elsewhere = [*layers[4:], final_norm, model.lm_head]
-    for number, modules in enumerate((layers[:4], elsewhere)):
-        for module in modules:
-            add_hook_to_module(module, _Moves(execution_device=torch.device(DEVICE, number)))
+    hooks = {module: _Moves(execution_device=torch.device("cpu")) for module in (*layers[:4], *elsewhere)}
+    for module, hook in hooks.items():
+        add_hook_to_module(module, hook)
     prune_(model, method, statistics(name) if method.needs_statistics else None, **SETTINGS)
+    for module, hook in hooks.items():  # pruning has run the model: from now on it is elsewhere
+        hook.execution_device = torch.device(DEVICE, 1 if module in elsewhere else 0)
     context = pruning_of(model).context
     context.overlaps = False
-    context._locate = partial(_as_if_padded, context)  # to look for padding is to look at values
+    context._places = partial(_as_if_padded, context)  # to look for padding is to look at values
     try:
         with on_device(model, elsewhere):
             ids = torch.zeros(4, 24, dtype=torch.long, device=DEVICE)
@@ -238,7 +243,6 @@ CASES: dict[str, Callable[[], Findings]] = {
     **{f"{name}-best": partial(inspect, name, ProbePruning.best()) for name in MODELS},
     "llama_gqa-parallel": partial(inspect, "llama_gqa", ProbePruning(row_ratio=0.3, probe_source="previous")),
     "opt-full_batch": partial(inspect, "opt", FullBatchProbing()),
-    "llama-packed": partial(inspect, "llama", PAPER, pack_slices=True),
     "llama_gqa-spread": partial(spread, "llama_gqa", PAPER),
     "opt-spread_best": partial(spread, "opt", ProbePruning.best()),
     "llama-spread_parallel": partial(spread, "llama", ProbePruning(row_ratio=0.3, probe_source="previous")),

@@ -1,10 +1,9 @@
 import dataclasses
 
 import pytest
-from pp_lightning.architectures import ModelShape
 
 from pp_lightning import UserError
-from pp_lightning.blocks import AttentionUnit, Block
+from pp_lightning.blocks import AttentionUnit, Block, ModelShape
 from pp_lightning.methods import ProbePruning
 from pp_lightning.plan import make_plan
 

@@ -73,7 +73,9 @@ class ModelContext:
         given = dict(zip(self._stack_names, args, strict=False)) | dict(kwargs)
         if any(given.get(name) is not None for name in _PACKED):
             raise UserError("pruned models take one text a row: generate_batch and packed rows need the dense model")
-        cache = given.get("past_key_values")
+        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() not in (2, 4):
+            raise UserError("pruned models need a 2-D attention mask (rows, tokens), to tell padding from text")
         self._given = given
         inputs = next((given[name] for name in _SHAPED if given.get(name) is not None), None)
         if cache is None or not is_filled(cache):
@@ -195,7 +197,5 @@ def _real_tokens(mask: Any, shape: torch.Size) -> Tensor | None:
         mask = next((one for one in mask.values() if one is not None), None)
     if mask is None or mask.dim() == 2:
         return None if mask is None else mask.bool()
-    if mask.dim() != 4:
-        raise UserError("pruned models need a 2-D attention mask (rows, tokens), to tell padding from text")
     allowed = mask if mask.dtype == torch.bool else mask >= 0  # additive: 0 may be attended, the lowest number not
     return allowed[:, 0, :, : shape[1]].diagonal(dim1=1, dim2=2).expand(shape)

@@ -36,7 +36,9 @@ def test_energy_is_the_moment_summed_over_positions():
     states = torch.randn(3, 4, 5)
     method = FullBatchProbing()
     expected = [sum(states[b, t, c].item() ** 2 / 3 for b in range(3) for t in range(4)) for c in range(5)]
-    torch.testing.assert_close(method.observe(states, None, None, None, None).energy, torch.tensor(expected), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        method.observe(states, None, None, None, None).energy, torch.tensor(expected), rtol=1e-5, atol=0
+    )
 
 
 def test_energy_counts_real_rows_at_each_position():

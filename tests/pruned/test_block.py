@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from pp_lightning.pruned.workspace import SliceWorkspace, fresh_memory
 
 from pp_lightning import calibrate, kept_units, prune_, unprune_
 from pp_lightning.functional import linear as linear_module
 from pp_lightning.methods import FullBatchProbing, ProbePruning
 from pp_lightning.pruned.choice import Choice
-from pp_lightning.pruning import pruners_of, pruning_of
+from pp_lightning.pruned.slices import SliceMemory
+from pp_lightning.pruning import pruning_of
 from tests.models import (
     MODELS,
     PRUNED,
@@ -19,6 +19,7 @@ from tests.models import (
     logits,
     masked_dense,
     output_weights,
+    pruned_blocks,
     statistics,
     tiny,
 )
@@ -31,7 +32,7 @@ def pruned(name="llama", method=ProbePruning, **settings):
 
 
 def blocks_of(model):
-    return [block for pruner in pruners_of(model).values() for block in (pruner.attention, pruner.mlp)]
+    return list(pruned_blocks(model).values())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -56,66 +57,56 @@ def test_a_dense_block_is_not_laid_out():
 def test_one_slice_at_a_time_in_one_buffer(name, unit):
     model = pruned(name, lambda: ProbePruning(attention_unit=unit))
     logits(model, ids())
-    workspace = pruning_of(model).context.workspace
-    address, size = workspace.buffer.data_ptr(), workspace.buffer.numel()
-    assert size == max(block.slices.size for block in blocks_of(model))
+    memory = pruning_of(model).context.memory
+    address, size = memory.buffer.data_ptr(), memory.buffer.numel()
     logits(model, ids(seed=2))
-    assert (workspace.buffer.data_ptr(), workspace.buffer.numel()) == (address, size)
+    assert (memory.buffer.data_ptr(), memory.buffer.numel()) == (address, size)
+    largest = max(sum(tensor.numel() for tensor in slice_of(block)) for block in blocks_of(model))
+    assert largest <= size < 1.1 * largest
     # nothing is held between batches but that
-    assert all(block.slices.held is None for block in blocks_of(model))
+    assert all(block.runner.slices.held is None for block in blocks_of(model))
 
 
-def workspace_of(size, like):
-    workspace = SliceWorkspace()
-    workspace.reserve(size)
-    workspace.prepare(like)
-    return workspace
-
-
-@torch.no_grad()
-def test_workspace_hands_out_one_buffer_in_turn():
-    like = torch.zeros(4, 4)
-    workspace = workspace_of(10, like)
-    take = workspace.begin(like)
-    first, second = take((2, 3), like), take((2, 2), like)
-    first.fill_(1.0)
-    second.fill_(2.0)
-    assert first.eq(1).all() and second.eq(2).all()  # they do not overlap
-    again = workspace.begin(like)((2, 3), like)
-    assert again.data_ptr() == first.data_ptr()
-    assert fresh_memory((2, 3), like) is None
+def slice_of(block):
+    """The tensors of a block's slice, in memory of their own."""
+    found = block.runner.slices.of(block.last)  # gradients are on: fresh memory
+    return [tensor for matrix in found.values() for tensor in matrix if tensor is not None]
 
 
 @torch.no_grad()
-def test_workspace_follows_the_weights_type_and_the_largest_slice():
-    like = torch.zeros(4, 4)
-    workspace = workspace_of(6, like)
-    assert workspace.begin(like.half()) is fresh_memory  # not prepared for these
-    workspace.prepare(like.half())
-    assert workspace.begin(like.half())((2, 3), like.half()).dtype == torch.float16
-    workspace.reserve(12)
-    assert workspace.begin(like.half()) is fresh_memory
-    workspace.prepare(like.half())
-    assert workspace.buffer.numel() == 12
+def test_slices_in_one_buffer_do_not_overlap():
+    """The output has its columns in memory; a bias lies behind its weight."""
+    model = pruned("opt")
+    logits(model, ids())
+    for block in blocks_of(model):
+        shared = block.runner.slices.of(block.last)
+        with torch.enable_grad():
+            fresh = block.runner.slices.of(block.last)
+        for name, matrix in fresh.items():
+            assert torch.equal(shared[name].weight, matrix.weight)
+            assert torch.equal(shared[name].bias, matrix.bias)
+        other = block.runner.slices.of(Choice((block.kept + 1) % block.units.number))
+        assert other[block.runner.output.name].weight.data_ptr() == shared[block.runner.output.name].weight.data_ptr()
 
 
 @torch.no_grad()
+def test_memory_follows_the_weights_type_and_the_largest_slice():
+    memory, like = SliceMemory(), torch.zeros(4, 4)
+    memory.reserve(6)
+    memory.prepare(like)
+    assert (memory.buffer.dtype, memory.buffer.numel()) == (torch.float32, 6)
+    memory.prepare(like.half())
+    assert memory.buffer.dtype == torch.float16
+    memory.reserve(12)
+    memory.prepare(like.half())
+    assert memory.buffer.numel() == 12
+
+
 def test_an_accelerator_keeps_freed_memory_at_hand_itself():
-    like = torch.zeros(4, 4, device="meta")
-    assert workspace_of(10, like).buffer is None
-    outliving = SliceWorkspace(outlives_batch=True)
-    outliving.reserve(10)
-    outliving.prepare(like)
-    assert outliving.buffer.device == like.device
-
-
-def test_gradients_are_recorded_with_memory_of_their_own():
-    like = torch.zeros(4, 4)
-    assert workspace_of(10, like).buffer is None
-    with torch.no_grad():
-        workspace = workspace_of(10, like)
-        assert workspace.begin(like) is not fresh_memory
-    assert workspace.begin(like) is fresh_memory
+    memory = SliceMemory()
+    memory.reserve(10)
+    memory.prepare(torch.zeros(4, 4, device="meta"))
+    assert memory.buffer is None
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_gqa", "opt"])
@@ -157,9 +148,13 @@ def test_a_held_slice_is_let_go_by_the_next_prompt():
     with torch.no_grad():
         cache = model(input_ids=ids(), use_cache=True).past_key_values
         model(input_ids=ids(4, 1), past_key_values=cache, use_cache=True)
-        assert all(block.slices.held is not None for block in blocks_of(model))
+        assert all(block.runner.slices.held is not None for block in blocks_of(model))
         model(input_ids=ids(seed=2), use_cache=False)
-    assert all(block.slices.held is None for block in blocks_of(model))
+    assert all(block.runner.slices.held is None for block in blocks_of(model))
+
+
+def held_at(block):
+    return [matrix.weight.data_ptr() for matrix in block.runner.slices.hold(block.last).values()]
 
 
 @torch.no_grad()
@@ -168,68 +163,47 @@ def decoded(model, prompt, token):
     return model(input_ids=token, past_key_values=cache, use_cache=True).logits
 
 
-@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", ["llama_gqa", "opt"])
-def test_once_a_model_decodes_its_prompts_leave_the_slices_for_it(name, rows, packs):
+def test_once_a_model_decodes_its_prompts_leave_the_slices_for_it(name, rows):
     """A prompt of one row would share one projection with its probe; and a batch that nothing continues leaves none."""
-    model, fresh = (pruned(name, pack_slices=packs) for _ in range(2))
+    model, fresh = (pruned(name) for _ in range(2))
     first, second, token = ids(rows), ids(rows, seed=2), ids(rows, 1, seed=3)
     with torch.no_grad():
         model(input_ids=first, use_cache=True)
-    assert all(block.slices.held is None for block in blocks_of(model)), "nobody knows yet that this model decodes"
+    assert all(block.runner.slices.held is None for block in blocks_of(model)), (
+        "nobody knows yet that this model decodes"
+    )
     logits(fresh, first)  # moves its history as well
     decoded(model, first, token)
-    memory = [None if packs else block.slices._own.buffer.data_ptr() for block in blocks_of(model)]
+    memory = [held_at(block) for block in blocks_of(model)]
     logits(model, first)
     logits(fresh, first)
-    assert all(block.slices.held is None for block in blocks_of(model))
+    assert all(block.runner.slices.held is None for block in blocks_of(model))
     logits(fresh, first)
     with torch.no_grad():
         cache = model(input_ids=second, use_cache=True).past_key_values
-    left = [block.slices.held for block in blocks_of(model)]
+    left = [block.runner.slices.held for block in blocks_of(model)]
     assert all(held is not None for held in left)
     with torch.no_grad():
         found = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-    assert [block.slices.held for block in blocks_of(model)] == left
-    assert [None if packs else block.slices._own.buffer.data_ptr() for block in blocks_of(model)] == memory
+    assert all(block.runner.slices.held is one for block, one in zip(blocks_of(model), left, strict=True))
+    assert [held_at(block) for block in blocks_of(model)] == memory
     expected = decoded(fresh, second, token)
     assert choices(kept_units(model)) == choices(kept_units(fresh))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("packs", [False, True])
-def test_where_products_want_rows_slices_are_held_by_rows(monkeypatch, packs):
-    model, plain = (pruned(pack_slices=packs) for _ in range(2))
+def test_where_products_want_rows_slices_are_held_by_rows(monkeypatch):
+    model, plain = (pruned() for _ in range(2))
     expected = [decoded(plain, ids(seed=seed), ids(4, 1)) for seed in (1, 2)]
-    assert not any(block.slices.held.projections["output"].weight.is_contiguous() for block in blocks_of(plain))
+    assert not any(
+        block.runner.slices.held[block.runner.output.name].weight.is_contiguous() for block in blocks_of(plain)
+    )
     monkeypatch.setattr(linear_module, "_NATIVE", {torch.float32: False})  # as half precision on many a laptop
     found = [decoded(model, ids(seed=seed), ids(4, 1)) for seed in (1, 2)]
-    assert all(block.slices.held.projections["output"].weight.is_contiguous() for block in blocks_of(model))
+    assert all(block.runner.slices.held[block.runner.output.name].weight.is_contiguous() for block in blocks_of(model))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_packed_slices_are_held_as_they_are():
-    model = pruned(pack_slices=True)
-    decoded(model, ids(), ids(4, 1))
-    for block in blocks_of(model):
-        assert block.slices._own is None, "no second copy"
-        assert (
-            block.slices.held.projections["output"].weight.data_ptr() == block.slices.packed.rows["output"].data_ptr()
-        )
-
-
-def test_packed_slices_of_an_earlier_batch_do_not_hide_gradients():
-    model, plain, text = pruned(pack_slices=True), pruned(), ids()
-    for one in (model, plain):
-        logits(one, ids(seed=2))
-        first = one(input_ids=text, labels=text, use_cache=True)
-        first.loss.backward()
-        with torch.no_grad():
-            one.continued = one(input_ids=ids(4, 1), past_key_values=first.past_key_values, use_cache=True).logits
-    for found, expected in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(model.continued, plain.continued, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -238,12 +212,14 @@ def test_what_is_left_is_what_a_copy_would_be():
     decoded(model, ids(), ids(4, 1))
     model(input_ids=ids(seed=2), use_cache=True)
     for block in blocks_of(model):
-        left = block.slices.held
-        copied = block.slices.of(Choice(block.kept), fresh_memory)
-        for role, projection in copied.projections.items():
-            assert torch.equal(left.projections[role].weight, projection.weight), role
-        other = block.slices.of(Choice((block.kept + 1) % block.units.number), fresh_memory, ["output"])
-        assert not torch.equal(left.projections["output"].weight, other.projections["output"].weight)
+        left = block.runner.slices.held
+        with torch.enable_grad():  # in memory of its own
+            copied = block.runner.slices.of(block.last)
+            other = block.runner.slices.of(Choice((block.kept + 1) % block.units.number), output_alone=True)
+        for name, matrix in copied.items():
+            assert torch.equal(left[name].weight, matrix.weight), name
+        output = block.runner.output.name
+        assert not torch.equal(left[output].weight, other[output].weight)
 
 
 @pytest.mark.parametrize("name", MODELS)
