@@ -12,10 +12,10 @@ PACKAGE = "pp_lightning"
 
 # Lowest first; a module imports its own layer and lower ones. A package stands for everything inside.
 LAYERS = [
-    {"errors", "forwards", "progress"},
+    {"errors", "interfaces", "progress"},
     {"records", "resume", "functional"},
-    {"architectures", "blocks"},
-    {"evidence"},
+    {"blocks"},
+    {"families", "evidence"},
     {"statistics"},
     {"importances"},
     {"methods"},

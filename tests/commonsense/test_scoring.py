@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from pp_lightning.architectures import architecture_of
 from transformers import AutoModelForCausalLM, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
 
 from pp_lightning import UserError, calibrate, frozen_history, kept_units, prune_, unprune_
@@ -14,6 +13,7 @@ from pp_lightning.commonsense.batching import ChoiceBatch, collate_questions, gr
 from pp_lightning.commonsense.encoding import EncodedQuestion, EncodedRow
 from pp_lightning.commonsense.rows import Question
 from pp_lightning.commonsense.scoring import check_window
+from pp_lightning.families import stack_of
 from pp_lightning.methods import FLAP, ProbePruning, WandaSP
 from tests.commonsense.samples import data_of, tiny_model, write_samples
 from tests.commonsense.tokenizers import KINDS, TEXT, VOCABULARY, tokenizer_of
@@ -180,4 +180,4 @@ def test_pruned_models_score_as_their_own_logits(kind: str, method: Any, tmp_pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_decoder_that_pruning_hooks_into_is_the_models_own(kind: str) -> None:
     model = tiny_model(kind)
-    assert architecture_of(model.config).decoder_of(model) is model.get_decoder()
+    assert stack_of(model) is model.get_decoder()
