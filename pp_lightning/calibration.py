@@ -17,7 +17,7 @@ from pp_lightning.errors import UserError
 from pp_lightning.families import BlockModules, blocks_of, layers_of
 from pp_lightning.functional.moments import Places, placed_count, placed_sum, sum_of_squares
 from pp_lightning.functional.probe import token_norms
-from pp_lightning.interfaces import INPUTS, first_argument, model_inputs
+from pp_lightning.interfaces import INPUTS, first_argument, model_inputs, without_head
 from pp_lightning.progress import shown
 from pp_lightning.pruned.check import meetings
 from pp_lightning.pruning import is_pruned
@@ -85,7 +85,7 @@ def calibrate(
                 hooks = collector.attach(blocks, {key: met.norm for key, met in meetings(model, everything).items()})
             inputs = model_inputs(model, batch)
             collector.begin(inputs.get("attention_mask"))
-            model.base_model(**inputs)
+            without_head(model)(**inputs)
             statistics.num_batches, statistics.batches_digest = seen, digest
             if save_to is not None and seen % save_every == 0:
                 statistics.save(save_to)

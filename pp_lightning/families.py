@@ -24,18 +24,20 @@ from pp_lightning.functional.selection import Rows
 _ATTENTION_INPUTS: tuple[Mapping[str, tuple[str, ...]], ...] = (
     {"q_proj": ("query",), "k_proj": ("key",), "v_proj": ("value",)},
     {"qkv_proj": ("query", "key", "value")},
+    {"Wqkv": ("query", "key", "value")},
     {"query_key_value": ("group",)},
 )
-_ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense")
+_ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "Wo")
 _MLP_INPUTS: tuple[Mapping[str, tuple[str, ...]], ...] = (
     {"gate_proj": ("gate",), "up_proj": ("up",)},
     {"gate_up_proj": ("gate", "up")},
+    {"Wi": ("gate", "up")},
     {"up_proj": ("up",)},
     {"fc1": ("up",)},
     {"c_fc": ("up",)},
     {"dense_h_to_4h": ("up",)},
 )
-_MLP_OUTPUTS = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
+_MLP_OUTPUTS = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "Wo")
 OUTPUT = "output"  # the role of the matrix whose inputs are scored
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size")
 
@@ -76,8 +78,10 @@ FAMILIES = (
         (
             "apertus",
             "arcee",
+            "clip_vision_model",
             "cohere",
             "cohere2",
+            "deit",
             "dinov2",
             "ernie4_5",
             "eurobert",
@@ -96,6 +100,7 @@ FAMILIES = (
             "ministral",
             "ministral3",
             "mistral",
+            "modernbert",
             "nanochat",
             "nemotron",
             "olmo",
@@ -129,6 +134,7 @@ FAMILIES = (
     Family(("gpt_oss",), head_parameters=("sinks",), refusals={Block.MLP: _EXPERTS}),
     Family(("olmo2", "olmo3"), refusals={Block.ATTENTION: _ALL_HEADS}),
     Family(("diffllama",), refusals={Block.ATTENTION: "its heads work in pairs"}),
+    Family(("dinov3_vit",), refusals={Block.ATTENTION: "its rotary embedding counts patches, which a probe does not"}),
     Family(("deepseek_v2", "deepseek_v3"), refusals={Block.ATTENTION: "its heads share one latent projection"}),
 )
 
@@ -241,19 +247,34 @@ def stack_path(model: PreTrainedModel) -> tuple[str, str]:
     """Path of the module that loops over the layers, and the name of its list of them.
 
     Raises:
-        UserError: there is no list of layers.
+        UserError: there is no list of layers, or there are several, as in models of texts and images.
     """
+    paths: list[str] = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and any(_looks_like_a_layer(one) for one in module):
-            parent, _, name = path.rpartition(".")
-            return parent, name
-    raise UserError(f"model type {model.config.model_type!r} has no list of transformer layers that can be pruned")
+        inside = any(path.startswith(f"{found}.") for found in paths)
+        if not inside and isinstance(module, nn.ModuleList) and any(_looks_like_a_layer(one) for one in module):
+            paths.append(path)
+    kind = model.config.model_type
+    if not paths:
+        raise UserError(f"model type {kind!r} has no list of transformer layers that can be pruned")
+    if len(paths) > 1:
+        raise UserError(
+            f"this {kind} model has several stacks of layers ({', '.join(paths)}): prune a part that has one"
+        )
+    parent, _, name = paths[0].rpartition(".")
+    return parent, name
 
 
 def stack_of(model: PreTrainedModel) -> nn.Module:
     """The module that loops over the layers."""
     stack: nn.Module = model.get_submodule(stack_path(model)[0])
     return stack
+
+
+def layers_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config that describes the layers: a model of images may be made from that of a larger one, with texts too."""
+    found: PreTrainedConfig = getattr(stack_of(model), "config", model.config)
+    return found
 
 
 def layers_of(model: PreTrainedModel) -> Sequence[nn.Module]:
@@ -271,7 +292,8 @@ def layer_prefix(model: PreTrainedModel, index: int) -> str:
 
 def blocks_of(model: PreTrainedModel) -> dict[BlockKey, BlockModules]:
     """Every block of every layer that pruning knows, whether or not it can be pruned."""
-    family, config = family_of(model.config), model.config
+    config = layers_config(model)
+    family = family_of(config)
     found = (
         (i, block, block_of(layer, block, family, config))
         for i, layer in enumerate(layers_of(model))
@@ -385,8 +407,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 def shape_of_model(model: PreTrainedModel) -> ModelShape:
     """The sizes of a dense model."""
-    config = model.config
-    blocks = blocks_of(model)
+    config, blocks = layers_config(model), blocks_of(model)
     attention = {i: blocks[i, b] for i, b in blocks if b is Block.ATTENTION}
     mlps = {i: blocks[i, b] for i, b in blocks if b is Block.MLP}
     heads = _alike({i: _head_counts(block, config) for i, block in attention.items()}, "attention", config)

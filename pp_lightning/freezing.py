@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
-from pp_lightning.interfaces import model_inputs
+from pp_lightning.interfaces import model_inputs, without_head
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.methods.frozen import FrozenOnText
 from pp_lightning.pruning import frozen_history, kept_units, pruning_of
@@ -32,7 +32,7 @@ def choice_for(model: PreTrainedModel, batch: Mapping[str, Any]) -> FrozenOnText
     if not isinstance(method, DynamicMethod):
         raise UserError(f"{type(method).__name__} has made its choice for good: only a dynamic one can be frozen")
     with frozen_history(model):
-        model.base_model(**model_inputs(model, batch))
+        without_head(model)(**model_inputs(model, batch))
     kept = {}
     for layer, units in kept_units(model).items():
         kept[layer, Block.ATTENTION], kept[layer, Block.MLP] = units.attention, units.mlp

@@ -43,6 +43,16 @@ def first_argument(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     return found
 
 
+def without_head(model: Any) -> nn.Module:
+    """The part of a model that makes hidden states of a batch; the model itself, where that cannot be called alone.
+
+    ``base_model`` is whatever module has the name that the class says. In a few classes of images that is a part which
+    no longer takes images.
+    """
+    base: nn.Module = model.base_model
+    return base if model.main_input_name in argument_names(base) else model
+
+
 INPUTS = ("input_ids", "attention_mask", "pixel_values")  # of a batch, that a model without its head is called with
 
 

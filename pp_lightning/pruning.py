@@ -17,9 +17,9 @@ from pp_lightning.families import (
     BlockModules,
     blocks_of,
     family_of,
+    layers_config,
     layers_of,
     refusal,
-    shape_of,
     shape_of_model,
     stack_of,
 )
@@ -274,14 +274,10 @@ def check_family(model: PreTrainedModel, method: PruningMethod) -> None:
     Raises:
         UserError: the method prunes such a block.
     """
-    family, found = family_of(model.config), {block for _, block in blocks_of(model)}
+    family, found = family_of(layers_config(model)), {block for _, block in blocks_of(model)}
     for block in method.blocks:
         _refuse(block, refusal(family, block, block in found), model)
-    if (
-        method.attention_unit is AttentionUnit.QUERY_HEAD
-        and not method.splits_groups
-        and shape_of(model.config).grouped
-    ):
+    if method.attention_unit is AttentionUnit.QUERY_HEAD and not method.splits_groups and shape_of_model(model).grouped:
         name = type(method).__name__
         raise UserError(f"{name} removes whole key/value groups of this model: use attention_unit=kv_group")
 

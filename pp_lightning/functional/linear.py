@@ -63,10 +63,6 @@ def _(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return states.new_empty(*states.shape[:-1], weight.shape[0])
 
 
-@register_flop_formula(torch.ops.pp_lightning.thin_linear)
+@register_flop_formula([torch.ops.pp_lightning.thin_linear, *([torch.ops.mkldnn._linear_pointwise] if _ONEDNN else [])])
 def _flops(states: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * states.numel() * weight[0]
-
-
-if _ONEDNN:
-    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)

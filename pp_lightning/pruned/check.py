@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from pp_lightning.blocks import AttentionUnit, Block, BlockKey, ModelShape
 from pp_lightning.errors import UserError
-from pp_lightning.families import BlockModules, layers_of
+from pp_lightning.families import BlockModules, layers_config, layers_of
 from pp_lightning.functional.probe import Arguments
-from pp_lightning.interfaces import argument_names
+from pp_lightning.interfaces import argument_names, without_head
 from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.runner import BlockRunner
 from pp_lightning.pruned.slices import SliceMemory
@@ -72,7 +72,7 @@ def meetings(model: PreTrainedModel, blocks: Mapping[BlockKey, BlockModules]) ->
     model.eval()
     try:
         with suppress(_Enough):
-            model.base_model(**_few_inputs(model))
+            without_head(model)(**_few_inputs(model))
     finally:
         for hook in hooks:
             hook.remove()
@@ -82,7 +82,7 @@ def meetings(model: PreTrainedModel, blocks: Mapping[BlockKey, BlockModules]) ->
 
 def kinds_of(model: PreTrainedModel) -> dict[int, int]:
     """For each layer the first one that is built like it."""
-    types = getattr(model.config, "layer_types", None)
+    types = getattr(layers_config(model), "layer_types", None)
     firsts: dict[object, int] = {}
     found = {}
     for index, layer in enumerate(layers_of(model)):
@@ -172,7 +172,7 @@ def _stop(*_: object) -> None:
 
 def _few_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """A few random tokens, or images."""
-    generator, config = torch.Generator().manual_seed(0), model.config
+    generator, config = torch.Generator().manual_seed(0), layers_config(model)
     if model.main_input_name == "pixel_values":
         size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
         images = torch.randn(_ROWS, config.num_channels, *size, generator=generator)
