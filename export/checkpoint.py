@@ -10,11 +10,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from export.costs import Costs, costs_of
-from export.entries import entries_of
 from export.folder import appearing, check_free, check_space
 from export.layouts import BUNDLED, Layout, Target, target_for
 from export.record import pruning_record, write_card, write_record
-from export.sizes import PrunedSizes
 from export.verify import Agreement, Behaviour, verify
 from export.weights import check_shard_size, write_weights
 from pp_lightning.progress import Tell, ignore_line
@@ -59,8 +57,7 @@ def export_checkpoint(
     """
     check_free(out, overwrite)
     check_shard_size(max_shard_size)
-    sizes = PrunedSizes.of(model)
-    target = target_for(layout, sizes)
+    target = target_for(layout, model)
     if dtype is not None:
         cast_weights(model, dtype)
     model.eval()
@@ -72,7 +69,7 @@ def export_checkpoint(
     with appearing(out, overwrite) as folder:
         tell("writing the weights")
         _write_small_files(folder, model, tokenizer, target)
-        write_weights(entries_of(model, sizes, target), folder, max_shard_size)
+        write_weights(target.entries, folder, max_shard_size)
         if release:
             model.to("meta")
         tell("loading the folder and comparing it with the model")

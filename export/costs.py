@@ -1,14 +1,16 @@
 """What each layout costs and keeps, known before anything is written."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from export.entries import entries_of, total_bytes, total_parameters
+from export.entries import tensors_of, total_bytes, total_parameters
 from export.layouts import LAYOUTS, Layout, Target, target_for
-from export.sizes import PrunedSizes, Widths, flops_of
+from export.sizes import PrunedSizes, flops_of, longest_text
 from pp_lightning.errors import UserError
+from pp_lightning.families import empty_model, shape_of
+from pp_lightning.flops import dense_flops
 
 _TOKENS = 1024
 
@@ -23,9 +25,12 @@ class Costs:
         loads_in: who can read it.
         parameters: weights as written, padding included; 0 where the layout is impossible.
         parameters_ratio: relative to the dense model.
+        added_parameters: how many of them the pruned model in memory does not have: padding, biases that are zero, and
+            keys and values that query heads shared before single ones of them were removed.
         flops_ratio: relative to the dense model, vocabulary projection included, one row of up to 1024 tokens.
         bytes: of the weights on disk.
         heads: smallest and largest number of query heads over the layers, as computed.
+        key_heads: the same of key/value heads.
         channels: the same of MLP channels.
     """
 
@@ -34,31 +39,30 @@ class Costs:
     loads_in: str = ""
     parameters: int = 0
     parameters_ratio: float = 0.0
+    added_parameters: int = 0
     flops_ratio: float = 0.0
     bytes: int = 0
     heads: tuple[int, int] = (0, 0)
+    key_heads: tuple[int, int] = (0, 0)
     channels: tuple[int, int] = (0, 0)
 
 
 def costs_of(model: PreTrainedModel, target: Target) -> Costs:
     """The price of a target."""
-    sizes = PrunedSizes.of(model)
-    entries = entries_of(model, sizes, target)
-    tokens = min(_TOKENS, model.config.max_position_embeddings)
-    shape = sizes.shape
-    dense = (Widths(shape.num_heads, shape.num_key_value_heads, shape.mlp_width),) * shape.num_layers
-    parameters = total_parameters(entries)
-    heads, channels = [w.heads for w in target.layers], [w.channels for w in target.layers]
+    shape, tokens = shape_of(model.config), min(_TOKENS, longest_text(model))
+    parameters = total_parameters(target.entries)
     return Costs(
         layout=target.layout,
         model_class=target.model_class,
         loads_in=target.loads_in,
         parameters=parameters,
         parameters_ratio=parameters / dense_parameters(model.config),
-        flops_ratio=flops_of(shape, target.layers, 1, tokens) / flops_of(shape, dense, 1, tokens),
-        bytes=total_bytes(entries),
-        heads=(min(heads), max(heads)),
-        channels=(min(channels), max(channels)),
+        added_parameters=parameters - sum(tensor.numel() for tensor in tensors_of(model).values()),
+        flops_ratio=flops_of(shape, target.layers, tokens) / dense_flops(shape, 1, tokens).model,
+        bytes=total_bytes(target.entries),
+        heads=_range(widths.heads for widths in target.layers),
+        key_heads=_range(widths.groups for widths in target.layers),
+        channels=_range(widths.channels for widths in target.layers),
     )
 
 
@@ -68,11 +72,11 @@ def compare_layouts(model: PreTrainedModel) -> list[Costs]:
     Raises:
         UserError: the model is pruned per batch.
     """
-    sizes = PrunedSizes.of(model)
+    PrunedSizes.of(model)
     table = []
     for layout in LAYOUTS:
         try:
-            table.append(costs_of(model, target_for(layout, sizes)))
+            table.append(costs_of(model, target_for(layout, model)))
         except UserError as reason:
             table.append(Costs(layout, f"not possible: {str(reason).split(': use')[0]}"))
     return table
@@ -80,5 +84,10 @@ def compare_layouts(model: PreTrainedModel) -> list[Costs]:
 
 def dense_parameters(config: PreTrainedConfig) -> int:
     """Weights of the model before pruning, from its config alone."""
-    with torch.device("meta"):
-        return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    return sum(weight.numel() for weight in empty_model(config).parameters())
+
+
+def _range(counts: Iterable[int]) -> tuple[int, int]:
+    """Over the layers that have any."""
+    found = [count for count in counts if count]
+    return (min(found), max(found)) if found else (0, 0)

@@ -8,11 +8,10 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from export.graph import Graph, attention_for_graphs, traced
-from pp_lightning.architectures import architecture_of
 from pp_lightning.errors import UserError
 from pp_lightning.functional.selection import take_rows
 from pp_lightning.methods import DynamicMethod
-from pp_lightning.pruning import pruners_of, pruning_of
+from pp_lightning.pruning import pruning_of
 
 _MOVING = ("history", "mean")
 
@@ -43,68 +42,57 @@ def trace_dynamic(model: PreTrainedModel, rows: int, tokens: int) -> Graph:
         raise UserError("a probe that is drawn anew for every batch fits no graph: rank it by residual or input")
     state = PrunedState(model)
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=model.device)
-    start = [state.buffers[name].clone() for name in state.moving]
+    start = [state.buffers[name].clone() for name in state.moving.values()]
     chosen = context.chosen
     with attention_for_graphs(model):
-        program = traced(_WithHistory(state), (ids, torch.ones_like(ids), start), None)
-    program = program.run_decompositions(
-        {torch.ops.pp_lightning.gather_units.default: take_rows}
-    )  # an operator of ours
+        program = traced(_WithHistory(model, state), (ids, torch.ones_like(ids), start), None)
+    ours = {torch.ops.pp_lightning.gather_units.default: take_rows}
+    program = program.run_decompositions(ours)
     context.chosen = chosen
     return Graph(
         program,
         leading=2,
-        inputs=("input_ids", "attention_mask", *labels(state.moving)),
-        outputs=("logits", *(f"new_{label}" for label in labels(state.moving)), *labels(state.choices)),
+        inputs=("input_ids", "attention_mask", *state.moving),
+        outputs=("logits", *(f"new_{label}" for label in state.moving), *state.choices),
     )
 
 
 class PrunedState:
-    """A pruned model's buffers that change from batch to batch, by their names in the model.
+    """A pruned model's buffers that change from batch to batch.
 
     Attributes:
-        moving: histories and running means, which the next batch starts from.
-        choices: the units kept for the last batch.
-        buffers: these, and what else a batch writes.
+        moving: histories and running means, which the next batch starts from, by label: ``history.3.mlp``.
+        choices: the units kept for the last batch, by label: ``kept.3.mlp``.
+        buffers: these, and what else a batch writes, by name in the model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        architecture = architecture_of(model.config)
-        prefix = f"{architecture.decoder}.{architecture.layers}"
-        blocks = [
-            (f"{prefix}.{layer}.pruner.{name}", block)
-            for layer, pruner in pruners_of(model).items()
-            for name, block in (("attention", pruner.attention), ("mlp", pruner.mlp))
-            if block.chooses
-        ]
-        self.moving = [
-            f"{path}.{kind}" for path, block in blocks for kind in _MOVING if getattr(block, kind) is not None
-        ]
-        self.choices = [f"{path}.kept" for path, _ in blocks]
-        restored = [f"{path}.restored" for path, block in blocks if block.restored is not None]
-        written = {*self.moving, *self.choices, *restored}
-        self.buffers = {name: buffer for name, buffer in model.named_buffers() if name in written}
-
-
-def labels(names: Sequence[str]) -> list[str]:
-    """``history.3.mlp`` for the buffer of layer 3's MLP block."""
-    return [f"{parts[-1]}.{parts[-4]}.{parts[-2]}" for parts in (name.split(".") for name in names)]
+        paths = {id(module): path for path, module in model.named_modules()}
+        written = {
+            f"{kind}.{layer}.{which.value}": (f"{paths[id(block)]}.{kind}", buffer)
+            for (layer, which), block in pruning_of(model).pruners.items()
+            for kind in (*_MOVING, "kept", "restored")
+            if (buffer := getattr(block, kind)) is not None
+        }
+        names = {label: name for label, (name, _) in written.items()}
+        self.moving = {label: name for label, name in names.items() if label.split(".")[0] in _MOVING}
+        self.choices = {label: name for label, name in names.items() if label.startswith("kept.")}
+        self.buffers: dict[str, Tensor] = dict(written.values())
 
 
 class _WithHistory(nn.Module):
     """Tensors in, tensors out: the buffers are swapped for arguments while the model runs."""
 
-    def __init__(self, state: PrunedState) -> None:
+    def __init__(self, model: PreTrainedModel, state: PrunedState) -> None:
         super().__init__()
-        self.model = state.model
-        self._state = (state,)
+        self.model = model
+        self._state = state
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, before: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Logits, what the next batch starts from, kept units."""
-        state = self._state[0]
+        state = self._state
         swapped = {name: buffer.clone() for name, buffer in state.buffers.items()}
-        swapped |= dict(zip(state.moving, (tensor.clone() for tensor in before), strict=True))
+        swapped |= dict(zip(state.moving.values(), (tensor.clone() for tensor in before), strict=True))
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         output = functional_call(self.model, swapped, (), inputs)
-        return (output.logits, *(swapped[name] for name in (*state.moving, *state.choices)))
+        return (output.logits, *(swapped[name] for name in (*state.moving.values(), *state.choices.values())))

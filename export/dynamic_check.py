@@ -40,15 +40,15 @@ class DynamicBehaviour:
     def of(model: PreTrainedModel, rows: int, tokens: int) -> "DynamicBehaviour":
         """Run a model; its history is put back afterwards."""
         state = PrunedState(model)
-        before = [state.buffers[name].clone() for name in state.moving]
+        before = [state.buffers[name].clone() for name in state.moving.values()]
         batches = [_batch(model.config.vocab_size, rows, tokens, seed) for seed in range(_BATCHES)]
         logits, kept = [], []
         for ids, mask in batches:
             inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
             logits.append(model(**inputs, use_cache=False).logits.float().cpu())
-            kept.append([state.buffers[name].cpu().clone() for name in state.choices])
-        after = [state.buffers[name].cpu().clone() for name in state.moving]
-        for name, history in zip(state.moving, before, strict=True):
+            kept.append([state.buffers[name].cpu().clone() for name in state.choices.values()])
+        after = [state.buffers[name].cpu().clone() for name in state.moving.values()]
+        for name, history in zip(state.moving.values(), before, strict=True):
             state.buffers[name].copy_(history)
         return DynamicBehaviour(batches, logits, kept, after)
 

@@ -1,16 +1,20 @@
 """The tensors of an exported checkpoint, planned by name and shape and made one shard at a time."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from export.layouts import Target
-from export.sizes import INPUTS, PrunedSizes, Widths, projections
-from pp_lightning.architectures import architecture_of
+from export.sizes import PrunedSizes
+from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
+from pp_lightning.families import blocks_of, layer_prefix
+from pp_lightning.functional.selection import unit_channels
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -19,20 +23,26 @@ class Entry:
 
     Attributes:
         name: in the state dict.
-        shape: as written.
-        dtype: as written.
-        source: the model's weight, no larger than ``shape``; None is a bias that the target class insists on.
+        source: the model's tensor; of a bias that the target class insists on, another one of its dtype.
+        shape: as written, no smaller than the source.
+        taken: rows of the source (n,) that are written, in order; None takes all.
+        own: rows of the source by the role that they play, one after the other.
+        rooms: rows as written by role, no fewer.
+        absent: it is a bias that the model does not have.
     """
 
     name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    source: Tensor | None
+    source: Tensor
+    shape: Shape
+    taken: Tensor | None = None
+    own: Shape = ()
+    rooms: Shape = ()
+    absent: bool = False
 
     @property
     def placeholder(self) -> Tensor:
         """Shape and dtype without memory."""
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return torch.empty(self.shape, dtype=self.source.dtype, device="meta")
 
     def make(self) -> Tensor:
         """The tensor, on the CPU and contiguous: the source itself where nothing has to be added to it.
@@ -40,37 +50,64 @@ class Entry:
         Raises:
             UserError: it is not finite.
         """
-        if self.source is None:
-            return torch.zeros(self.shape, dtype=self.dtype)
+        if self.absent:
+            return torch.zeros(self.shape, dtype=self.source.dtype)
         source = self.source.detach()
         if not torch.isfinite(source).all():
             raise UserError(
                 f"the weight {self.name} is not finite: check the checkpoint, or export bfloat16 or float32"
             )
+        if self.taken is not None:
+            source = source.index_select(0, self.taken.to(source.device))
         if tuple(source.shape) == self.shape:
             return source.cpu().contiguous()
-        whole = torch.zeros(self.shape, dtype=self.dtype)
-        whole[tuple(slice(size) for size in source.shape)] = source  # padding goes behind: groups stay whole
+        whole = torch.zeros(self.shape, dtype=self.source.dtype)
+        for rows, room in zip(source.split(self.own), whole.split(self.rooms), strict=True):
+            room[tuple(slice(size) for size in rows.shape)] = rows  # padding goes behind: groups stay whole
         return whole
 
 
-def entries_of(model: PreTrainedModel, sizes: PrunedSizes, target: Target) -> list[Entry]:
-    """Every tensor of the checkpoint in the model's order; tied weights once."""
-    architecture = architecture_of(model.config)
-    written: dict[str, tuple[int, ...]] = {}
-    added: dict[str, tuple[int, ...]] = {}
-    dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
-    prefix = f"{architecture.decoder}.{architecture.layers}"
-    for index, (layer, widths) in enumerate(zip(architecture.layers_of(model), target.layers, strict=True)):
-        for role, module in projections(layer, architecture):
-            path = f"{prefix}.{index}.{getattr(architecture, role)}"
-            shape, bias_shape = _shapes(role, widths, sizes.shape.head_size, sizes.shape.hidden_size)
-            written[f"{path}.weight"], written[f"{path}.bias"] = shape, bias_shape
-            if module.bias is None and role in target.biases:
-                added[f"{path}.bias"] = bias_shape
-                dtypes[f"{path}.bias"] = module.weight.dtype
-    own = [Entry(n, written.get(n, tuple(w.shape)), w.dtype, w) for n, w in model.named_parameters()]
-    return own + [Entry(name, shape, dtypes[name], None) for name, shape in added.items()]
+def entries_of(model: PreTrainedModel, sizes: PrunedSizes) -> list[Entry]:
+    """Every tensor of a checkpoint of the model as it is, in its order; tied weights once."""
+    places, found = _places(model), []
+    for name, tensor in tensors_of(model).items():
+        shape, place = tuple(tensor.shape), places.get(name)
+        heads = sizes.key_heads.get(place.layer) if place and place.role in ("key", "value") else None
+        taken = None if heads is None else unit_channels(heads, sizes.shape.head_size)
+        own = () if place is None else place.rows
+        if taken is not None:
+            shape, own = (len(taken), *shape[1:]), (len(taken),)
+        found.append(Entry(name, tensor, shape, taken, own, own))
+    return found
+
+
+def held_by(holder: PreTrainedModel, entries: Iterable[Entry]) -> list[Entry] | None:
+    """The entries as a model of other sizes holds them, with zeros behind what is narrower; None where it cannot."""
+    room, places, found = tensors_of(holder), _places(holder), []
+    for entry in entries:
+        if entry.name not in room:
+            return None
+        shape = tuple(room.pop(entry.name).shape)
+        fits = len(shape) == len(entry.shape) and all(a <= b for a, b in zip(entry.shape, shape, strict=True))
+        place = places.get(entry.name)
+        if shape != entry.shape and (place is None or not fits):
+            return None
+        found.append(replace(entry, shape=shape, rooms=() if place is None else place.rows))
+    like = {entry.name: entry.source for entry in found}
+    for name, tensor in room.items():
+        weight = like.get(f"{name.removesuffix('.bias')}.weight")
+        if weight is None:
+            return None
+        found.append(Entry(name, weight, tuple(tensor.shape), absent=True))
+    return found
+
+
+def tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a checkpoint of a model holds, by name; tied weights once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
 
 
 def made(entries: Iterable[Entry], names: Iterable[str]) -> Mapping[str, Tensor]:
@@ -89,7 +126,29 @@ def total_parameters(entries: Iterable[Entry]) -> int:
     return sum(entry.placeholder.numel() for entry in entries)
 
 
-def _shapes(role: str, widths: Widths, head_size: int, hidden: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a projection's weight and bias."""
-    width = widths.of(role, head_size)
-    return ((width, hidden), (width,)) if role in INPUTS else ((hidden, width), (hidden,))
+class _Place(NamedTuple):
+    """Where a tensor belongs that depends on the number of units.
+
+    Attributes:
+        layer: its number.
+        role: of the projection, or ``head`` of a parameter that has one row a query head.
+        rows: how many, role by role.
+    """
+
+    layer: int
+    role: str
+    rows: Shape
+
+
+def _places(model: PreTrainedModel) -> dict[str, _Place]:
+    found = {}
+    for (index, which), block in blocks_of(model).items():
+        prefix = layer_prefix(model, index)
+        for name in block.names:
+            parts = block.inputs.get(name)
+            rows = tuple(part.rows for part in parts) if parts else (block.output_weight.shape[0],)
+            for kind in ("weight", "bias"):
+                found[f"{prefix}.{block.path_of(name)}.{kind}"] = _Place(index, block.role(name), rows)
+        for name in block.family.head_parameters if which is Block.ATTENTION else ():
+            found[f"{prefix}.{block.path_of(name)}"] = _Place(index, "head", (len(getattr(block.module, name)),))
+    return found

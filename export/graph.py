@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental import _config as tracing
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from export.sizes import PrunedSizes
+from pp_lightning.errors import UserError
+from pp_lightning.interfaces import attention_implementation, sizes_without_special_cases
+from pp_lightning.pruning import is_pruned, pruning_of
 
 _ATTENTION = "pp_lightning_graph"
 
@@ -54,13 +56,9 @@ def trace(model: PreTrainedModel, *, kv_cache: bool) -> Graph:
         model: left as it is.
         kv_cache: with a cache going in and out.
     """
-    sizes = PrunedSizes.of(model)
-    heads = tuple(widths.groups for widths in sizes.layers) if kv_cache else ()
-    past = [
-        torch.zeros(2, count, 4, sizes.shape.head_size, dtype=model.dtype, device=model.device)
-        for count in heads
-        for _ in range(2)
-    ]
+    if is_pruned(model) and pruning_of(model).pruners:
+        raise UserError("the choice is made per batch: export the dynamic graph")
+    past = [tensor.expand(2, -1, 4, -1).contiguous() for tensor in _keys_and_values(model)] if kv_cache else []
     tokens, held = 3, 4 if kv_cache else 0
     ids = torch.zeros(2, tokens, dtype=torch.long, device=model.device)
     mask = torch.ones(2, held + tokens, dtype=torch.long, device=model.device)
@@ -73,16 +71,16 @@ def trace(model: PreTrainedModel, *, kv_cache: bool) -> Graph:
     return Graph(
         program,
         leading=len(names),
-        inputs=(*names, *_cache_names("past_key_values", len(heads))),
-        outputs=("logits", *_cache_names("present", len(heads))),
-        caches=heads,
-        head_size=sizes.shape.head_size,
+        inputs=(*names, *_cache_names("past_key_values", len(past) // 2)),
+        outputs=("logits", *_cache_names("present", len(past) // 2)),
+        caches=tuple(key.shape[1] for key in past[::2]),
+        head_size=past[0].shape[-1] if past else 0,
     )
 
 
 def traced(module: nn.Module, arguments: tuple[Any, ...], shapes: tuple[Any, ...] | None) -> ExportedProgram:
     """``torch.export`` without taking sizes of 0 and 1 for special cases; without shapes, all sizes are fixed."""
-    with torch.no_grad(), tracing.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+    with torch.no_grad(), sizes_without_special_cases():
         return torch.export.export(module.eval(), arguments, dynamic_shapes=shapes, strict=False)
 
 
@@ -118,7 +116,7 @@ def attention_for_graphs(model: PreTrainedModel) -> Iterator[None]:
     """
     AttentionInterface.register(_ATTENTION, _attention)
     AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
-    before = model.config._attn_implementation
+    before = attention_implementation(model)
     model.set_attn_implementation(_ATTENTION)
     try:
         yield
@@ -142,6 +140,19 @@ def _attention(
     assert attention_mask is not None, "a graph is traced with a mask"
     attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     return attended.transpose(1, 2).contiguous(), None
+
+
+@torch.no_grad()
+def _keys_and_values(model: PreTrainedModel) -> list[Tensor]:
+    """Of one token, layer by layer, (1, G_i, 1, d) each.
+
+    Raises:
+        UserError: a layer keeps something else.
+    """
+    cache = model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True).past_key_values
+    if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        raise UserError("not all layers of this model keep keys and values: say --kv_cache false")
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 def _cache_names(prefix: str, layers: int) -> tuple[str, ...]:

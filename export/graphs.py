@@ -9,13 +9,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from export.dynamic import PrunedState, labels, trace_dynamic
+from export.dynamic import PrunedState, trace_dynamic
 from export.dynamic_check import DynamicBehaviour
 from export.folder import appearing, check_free, check_space
 from export.formats import GRAPH_FORMATS, GraphFormat, Session
 from export.graph import Graph, trace
 from export.record import graph_record, pruning_record, write_record
-from export.verify import Agreement, Behaviour, Runner, compare, model_runner, positions_of
+from export.sizes import check_exportable, longest_text
+from export.verify import STEPS, Agreement, Behaviour, Runner, compare, model_runner, positions_of
 from pp_lightning.errors import UserError
 from pp_lightning.progress import Tell, ignore_line
 
@@ -53,7 +54,7 @@ def export_graph(
     """
     chosen = _ready(form, model, out, overwrite)
     dtype, layers = model.dtype, model.config.num_hidden_layers
-    longest = model.config.max_position_embeddings - 8
+    longest = longest_text(model) - STEPS
     runner, vocabulary = model_runner(model), model.config.vocab_size
     expected = [Behaviour.of(runner, vocabulary, rows, min(tokens, longest)) for rows, tokens in _SHAPES]
 
@@ -111,7 +112,7 @@ def export_dynamic_graph(
     chosen = _ready(form, model, out, overwrite)
     expected = DynamicBehaviour.of(model, rows, tokens)
     dtype, layers, state = model.dtype, model.config.num_hidden_layers, PrunedState(model)
-    start = {n: state.buffers[p].cpu().clone() for n, p in zip(labels(state.moving), state.moving, strict=True)}
+    start = {label: state.buffers[name].cpu().clone() for label, name in state.moving.items()}
     return _write(
         model,
         out,
@@ -144,6 +145,7 @@ def _ready(form: str, model: PreTrainedModel, out: Path, overwrite: bool) -> Gra
     """The format, if nothing stands in its way."""
     chosen = GRAPH_FORMATS[form]
     chosen.check()
+    check_exportable(model)
     check_free(out, overwrite)
     model.eval()
     check_space(out, chosen.copies * _bytes(model))

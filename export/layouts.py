@@ -1,19 +1,31 @@
 """The ways to write a pruned model's widths: the same in every layer, padded to the widest, or each its own."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from importlib.resources import files
 from typing import Any, Literal
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from export.sizes import PrunedSizes, Widths
-from export.stock import stock_class_for, stock_config
+from export.entries import Entry, entries_of, held_by, tensors_of
+from export.sizes import PrunedSizes, Widths, check_exportable
+from export.stock import stock_models
+from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
+from pp_lightning.families import blocks_of, empty_model, layer_prefix
 
 Layout = Literal["uniform", "per-layer", "padded"]
 BUNDLED = "modeling_pruned"  # the modelling file of a per-layer folder, without .py
+
+# What has been read about who else loads a class, as an addition to "transformers".
+_READ_ABOUT = {
+    "llama": "; by reading only: vLLM, llama.cpp, onnxruntime-genai",
+    "mistral": "; by reading only: vLLM, llama.cpp, onnxruntime-genai",
+    "qwen3": "; by reading only: vLLM, llama.cpp",
+    "seed_oss": "; by reading only: vLLM with --model-impl transformers",
+    "opt": "; by reading only: vLLM",
+}
 
 # Fields that every config has, that say nothing about a causal language model, or where it lay on somebody's disk.
 _UNTOLD = {
@@ -38,7 +50,7 @@ class Target:
         config: content of ``config.json``.
         model_class: name of the class that loads it.
         layers: widths of every layer as written, padding included.
-        biases: projections written with a bias in every layer, by role.
+        entries: the tensors.
         code: the modelling file that goes with it; None where transformers' own does.
         loads_in: who can read it.
     """
@@ -47,79 +59,90 @@ class Target:
     config: Mapping[str, Any]
     model_class: str
     layers: tuple[Widths, ...]
-    biases: frozenset[str]
+    entries: Sequence[Entry]
     code: str | None
     loads_in: str
 
 
-def target_for(layout: Layout, sizes: PrunedSizes) -> Target:
-    """How a model with these sizes is written in a layout.
+def target_for(layout: Layout, model: PreTrainedModel) -> Target:
+    """How a statically pruned model is written in a layout.
 
     Raises:
-        UserError: the layout cannot hold it.
+        UserError: the layout cannot hold it, or no layout can.
     """
-    return LAYOUTS[layout](sizes)
+    return LAYOUTS[layout](model, PrunedSizes.of(model))
 
 
-def _uniform(sizes: PrunedSizes) -> Target:
-    if not sizes.uniform:
+def _uniform(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
+    if not sizes.alike.uniform:
         raise UserError("layers keep different numbers of units: use --layout per-layer or --layout padded")
-    return _stock("uniform", sizes, sizes.layers[0])
+    return _stock("uniform", model, sizes.alike)
 
 
-def _padded(sizes: PrunedSizes) -> Target:
-    return _stock("padded", sizes, reduce(Widths.widest, sizes.layers))
+def _padded(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
+    return _stock("padded", model, sizes.alike)
 
 
-def _stock(layout: Layout, sizes: PrunedSizes, widths: Widths) -> Target:
-    stock = stock_class_for(sizes, widths)
-    if stock.heads_fill_hidden:
-        heads = sizes.shape.num_heads
-        widths = Widths(heads, heads, widths.channels)
-    config = stock_config(stock, sizes, widths)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
-    return Target(
-        layout=layout,
-        config=_content(config) | {"architectures": [model_class]},
-        model_class=model_class,
-        layers=(widths,) * len(sizes.layers),
-        biases=stock.biased(sizes.biases),
-        code=None,
-        loads_in=f"transformers{stock.loads_in}",
-    )
+def _stock(layout: Layout, model: PreTrainedModel, sizes: PrunedSizes) -> Target:
+    own, widths = entries_of(model, sizes), sizes.widest
+    for holder in stock_models(sizes, widths, {entry.name for entry in own}):
+        entries = held_by(holder, own)
+        if entries is not None:
+            model_class = type(holder).__name__
+            written = PrunedSizes.of(holder).layers
+            return Target(
+                layout=layout,
+                config=_content(holder.config) | {"architectures": [model_class]},
+                model_class=model_class,
+                layers=written,
+                entries=entries,
+                code=None,
+                loads_in=f"transformers{_READ_ABOUT.get(holder.config.model_type, '')}",
+            )
+    raise UserError(f"no stock class holds {_peculiarities(sizes, own)}: use --layout per-layer")
 
 
-def _per_layer(sizes: PrunedSizes) -> Target:
-    config, architecture = sizes.config, sizes.architecture
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
-    overrides = {
-        str(index): {
-            "num_attention_heads": widths.heads,
-            **({"num_key_value_heads": widths.groups} if architecture.rotary else {}),
-            architecture.mlp_width: widths.channels,
-        }
-        for index, widths in enumerate(sizes.layers)
-    }
-    content = _content(config) | {
+def _per_layer(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
+    stock, entries = check_exportable(model), entries_of(model, sizes)
+    dense = empty_model(sizes.config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(dense).items()}
+    content = _content(sizes.config) | {
         "architectures": ["PrunedForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{BUNDLED}.PrunedConfig",
             "AutoModelForCausalLM": f"{BUNDLED}.PrunedForCausalLM",
         },
-        "per_layer_config": overrides,
-        "projection_biases": sorted(getattr(architecture, role) for role in sizes.biases),
+        "pruned_shapes": {e.name: list(e.shape) for e in entries if e.shape != shapes.get(e.name)},
+        "pruned_counts": _counts(dense, sizes),
     }
-    if architecture.rotary:
-        content["head_dim"] = sizes.shape.head_size
+    code = files("export.bundled").joinpath("per_layer.py").read_text(encoding="utf-8")
     return Target(
         layout="per-layer",
         config=content,
         model_class=f"PrunedForCausalLM ({stock})",
         layers=sizes.layers,
-        biases=sizes.biases,
-        code=_bundled_code(sizes, type(config).__name__, stock),
+        entries=entries,
+        code=code.replace("LlamaConfig", type(sizes.config).__name__).replace("LlamaForCausalLM", stock),
         loads_in="transformers with trust_remote_code=True",
     )
+
+
+def _counts(dense: PreTrainedModel, sizes: PrunedSizes) -> dict[str, int]:
+    """What attention modules know of their numbers of heads, where that changes, by path."""
+    found = {}
+    for (index, which), block in blocks_of(dense).items():
+        if which is Block.ATTENTION:
+            widths, family = sizes.layers[index], block.family
+            wanted = {
+                **dict.fromkeys(family.query_counts, widths.heads),
+                **dict.fromkeys(family.key_counts, widths.groups),
+                "num_key_value_groups": widths.heads // widths.groups,
+            }
+            for name, number in wanted.items():
+                before = reduce(lambda owner, part: getattr(owner, part, None), name.split("."), block.module)
+                if before not in (None, number):
+                    found[f"{layer_prefix(dense, index)}.{block.path_of(name)}"] = number
+    return found
 
 
 def _content(config: PreTrainedConfig) -> dict[str, Any]:
@@ -127,13 +150,17 @@ def _content(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in _UNTOLD}
 
 
-def _bundled_code(sizes: PrunedSizes, config_class: str, model_class: str) -> str:
-    name = "rotary" if sizes.architecture.rotary else "opt"
-    template = files("export.bundled").joinpath(f"{name}.py").read_text(encoding="utf-8")
-    return template.replace("LlamaConfig", config_class).replace("LlamaForCausalLM", model_class)
+def _peculiarities(sizes: PrunedSizes, entries: Sequence[Entry]) -> str:
+    parts = [f"a {sizes.config.model_type} model with {sizes.widest.heads} heads"]
+    biases = {entry.name.split(".")[-2] for entry in entries if entry.own and entry.name.endswith(".bias")}
+    if biases:
+        parts.append(f"biases in {', '.join(sorted(biases))}")
+    if sizes.windows:
+        parts.append("sliding windows")
+    return " and ".join(parts)
 
 
-LAYOUTS: Mapping[Layout, Callable[[PrunedSizes], Target]] = {
+LAYOUTS: Mapping[Layout, Callable[[PreTrainedModel, PrunedSizes], Target]] = {
     "uniform": _uniform,
     "per-layer": _per_layer,
     "padded": _padded,

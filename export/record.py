@@ -89,7 +89,7 @@ def write_card(
     """Write the model card."""
     trust = ", trust_remote_code=True" if costs.layout == "per-layer" else ""
     method = pruning.get("method", "none")
-    heads, channels = (_range(counts) for counts in (costs.heads, costs.channels))
+    heads, key_heads, channels = (_range(counts) for counts in (costs.heads, costs.key_heads, costs.channels))
     origin = f"`{base['name']}` ({base['model_type']})"
     text = f"""---
 library_name: transformers
@@ -112,6 +112,7 @@ tokenizer = AutoTokenizer.from_pretrained("."{trust})
 |---|---|
 | layout | {costs.layout} |
 | heads in a layer | {heads} |
+| key/value heads in a layer | {key_heads} |
 | MLP channels in a layer | {channels} |
 | parameters | {costs.parameters:,} ({costs.parameters_ratio:.1%} of the dense model) |
 | FLOPs | {costs.flops_ratio:.1%} of the dense model |

@@ -1,27 +1,25 @@
-"""What a pruned model is made of: the width of every layer's blocks, and which projections have a bias.
+"""What a pruned model is made of: how many units every layer has.
 
 Read off the weights' shapes, so that every static method exports alike, whatever chose the units.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from pp_lightning.architectures import Architecture, ModelShape, architecture_of, shape_of
+from pp_lightning.blocks import AttentionUnit, Block, ModelShape
 from pp_lightning.errors import UserError
+from pp_lightning.families import blocks_of, shape_of
 from pp_lightning.flops import attention_flops, mlp_flops
-from pp_lightning.pruning import pruners_of
-
-# The projections of a layer, by the field of Architecture that holds their path.
-INPUTS = ("query", "key", "value", "gate", "up")
-OUTPUTS = ("attention_output", "down")
+from pp_lightning.pruning import is_pruned, pruning_of
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Units of one layer.
+    """Units of one layer; 0 of what it does not have.
 
     Attributes:
         heads: query heads.
@@ -33,54 +31,74 @@ class Widths:
     groups: int
     channels: int
 
-    def of(self, role: str, head_size: int) -> int:
-        """Rows of an input projection, or columns of an output projection."""
-        if role in ("query", "attention_output"):
-            return self.heads * head_size
-        return self.groups * head_size if role in ("key", "value") else self.channels
-
     def widest(self, other: "Widths") -> "Widths":
         """The larger of both in everything."""
         return Widths(max(self.heads, other.heads), max(self.groups, other.groups), max(self.channels, other.channels))
 
+    def within(self, other: "Widths") -> "Widths":
+        """The other's units in the blocks that this layer has."""
+        attention, mlp = self.heads > 0, self.channels > 0
+        return Widths(other.heads * attention, other.groups * attention, other.channels * mlp)
+
 
 @dataclass(frozen=True)
 class PrunedSizes:
-    """The sizes of a statically pruned model.
+    """The sizes of a statically pruned model, as they are written.
 
     Attributes:
         config: the model's own, which still has the dense sizes.
-        architecture: its family.
         shape: the dense sizes.
         layers: the widths of every layer.
-        biases: projections that have a bias in at least one layer, by role.
+        key_heads: of layers that lost single query heads of a group, by number: the key/value head (K,) of each that
+            stays. No class gives query heads their share of keys one by one, so each is written with its own.
     """
 
     config: PreTrainedConfig
-    architecture: Architecture
     shape: ModelShape
     layers: tuple[Widths, ...]
-    biases: frozenset[str]
+    key_heads: Mapping[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(model: PreTrainedModel) -> "PrunedSizes":
         """Read the sizes of a model; a dense one has the same widths everywhere.
 
         Raises:
-            UserError: the model is pruned per batch, so that no narrower weights exist.
+            UserError: see :func:`check_exportable`, or the model is pruned per batch: no narrower weights exist.
         """
-        architecture, shape = architecture_of(model.config), shape_of(model.config)
-        if pruners_of(model):
+        check_exportable(model)
+        if is_pruned(model) and pruning_of(model).pruners:
             raise UserError("a choice per batch fits no checkpoint: freeze it first, or export the graph (onnx, pt2)")
-        layers = architecture.layers_of(model)
-        widths = tuple(_widths(layer, architecture, shape.head_size) for layer in layers)
-        biases = {role for layer in layers for role, module in projections(layer, architecture) if _has_bias(module)}
-        return PrunedSizes(model.config, architecture, shape, widths, frozenset(biases))
+        shape, key_heads = shape_of(model.config), _key_heads(model)
+        columns = {key: block.output_weight.shape[1] for key, block in blocks_of(model).items()}
+        layers = []
+        for index in range(shape.num_layers):
+            heads = columns[index, Block.ATTENTION] // shape.head_size if (index, Block.ATTENTION) in columns else 0
+            groups = heads if index in key_heads else heads and max(1, heads // shape.queries_per_key)
+            layers.append(Widths(heads, groups, columns.get((index, Block.MLP), 0)))
+        return PrunedSizes(model.config, shape, tuple(layers), key_heads)
+
+    @property
+    def widest(self) -> Widths:
+        """The largest number of everything."""
+        widest = self.layers[0]
+        for widths in self.layers[1:]:
+            widest = widest.widest(widths)
+        return widest
 
     @property
     def uniform(self) -> bool:
         """Whether all layers have the same widths."""
-        return len(set(self.layers)) == 1
+        return all(widths == widths.within(self.widest) for widths in self.layers)
+
+    @property
+    def alike(self) -> "PrunedSizes":
+        """The same for layers that are built alike: if one gives its query heads keys of their own, all do."""
+        if not self.key_heads:
+            return self
+        every = torch.arange(self.shape.num_heads) // self.shape.queries_per_key
+        key_heads = {i: self.key_heads.get(i, every) for i, widths in enumerate(self.layers) if widths.heads}
+        layers = tuple(replace(widths, groups=widths.heads) for widths in self.layers)
+        return replace(self, layers=layers, key_heads=key_heads)
 
     @property
     def windows(self) -> bool:
@@ -91,31 +109,43 @@ class PrunedSizes:
         return getattr(self.config, "sliding_window", None) is not None
 
 
-def projections(layer: nn.Module, architecture: Architecture) -> Iterator[tuple[str, nn.Linear]]:
-    """The projections of a layer, by role."""
-    for role in (*INPUTS, *OUTPUTS):
-        path = getattr(architecture, role)
-        if path is not None:
-            module = layer.get_submodule(path)
-            assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}, expected a Linear"
-            yield role, module
+def check_exportable(model: PreTrainedModel) -> str:
+    """Refuse what no exporter of ours writes; returns the name of the model's class in transformers.
+
+    Raises:
+        UserError: transformers does not know the model as one that predicts the next token.
+    """
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    if kind is None or not isinstance(model, kind):
+        raise UserError(
+            f"{type(model).__name__} cannot be exported: only causal language models of transformers can, loaded by "
+            "AutoModelForCausalLM"
+        )
+    return str(kind.__name__)
 
 
-def flops_of(shape: ModelShape, layers: tuple[Widths, ...], rows: int, tokens: int) -> int:
-    """FLOPs of a (B, S) batch in a model with these widths, vocabulary projection included."""
-    blocks = sum(
-        attention_flops(shape, rows, tokens, w.heads, w.groups) + mlp_flops(shape, rows, tokens, w.channels)
-        for w in layers
-    )
-    return blocks + 2 * rows * tokens * shape.hidden_size * shape.vocabulary
+def longest_text(model: PreTrainedModel) -> int:
+    """Tokens that a model has positions for; a large number where it sets no limit."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 1 << 20)
 
 
-def _widths(layer: nn.Module, architecture: Architecture, head_size: int) -> Widths:
-    found = dict(projections(layer, architecture))
-    return Widths(
-        found["query"].out_features // head_size, found["key"].out_features // head_size, found["up"].out_features
-    )
+def flops_of(shape: ModelShape, layers: tuple[Widths, ...], tokens: int) -> int:
+    """FLOPs of one row in a model with these widths, vocabulary projection included."""
+    attention = sum(attention_flops(shape, 1, tokens, w.heads, w.groups) for w in layers if w.heads)
+    mlps = sum(mlp_flops(shape, 1, tokens, w.channels) for w in layers)
+    return attention + mlps + 2 * tokens * shape.hidden_size * shape.vocabulary
 
 
-def _has_bias(module: nn.Linear) -> bool:
-    return module.bias is not None
+def _key_heads(model: PreTrainedModel) -> dict[int, Tensor]:
+    """Of a single key/value head, all query heads can share it as before: none is given its own."""
+    if not is_pruned(model):
+        return {}
+    pruning = pruning_of(model)
+    shape = pruning.shape
+    if pruning.plan.unit is not AttentionUnit.QUERY_HEAD or not 1 < shape.num_key_value_heads < shape.num_heads:
+        return {}
+    return {
+        layer: kept.cpu() // shape.queries_per_key
+        for (layer, block), kept in pruning.choices.items()
+        if block is Block.ATTENTION and len(kept) < shape.num_heads
+    }

@@ -1,23 +1,31 @@
-"""Which stock transformers class holds a pruned model's weights as they are."""
+"""Which stock transformers class holds a pruned model's weights as they are, found by building it without memory."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from export.entries import tensors_of
 from export.sizes import PrunedSizes, Widths
-from pp_lightning.errors import UserError
+from pp_lightning.families import empty_model, shape_of_model
 
-_QUERY_KEY_VALUE = frozenset({"query", "key", "value"})
-_ATTENTION = _QUERY_KEY_VALUE | {"attention_output"}
-_MLP = frozenset({"gate", "up", "down"})
+# Classes that compute alike if their weights have the same names, and the fields that make them do so.
+_LLAMA_LIKE: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "seed_oss": {"residual_dropout": 0.0},
+}
 
-# What configs of all LLaMA-like classes call the same.
+# What their configs call the same.
 _SHARED = (
     "vocab_size",
     "hidden_size",
+    "intermediate_size",
     "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
     "hidden_act",
     "max_position_embeddings",
     "initializer_range",
@@ -31,115 +39,69 @@ _SHARED = (
     "pad_token_id",
 )
 
+_MLP_WIDTHS = ("intermediate_size", "intermediate_size_mlp", "ffn_dim", "ffn_hidden_size")
 
-@dataclass(frozen=True)
-class StockClass:
-    """One model type of transformers, and what it can hold.
 
-    Attributes:
-        model_type: its name in transformers.
-        loads_in: who reads it beside transformers, as an addition to that word.
-        biases: projections that get a bias where a config field is set, by that field.
-        fixed_biases: projections that always have one.
-        head_norms: it normalises queries and keys.
-        heads_divide_hidden: it wants a number of heads that divides the hidden size.
-        heads_fill_hidden: its heads together are always as wide as the hidden size.
-        settings: further config fields, set where the weights come from another class.
+def stock_models(sizes: PrunedSizes, widths: Widths, names: set[str]) -> Iterator[PreTrainedModel]:
+    """Models without memory that compute what the pruned one does if they can hold its weights, the best first.
+
+    The model's own class; another one that computes alike; the own one with as many heads as before pruning, for classes
+    whose heads are together as wide as the hidden size.
+
+    Args:
+        sizes: of the pruned model.
+        widths: of every layer.
+        names: of the tensors to hold.
     """
-
-    model_type: str
-    loads_in: str
-    biases: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    fixed_biases: frozenset[str] = frozenset()
-    head_norms: bool = False
-    heads_divide_hidden: bool = False
-    heads_fill_hidden: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def bias_fields(self, needed: frozenset[str]) -> dict[str, bool]:
-        """Config fields that give the needed projections a bias."""
-        wanted = needed - self.fixed_biases
-        return {name: bool(roles & wanted) for name, roles in self.biases.items()}
-
-    def biased(self, needed: frozenset[str]) -> frozenset[str]:
-        """Projections that have a bias when the needed ones do."""
-        chosen = [self.biases[name] for name, wanted in self.bias_fields(needed).items() if wanted]
-        return self.fixed_biases.union(*chosen)
+    kind, fields = type(sizes.config), sizes.config.to_dict()
+    yield from _holding(kind, fields, sizes, widths, names)
+    # Only the own class is known to read a sliding window the same way.
+    if sizes.config.model_type in _LLAMA_LIKE and not sizes.windows:
+        for model_type, settings in _LLAMA_LIKE.items():
+            other = type(AutoConfig.for_model(model_type))
+            without_biases = {name: False for name, value in other().to_dict().items() if _is_bias(name, value)}
+            shared = {name: fields[name] for name in _SHARED}
+            yield from _holding(other, {**without_biases, "head_dim": None, **shared, **settings}, sizes, widths, names)
+    if 0 < widths.heads < sizes.shape.num_heads:
+        heads = sizes.shape.num_heads
+        dense = Widths(heads, heads * widths.groups // widths.heads, widths.channels)
+        yield from _holding(kind, fields, sizes, dense, names)
 
 
-_READ_ABOUT = "; by reading only: vLLM, llama.cpp, onnxruntime-genai"
-STOCK_CLASSES = (
-    StockClass(
-        "llama",
-        _READ_ABOUT,
-        biases={"attention_bias": _ATTENTION, "mlp_bias": _MLP},
-        heads_divide_hidden=True,
-    ),
-    StockClass("mistral", _READ_ABOUT, settings={"sliding_window": None}),
-    StockClass("qwen2", "", fixed_biases=_QUERY_KEY_VALUE),
-    StockClass("qwen3", "; by reading only: vLLM, llama.cpp", biases={"attention_bias": _ATTENTION}, head_norms=True),
-    StockClass(
-        "seed_oss",
-        "; by reading only: vLLM with --model-impl transformers",
-        biases={"attention_bias": _QUERY_KEY_VALUE, "attention_out_bias": frozenset({"attention_output"})}
-        | {"mlp_bias": _MLP},
-        settings={"residual_dropout": 0.0},
-    ),
-    StockClass(
-        "opt", "; by reading only: vLLM", biases={"enable_bias": _ATTENTION | {"up", "down"}}, heads_fill_hidden=True
-    ),
-)
+def _holding(
+    kind: type[PreTrainedConfig], fields: Mapping[str, Any], sizes: PrunedSizes, widths: Widths, names: set[str]
+) -> Iterator[PreTrainedModel]:
+    """The class with these widths, and with the biases that are needed, if it can be built so."""
+    counted = {**fields, **_counts(fields, sizes, widths)}
+    model = _built(kind, counted)
+    for name in [name for name, value in counted.items() if _is_bias(name, value) and not value]:
+        missing = set() if model is None else names - tensors_of(model).keys()
+        more = _built(kind, counted | {name: True}) if missing else None
+        if more is not None and missing & tensors_of(more).keys():
+            model, counted = more, counted | {name: True}
+    shape = replace(sizes.shape, num_heads=widths.heads, num_key_value_heads=widths.groups, mlp_width=widths.channels)
+    if model is not None and shape_of_model(model) == shape:
+        yield model
 
 
-def stock_class_for(sizes: PrunedSizes, widths: Widths) -> StockClass:
-    """The class that holds these widths in every layer: the model's own if it can, else the first that computes alike.
-
-    Raises:
-        UserError: no stock class can.
-    """
-    own = next(stock for stock in STOCK_CLASSES if stock.model_type == sizes.config.model_type)
-    # Only the own class is known to read a sliding window the same way; OPT computes unlike all others.
-    others = (
-        [] if sizes.windows or not sizes.architecture.rotary else [s for s in STOCK_CLASSES if _computes_like(s, own)]
-    )
-    for stock in [own, *others]:
-        if _holds(stock, sizes, widths):
-            return stock
-    raise UserError(f"no stock class holds {_peculiarities(sizes, widths)}: use --layout per-layer")
+def _counts(fields: Mapping[str, Any], sizes: PrunedSizes, widths: Widths) -> dict[str, int]:
+    """Config fields that say how many units there are, as the config calls them."""
+    shape = sizes.shape
+    counts = dict.fromkeys([name for name in _MLP_WIDTHS if fields.get(name) == shape.mlp_width], widths.channels)
+    if widths.heads:
+        heads = {"num_attention_heads": widths.heads, "num_kv_heads": widths.groups, "head_dim": shape.head_size}
+        heads["num_key_value_heads"] = widths.groups
+        fills = widths.heads * shape.head_size == shape.hidden_size
+        counts |= {name: n for name, n in heads.items() if name in fields or (name == "head_dim" and not fills)}
+    return counts
 
 
-def stock_config(stock: StockClass, sizes: PrunedSizes, widths: Widths) -> PreTrainedConfig:
-    """The config of a model with these widths in every layer."""
-    config = sizes.config
-    own = stock.model_type == config.model_type
-    kept = config.to_dict()
-    if not own:
-        kept = {name: kept[name] for name in _SHARED} | dict(stock.settings)
-    kept |= {sizes.architecture.mlp_width: widths.channels, **stock.bias_fields(sizes.biases)}
-    if not stock.heads_fill_hidden:
-        kept |= {"num_attention_heads": widths.heads, "num_key_value_heads": widths.groups}
-        kept["head_dim"] = sizes.shape.head_size
-    kept.pop("model_type", None)
-    made: PreTrainedConfig = AutoConfig.for_model(stock.model_type, **kept)
-    return made
+def _built(kind: type[PreTrainedConfig], fields: Mapping[str, Any]) -> PreTrainedModel | None:
+    try:
+        return empty_model(kind.from_dict(dict(fields)))
+    except Exception:  # whatever configs and models raise about numbers that do not suit them
+        return None
 
 
-def _computes_like(stock: StockClass, own: StockClass) -> bool:
-    return not stock.heads_fill_hidden and stock.head_norms == own.head_norms
-
-
-def _holds(stock: StockClass, sizes: PrunedSizes, widths: Widths) -> bool:
-    if stock.heads_divide_hidden and sizes.shape.hidden_size % widths.heads:
-        return False
-    if widths.heads % widths.groups:  # the classes do not check this themselves
-        return False
-    return sizes.biases <= stock.biased(sizes.biases)
-
-
-def _peculiarities(sizes: PrunedSizes, widths: Widths) -> str:
-    parts = [f"a {sizes.config.model_type} model with {widths.heads} heads"]
-    if sizes.biases:
-        parts.append(f"biases in {', '.join(sorted(sizes.biases))}")
-    if sizes.windows:
-        parts.append("sliding windows")
-    return " and ".join(parts)
+def _is_bias(name: str, value: Any) -> bool:
+    return isinstance(value, bool) and "bias" in name

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from export.sizes import longest_text
 from pp_lightning.errors import UserError
 
 ROWS, TOKENS, STEPS = 2, 24, 8
@@ -49,7 +50,7 @@ class Behaviour:
     @staticmethod
     def of_model(model: PreTrainedModel) -> "Behaviour":
         """Ask a transformers model."""
-        tokens = min(TOKENS, model.config.max_position_embeddings - STEPS)
+        tokens = min(TOKENS, longest_text(model) - STEPS)
         return Behaviour.of(model_runner(model), model.config.vocab_size, tokens=tokens)
 
 

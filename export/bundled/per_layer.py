@@ -1,0 +1,51 @@
+"""A causal language model whose layers have widths of their own: see ``pruned_shapes`` in config.json.
+
+Load it with ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. It computes what the stock class
+computes, with fewer heads and channels.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class PrunedConfig(LlamaConfig):
+    """The stock config, of the model before pruning."""
+
+
+class PrunedForCausalLM(LlamaForCausalLM):
+    """The stock model with weights of other shapes, and with the numbers of heads that go with them."""
+
+    config_class = PrunedConfig
+
+    def __init__(self, config: PrunedConfig) -> None:
+        super().__init__(config)
+        for path, shape in config.pruned_shapes.items():
+            owner, _, name = path.rpartition(".")
+            module = self.get_submodule(owner)
+            setattr(module, name, nn.Parameter(torch.empty(shape)))
+            if isinstance(module, nn.Linear) and name == "weight":
+                module.out_features, module.in_features = shape
+            self._init_weights(module)
+        for path, number in config.pruned_counts.items():
+            owner, _, name = path.rpartition(".")
+            module: Any = self.get_submodule(owner.removesuffix(".config"))
+            if owner.endswith(".config"):
+                module.config = _WithCount(module.config, name, number)
+            else:
+                setattr(module, name, number)
+
+
+class _WithCount:
+    """The model's config, as a module reads it that has a number of heads of its own."""
+
+    def __init__(self, config: Any, name: str, number: int) -> None:
+        self._config = config
+        setattr(self, name, number)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_config":  # while it is being copied
+            raise AttributeError(name)
+        return getattr(self._config, name)
