@@ -230,8 +230,8 @@ class BlockModules:
     def is_linear(self, projection: nn.Module) -> bool:
         """Whether a projection computes ``x W^T + b`` of a plain weight, and nothing else."""
         known = type(projection).forward is nn.Linear.forward or type(projection).__name__ in self.family.linear
-        weight = getattr(projection, "weight", None)
-        return known and type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+        weight: Any = getattr(projection, "weight", None)
+        return known and type(weight) in (nn.Parameter, Tensor) and bool(weight.is_floating_point())
 
     def role(self, name: str) -> str:
         """What a projection is: ``output``, or the roles of its rows."""
@@ -392,7 +392,7 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
 
 
 @lru_cache(maxsize=64)
-def _cached_shape(kind: type[PreTrainedConfig], content: str) -> ModelShape:
+def _cached_shape(kind: Any, content: str) -> ModelShape:
     return shape_of_model(empty_model(kind.from_dict(json.loads(content))))
 
 
@@ -423,7 +423,7 @@ def shape_of_model(model: PreTrainedModel) -> ModelShape:
         head_size=heads[2] if heads else 0,
         query_rows=heads[3] if heads else 0,
         mlp_width=widths[0] if widths else 0,
-        gated=widths[1] if widths else False,
+        gated=bool(widths[1]) if widths else False,
         vocabulary=0 if vocabulary is None else vocabulary.weight.shape[0],
         without={Block.ATTENTION: _missing(model, attention), Block.MLP: _missing(model, mlps)},
     )

@@ -121,7 +121,7 @@ def compilations() -> list[Any]:
 def dynamo_settings(**settings: Any) -> AbstractContextManager[object]:
     """Dynamo's options for a while; they have no public switch. Unknown ones are left out."""
     known = {name: value for name, value in settings.items() if hasattr(torch._dynamo.config, name)}
-    patched: AbstractContextManager[object] = torch._dynamo.config.patch(known)  # type: ignore[attr-defined]
+    patched: AbstractContextManager[object] = torch._dynamo.config.patch(known)
     return patched
 
 

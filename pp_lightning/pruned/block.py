@@ -154,7 +154,9 @@ class PrunedBlock(nn.Module):
             slices.held = weights
         runner.narrow(choice, weights, ahead)
         if inputs.remember and self.history is not None:
-            runner.output.does = partial(self._leave_remembered, runner.output.does, inputs, choice.kept)
+            leave = runner.output.does
+            assert leave is not None
+            runner.output.does = partial(self._leave_remembered, leave, inputs, choice.kept)
 
     def plan(self, inputs: BatchInputs) -> ExecutionPlan:
         """How a batch is run: the same for all batches of one shape."""

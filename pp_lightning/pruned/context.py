@@ -151,7 +151,7 @@ class ModelContext:
         return {**self.__dict__, "batch": None, "_given": {}, "_drawn": None}
 
     def _draw(self, shape: torch.Size, device: torch.device) -> Tensor | None:
-        return None if self._lots is None else self._lots.of_batch(*shape, device)
+        return None if self._lots is None else self._lots.of_batch(shape[0], shape[1], device)
 
     def _earlier(self, residual: Tensor) -> Earlier:
         side = self.side_stream(residual.device)
