@@ -151,7 +151,7 @@ def _content(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _peculiarities(sizes: PrunedSizes, entries: Sequence[Entry]) -> str:
-    parts = [f"a {sizes.config.model_type} model with {sizes.widest.heads} heads"]
+    parts = [f"a model of type {sizes.config.model_type} with {sizes.widest.heads} heads"]
     biases = {entry.name.split(".")[-2] for entry in entries if entry.own and entry.name.endswith(".bias")}
     if biases:
         parts.append(f"biases in {', '.join(sorted(biases))}")

@@ -105,7 +105,7 @@ class PrunedSizes:
         """Whether any layer attends a sliding window only."""
         kinds = getattr(self.config, "layer_types", None)
         if kinds is not None:
-            return any(kind != "full_attention" for kind in kinds)
+            return any(kind not in ("full_attention", "linear_attention") for kind in kinds)
         return getattr(self.config, "sliding_window", None) is not None
 
 

@@ -45,8 +45,8 @@ _MLP_WIDTHS = ("intermediate_size", "intermediate_size_mlp", "ffn_dim", "ffn_hid
 def stock_models(sizes: PrunedSizes, widths: Widths, names: set[str]) -> Iterator[PreTrainedModel]:
     """Models without memory that compute what the pruned one does if they can hold its weights, the best first.
 
-    The model's own class; another one that computes alike; the own one with as many heads as before pruning, for classes
-    whose heads are together as wide as the hidden size.
+    The model's own class; another one that computes alike; the own one with as many heads as before pruning, for
+    classes whose heads are together as wide as the hidden size.
 
     Args:
         sizes: of the pruned model.
@@ -91,8 +91,9 @@ def _counts(fields: Mapping[str, Any], sizes: PrunedSizes, widths: Widths) -> di
     if widths.heads:
         heads = {"num_attention_heads": widths.heads, "num_kv_heads": widths.groups, "head_dim": shape.head_size}
         heads["num_key_value_heads"] = widths.groups
-        fills = widths.heads * shape.head_size == shape.hidden_size
-        counts |= {name: n for name, n in heads.items() if name in fields or (name == "head_dim" and not fills)}
+        # Classes whose config does not have it may still read it; others, which compute it, show that they do not.
+        needs_size = widths.heads * shape.head_size != shape.hidden_size and not hasattr(sizes.config, "head_dim")
+        counts |= {name: n for name, n in heads.items() if name in fields or (name == "head_dim" and needs_size)}
     return counts
 
 
