@@ -18,7 +18,7 @@ from pp_lightning import calibrate, prune_
 from pp_lightning.families import shape_of
 from pp_lightning.benchmark.shapes import random_model
 from pp_lightning.methods import ProbePruning
-from pp_lightning.pruning import pruners_of
+from pp_lightning.pruning import pruning_of
 
 MEGA = 1e6
 
@@ -40,7 +40,7 @@ def measure(variant: str, rows: int, tokens: int, ratio: float) -> dict[str, flo
         batches = [{"input_ids": batch(model, rows, tokens)}]
         stats = calibrate(model, batches, means=False, progress=False)
         prune_(model, ProbePruning(), stats, pruning_ratio=ratio, skip_layers=(), release_stats=True)
-        blocks = [block for pruner in pruners_of(model).values() for block in (pruner.attention, pruner.mlp)]
+        blocks = pruning_of(model).pruners.values()
         sizes["history"] = sum(block.history.nbytes for block in blocks if block.history is not None) / MEGA
         sizes["slice"] = 4 * max(block.slices.size for block in blocks) / MEGA
     for _ in range(3):

@@ -19,7 +19,7 @@ from pp_lightning.functional.moments import Places, placed_count, placed_sum, su
 from pp_lightning.functional.probe import token_norms
 from pp_lightning.interfaces import INPUTS, first_argument, model_inputs, without_head
 from pp_lightning.progress import shown
-from pp_lightning.pruned.check import meetings
+from pp_lightning.pruned.check import Meeting, meetings
 from pp_lightning.pruning import is_pruned
 from pp_lightning.statistics import BlockSums, Statistics, fingerprint
 
@@ -81,8 +81,7 @@ def calibrate(
             if seen == done:
                 _check_same_batches(digest, statistics, save_to)
                 continue
-            if not hooks:
-                hooks = collector.attach(blocks, {key: met.norm for key, met in meetings(model, everything).items()})
+            hooks = hooks or collector.attach(blocks, meetings(model, everything))
             inputs = model_inputs(model, batch)
             collector.begin(inputs.get("attention_mask"))
             without_head(model)(**inputs)
@@ -109,14 +108,12 @@ class _Collector:
         self.shape = torch.Size()
         self.places: Places | None = None
 
-    def attach(
-        self, blocks: Mapping[BlockKey, BlockModules], norms: Mapping[BlockKey, str | None]
-    ) -> list[RemovableHandle]:
+    def attach(self, blocks: Mapping[BlockKey, BlockModules], met: Mapping[BlockKey, Meeting]) -> list[RemovableHandle]:
         """Watch the first layer's input, the residual that enters each block, and the input of its output matrix."""
         first = next(iter(blocks.values())).layer
         hooks = [first.register_forward_pre_hook(self._count, with_kwargs=True)]
         for key, block in blocks.items():
-            norm = norms[key]
+            norm = met[key].norm
             meets = getattr(block.layer, norm) if norm is not None else block.owner
             hooks.append(meets.register_forward_pre_hook(partial(self._add_residual, key), with_kwargs=True))
             output = block.projection(block.output)

@@ -194,7 +194,7 @@ class BlockModules:
 
     @property
     def owner(self) -> Any:
-        """The module that :mod:`pp_lightning.pruned` hangs its own on: the block's, or a bare block's first projection."""
+        """What :mod:`pp_lightning.pruned` hangs its own module on: the block's, or a bare block's first projection."""
         return self.projection(next(iter(self.inputs))) if self.is_bare else self.module
 
     @property
@@ -388,7 +388,8 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         UserError: nothing in it can be pruned, or its layers differ in size.
     """
     content = {k: v for k, v in config.to_dict().items() if k not in ("dtype", "torch_dtype", "transformers_version")}
-    return _cached_shape(type(config), json.dumps(content, sort_keys=True, default=str))
+    kind: Any = type(config)
+    return _cached_shape(kind, json.dumps(content, sort_keys=True, default=str))
 
 
 @lru_cache(maxsize=64)

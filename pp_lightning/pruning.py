@@ -359,7 +359,7 @@ def _prune_dynamic(surgery: _Surgery, method: DynamicMethod, stats: Statistics |
         if key not in whole
     }
     hooks = []
-    for key, block in pruners.items():
+    for block in pruners.values():
         block.runner.modules.owner.pruner = block
         block.runner.install(block.forward, block.begin)
         if block.norm is not None:
@@ -376,7 +376,7 @@ def _prune_dynamic(surgery: _Surgery, method: DynamicMethod, stats: Statistics |
 
 
 def _publish_residuals(surgery: _Surgery, context: ModelContext) -> list[RemovableHandle]:
-    """Let parallel probing see the residuals that enter pruned layers, and those between the blocks in front of them."""
+    """Let parallel probing see the residuals that enter pruned layers, and those between blocks."""
     layers, hooks = layers_of(surgery.model), []
     for index in surgery.plan.layers:
         hooks.append(layers[index].register_forward_pre_hook(context.enter_layer, with_kwargs=True))

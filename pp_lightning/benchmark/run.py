@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pp_lightning.benchmark.blocks import choosing_function, dense_pruner, held_function, meetings
+from pp_lightning.benchmark.blocks import block_function, meetings
 from pp_lightning.benchmark.clock import stopwatch_for
 from pp_lightning.benchmark.decoding import decoding_rows
 from pp_lightning.benchmark.memory import peak_megabytes
@@ -28,7 +28,7 @@ from pp_lightning.flops import (
 from pp_lightning.functional.linear import is_emulated
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.progress import Tell
-from pp_lightning.pruning import is_pruned, pruners_of, pruning_of
+from pp_lightning.pruning import is_pruned, pruning_of
 
 
 def run_benchmark(
@@ -131,28 +131,20 @@ class _Case:
         eager = "PP"
         if eager not in self.models or layer in self.settings.skip_layers:
             return []
-        met = meetings(self.models[eager], layer, self.batches)
         rows = []
         for block in Block:
-            attention = block is Block.ATTENTION
-            part = "attention block" if attention else "MLP block"
-            inputs = [(m.hidden, m.around) if attention else (m.middle, m.around.of_mlp()) for m in met]
+            key, part = (layer, block), "attention block" if block is Block.ATTENTION else "MLP block"
+            if key not in pruning_of(self.models[eager]).pruners:
+                continue
+            met = meetings(self.models[eager], key, self.batches)
             clock = stopwatch_for(self.subject.device)
             runners: dict[str, Runner] = {}
             ratios: dict[str, float] = {}
             for name, variant in self.variants.items():
-                function = choosing_function
-                if variant.method is None:
-                    pruner = dense_pruner(self.models[eager], layer)
-                elif not isinstance(variant.method, DynamicMethod):
-                    function, pruner = held_function, pruners_of(self.models[eager])[layer]
-                elif self._probes_what_it_meets(variant.method):
-                    pruner = pruners_of(self.models[name])[layer]
-                else:
+                if isinstance(variant.method, DynamicMethod) and not self._probes_what_it_meets(variant.method):
                     continue
-                own = pruner.attention if attention else pruner.mlp
                 mode = self.settings.mode if variant.compiled else None
-                runners[name] = part_runner(part, function(own, inputs, compiled=mode), clock)
+                runners[name] = part_runner(part, block_function(self.models[name], key, met, compiled=mode), clock)
                 ratios[name] = self._block_flops_ratio(name, layer, block)
             samples = self._measure(part, runners, {})
             rows += [self._row(name, part, samples, ratios[name]) for name in runners]

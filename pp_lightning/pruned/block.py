@@ -104,7 +104,7 @@ class PrunedBlock(nn.Module):
         return runner.run(hidden, given)
 
     def begin(self, hidden: Tensor) -> Tensor:
-        """The same for a block without a module of its own: what its first projection gives. The output ends the run."""
+        """The same for a block without a module of its own: what its first projection gives."""
         runner, inputs = self.runner, self.context.batch
         if inputs is None:
             return runner.inputs[0].stock(hidden)

@@ -41,7 +41,7 @@ class Meeting:
     norm: str | None
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """The last layer of interest has been run."""
 
 
@@ -71,7 +71,7 @@ def meetings(model: PreTrainedModel, blocks: Mapping[BlockKey, BlockModules]) ->
     was_training = model.training
     model.eval()
     try:
-        with suppress(_Enough):
+        with suppress(_EnoughError):
             without_head(model)(**_few_inputs(model))
     finally:
         for hook in hooks:
@@ -167,7 +167,7 @@ def _note_inputs(
 
 
 def _stop(*_: object) -> None:
-    raise _Enough
+    raise _EnoughError
 
 
 def _few_inputs(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What else fixes the number of heads of an attention module: fields to change and parameters to slice while it runs."""
+"""What else fixes the number of heads of an attention module: fields and parameters to change while it runs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

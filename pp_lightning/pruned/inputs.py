@@ -35,7 +35,7 @@ class BatchInputs:
     Args:
         shape: (B, S).
         places: positions of the batch; None where columns are positions and nothing is padding.
-        lots: (L, 2, M) float32, uniform numbers to draw the probes of attention and MLP with; None where none are drawn.
+        lots: (L, 2, M) float32, uniform numbers to draw the probes of attention and MLP with; None draws none.
         decoding: the batch continues a filled cache, so the choice is held.
         caching: a cache is being filled.
         remember: whether histories move.

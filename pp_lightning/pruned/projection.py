@@ -60,7 +60,7 @@ class PrunedProjection:
         self.is_sliced = is_linear and repeats == 1 and any(part.width for part in rows)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Stands in for the module's ``forward``. Hooks of the module see the probe's states too, in front of the batch."""
+        """Stands in for the module's ``forward``. Hooks of the module see a probe's states too, before the batch's."""
         does = self.does or self.idle
         return self.stock(states) if does is None else does(states)
 

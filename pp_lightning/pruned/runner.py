@@ -240,7 +240,7 @@ class BlockRunner:
                 fields.widen()
 
     def begin(self, hidden: Tensor) -> Tensor:
-        """The same for a block without a module of its own: what its first projection gives. The output ends the run."""
+        """The same for a block without a module of its own: what its first projection gives. The output ends it."""
         (first,), output = self.inputs, self.output
         enter, leave = first.does, output.does
         assert enter is not None and leave is not None
