@@ -10,6 +10,9 @@ import argparse
 import statistics
 
 import torch
+from pp_lightning.pruned.layer import LayerPruner
+from pp_lightning.pruned.surroundings import Surroundings
+from pp_lightning.pruned.workspace import fresh_memory
 
 from pp_lightning.benchmark.blocks import BlockFunction, Meeting, dense_pruner, meetings
 from pp_lightning.benchmark.clock import stopwatch_for
@@ -19,9 +22,6 @@ from pp_lightning.benchmark.timing import Samples, interleaved, part_runner
 from pp_lightning.benchmark.variants import VARIANTS
 from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruned.choice import HowToRun
-from pp_lightning.pruned.layer import LayerPruner
-from pp_lightning.pruned.surroundings import Surroundings
-from pp_lightning.pruned.workspace import fresh_memory
 from pp_lightning.pruning import pruners_of
 
 LAYER = 3

@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from pp_lightning import calibrate, prune_
-from pp_lightning.families import shape_of
 from pp_lightning.benchmark.shapes import random_model
+from pp_lightning.families import shape_of
 from pp_lightning.methods import ProbePruning
 from pp_lightning.pruning import pruning_of
 

@@ -127,13 +127,6 @@ def test_other_methods_compile_too(name, method):
 
 
 @pytest.mark.slow
-def test_packed_slices_compile_too():
-    eager, compiled, _ = pair("llama", ProbePruning(**PROBE), pack_slices=True)
-    for seed in (1, 2, 3):
-        agree(eager, compiled, {"input_ids": ids(seed=seed)})
-
-
-@pytest.mark.slow
 def test_other_sizes_share_one_more_graph():
     eager, compiled, compilation = pair("llama", ProbePruning(**PROBE))
     agree(eager, compiled, {"input_ids": ids(4, 24)})

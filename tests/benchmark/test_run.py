@@ -23,7 +23,7 @@ def measured(small):
     settings = BenchmarkSettings(
         model=small,
         cases=[Case(4, 16), Case(1, 8)],
-        variants=["PP", "static PPsp", "Full-Batch Probing", "PP, packed slices"],
+        variants=["PP", "static PPsp", "Full-Batch Probing", "PP, best()"],
         round_to=16,
         repeats=3,
         warmup=1,
@@ -97,7 +97,7 @@ def test_variants_share_what_they_can_with_each_other(measured):
     assert weights[0] == weights[1] == weights[2] != subject.model.model.layers[1].mlp.down_proj.weight.data_ptr()
     assert weights[3] == weights[4] != weights[0]
     assert not layer["PP"].mlp.down_proj.weight.is_contiguous()
-    histories = {layer[name].pruner.mlp.history.data_ptr() for name in ("PP", "PP, compiled")}
+    histories = {layer[name].mlp.pruner.history.data_ptr() for name in ("PP", "PP, compiled")}
     assert len(histories) == 2
     expected = pruned_copy(
         subject.model, VARIANTS["PP"], subject.statistics, pruning_ratio=0.4, skip_layers=(), round_to=16
