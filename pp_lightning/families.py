@@ -51,11 +51,12 @@ class Family:
         query_counts: attributes of the attention module that fix its number of query heads; ``config.NAME`` is a field
             of the module's config. Without any, the number follows from the width of the projections.
         key_counts: the same of key/value heads.
-        head_parameters: parameters of the attention module with one row a query head.
+        head_parameters: paths of parameters in the attention module with one row a query head, where it has them.
+        key_parameters: the same of key/value heads.
         bare_mlp: name of the activation, where a layer runs its MLP's projections without a module around them.
         linear: names of Linear subclasses that compute what a Linear does.
         stacked_if: config field; where it is set, rows of a fused ``group`` projection lie role by role after all.
-        refusals: blocks that cannot be pruned, and why.
+        refusals: blocks that cannot be pruned wherever they are found, or are not found, and why.
         unless: config field and value: a configuration that cannot be pruned at all, and why.
     """
 
@@ -63,6 +64,7 @@ class Family:
     query_counts: tuple[str, ...] = ()
     key_counts: tuple[str, ...] = ()
     head_parameters: tuple[str, ...] = ()
+    key_parameters: tuple[str, ...] = ()
     bare_mlp: str | None = None
     linear: tuple[str, ...] = ()
     stacked_if: tuple[str, Any] | None = None
@@ -70,7 +72,6 @@ class Family:
     unless: tuple[str, Any, str] | None = None
 
 
-_EXPERTS = "its channels are those of routed experts"
 _ALL_HEADS = "it normalises queries and keys over all heads together"
 
 FAMILIES = (
@@ -79,7 +80,6 @@ FAMILIES = (
             "apertus",
             "arcee",
             "clip_vision_model",
-            "cohere",
             "cohere2",
             "deit",
             "dinov2",
@@ -93,6 +93,7 @@ FAMILIES = (
             "glm4",
             "gpt_neox",
             "granite",
+            "granitemoe",
             "helium",
             "hunyuan_v1_dense",
             "llama",
@@ -100,6 +101,7 @@ FAMILIES = (
             "ministral",
             "ministral3",
             "mistral",
+            "mixtral",
             "modernbert",
             "nanochat",
             "nemotron",
@@ -108,6 +110,8 @@ FAMILIES = (
             "qwen2",
             "qwen3",
             "qwen3_5_text",
+            "qwen3_moe",
+            "qwen3_next",
             "seed_oss",
             "siglip_vision_model",
             "smollm3",
@@ -130,8 +134,8 @@ FAMILIES = (
         linear=("FalconLinear",),
         stacked_if=("multi_query", True),
     ),
-    Family(("mixtral", "qwen3_moe", "granitemoe", "qwen3_next"), refusals={Block.MLP: _EXPERTS}),
-    Family(("gpt_oss",), head_parameters=("sinks",), refusals={Block.MLP: _EXPERTS}),
+    Family(("cohere",), head_parameters=("q_norm.weight",), key_parameters=("k_norm.weight",)),
+    Family(("gpt_oss",), head_parameters=("sinks",)),
     Family(("olmo2", "olmo3"), refusals={Block.ATTENTION: _ALL_HEADS}),
     Family(("diffllama",), refusals={Block.ATTENTION: "its heads work in pairs"}),
     Family(("dinov3_vit",), refusals={Block.ATTENTION: "its rotary embedding counts patches, which a probe does not"}),
@@ -333,11 +337,15 @@ def unit_rows(parts: Sequence[Part], number: int, *, shared: bool) -> list[Rows]
     return rows
 
 
-def refusal(family: Family, block: Block, found: bool) -> str | None:
+def refusal(model: PreTrainedModel, block: Block) -> str | None:
     """Why no layer's ``block`` can be pruned; None where nothing is known against it."""
-    if block in family.refusals:
-        return family.refusals[block]
-    return None if found else "its projections have no names that are known"
+    family = family_of(layers_config(model))
+    if block in family.refusals or any(found is block for _, found in blocks_of(model)):
+        return family.refusals.get(block)
+    names = (name for layer in layers_of(model) for name, _ in layer.named_parameters())
+    if block is Block.MLP and any("experts" in name for name in names):
+        return "its channels are those of routed experts"
+    return "its projections have no names that are known"
 
 
 def _looks_like_a_layer(module: nn.Module) -> bool:

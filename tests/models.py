@@ -160,6 +160,9 @@ FAMILIES = MODELS | {
     ),
     "nanochat": _row("nanochat", attention_bias=True),
     "stablelm": _row("stablelm", use_qkv_bias=True),
+    "stablelm_qk_norm": _row(
+        "stablelm", qk_layernorm=True, refuses={Block.ATTENTION: "its code does not compute the same on fewer units"}
+    ),
     "stablelm_parallel": _row("stablelm", grouped=False, num_key_value_heads=HEADS, use_parallel_residual=True),
     "phi3": _row("phi3", sliding_window=16, partial_rotary_factor=0.5),
     "glm": _row("glm", head_dim=16),
