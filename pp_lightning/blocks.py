@@ -74,6 +74,11 @@ class ModelShape:
         """Whether a layer has this block."""
         return layer not in self.without.get(block, ())
 
+    @property
+    def keys(self) -> list[BlockKey]:
+        """Every block of every layer."""
+        return [(layer, block) for layer in range(self.num_layers) for block in Block if self.has(layer, block)]
+
 
 @dataclass(frozen=True)
 class Units:
