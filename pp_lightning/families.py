@@ -395,23 +395,60 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     Raises:
         UserError: nothing in it can be pruned, or its layers differ in size.
     """
-    content = {k: v for k, v in config.to_dict().items() if k not in ("dtype", "torch_dtype", "transformers_version")}
-    kind: Any = type(config)
-    return _cached_shape(kind, json.dumps(content, sort_keys=True, default=str))
+    return _cached_shape(Recipe.of(config))
 
 
 @lru_cache(maxsize=64)
-def _cached_shape(kind: Any, content: str) -> ModelShape:
-    return shape_of_model(empty_model(kind.from_dict(json.loads(content))))
+def _cached_shape(recipe: "Recipe") -> ModelShape:
+    return shape_of_model(recipe())
 
 
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of this config without memory for its weights."""
+def empty_model(config: PreTrainedConfig, kind: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """A model of this config without memory for its weights, of a class or of the one that the config stands for."""
     with torch.device("meta"):
+        if kind is not None:
+            return kind(config)
         try:
             return AutoModelForCausalLM.from_config(config)
         except ValueError:  # not a language model
             return AutoModel.from_config(config)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a model without weights is made from. Equal ones make equal models.
+
+    Attributes:
+        config: class of its config.
+        content: of the config, as JSON.
+        kind: class of the model; None is what the config stands for.
+    """
+
+    config: Any
+    content: str
+    kind: type[PreTrainedModel] | None = None
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, kind: type[PreTrainedModel] | None = None) -> "Recipe":
+        """Of a config as it is now."""
+        without = ("dtype", "torch_dtype", "transformers_version")
+        content = {name: value for name, value in config.to_dict().items() if name not in without}
+        return cls(type(config), json.dumps(content, sort_keys=True, default=str), kind)
+
+    def __call__(self) -> PreTrainedModel:
+        """The model."""
+        return empty_model(self.config.from_dict(json.loads(self.content)), self.kind)
+
+
+def random_inputs(model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Tensor]:
+    """What a model can be called with: random tokens (B, S), or B images of the size that it is for."""
+    generator, config = torch.Generator().manual_seed(0), layers_config(model)
+    if model.main_input_name == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
+        images = torch.randn(rows, config.num_channels, *size, generator=generator)
+        return {"pixel_values": images.to(model.device, model.dtype)}
+    ids = torch.randint(0, config.vocab_size, (rows, tokens), generator=generator)
+    return {"input_ids": ids.to(model.device)}
 
 
 def shape_of_model(model: PreTrainedModel) -> ModelShape:
@@ -435,7 +472,16 @@ def shape_of_model(model: PreTrainedModel) -> ModelShape:
         gated=bool(widths[1]) if widths else False,
         vocabulary=0 if vocabulary is None else vocabulary.weight.shape[0],
         without={Block.ATTENTION: _missing(model, attention), Block.MLP: _missing(model, mlps)},
+        unknown=None if _has_formulas(model, blocks) else Recipe.of(model.config, type(model)),
     )
+
+
+def _has_formulas(model: PreTrainedModel, blocks: Mapping[BlockKey, BlockModules]) -> bool:
+    """Whether layers are blocks of a family that is described and nothing else, but for norms."""
+    family = family_of(layers_config(model))
+    known = {id(one) for block in blocks.values() for name in block.names for one in block.projection(name).parameters()}
+    weights = [one for layer in layers_of(model) for one in layer.parameters()]
+    return family in FAMILIES and not family.refusals and all(id(one) in known for one in weights if one.dim() > 1)
 
 
 def _missing(model: PreTrainedModel, found: Mapping[int, BlockModules]) -> frozenset[int]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from pp_lightning.blocks import AttentionUnit, Block, BlockKey, ModelShape, units_of
 from pp_lightning.errors import UserError
-from pp_lightning.families import BlockModules, layers_config, layers_of
+from pp_lightning.families import BlockModules, layers_config, layers_of, random_inputs
 from pp_lightning.functional.probe import Arguments
 from pp_lightning.interfaces import argument_names, without_head
 from pp_lightning.pruned.choice import Choice
@@ -73,7 +73,7 @@ def meetings(model: PreTrainedModel, blocks: Mapping[BlockKey, BlockModules]) ->
     model.eval()
     try:
         with suppress(_EnoughError):
-            without_head(model)(**_few_inputs(model))
+            without_head(model)(**random_inputs(model, _ROWS, _TOKENS))
     finally:
         for hook in hooks:
             hook.remove()
@@ -175,14 +175,3 @@ def _note_inputs(
 
 def _stop(*_: object) -> None:
     raise _EnoughError
-
-
-def _few_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A few random tokens, or images."""
-    generator, config = torch.Generator().manual_seed(0), layers_config(model)
-    if model.main_input_name == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
-        images = torch.randn(_ROWS, config.num_channels, *size, generator=generator)
-        return {"pixel_values": images.to(model.device, model.dtype)}
-    ids = torch.randint(0, config.vocab_size, (_ROWS, _TOKENS), generator=generator)
-    return {"input_ids": ids.to(model.device)}
