@@ -1,6 +1,6 @@
 """How the removed units are spread over the layers: the same in each, or by one ranking over all of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -96,11 +96,9 @@ def by_global_ranking(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockK
     statistics, plans = evidence.statistics, {block.block: block for block in plan.blocks}
     if statistics is None:
         raise UserError("allocation=global needs calibration statistics: pass the result of calibrate()")
-    have = {name: sum(block is name for _, block in evidence.output_weights) for name in plans}
-    floors = settled_floors(plan, have, evidence.floor, statistics.num_positions)
+    floors = settled_floors(plan, evidence.output_weights.keys(), evidence.floor, statistics.num_positions)
     cost = {name: unit_flops(block, statistics.num_positions) for name, block in plans.items()}
-    saved = {name: (block.units.number - block.keep) * cost[name] for name, block in plans.items()}
-    to_save = sum(saved[name] for layer, name in evidence.output_weights if layer in plan.layers)
+    to_save = _flops_to_save(plan, evidence.output_weights.keys(), statistics.num_positions)
     keep = {key: plans[key[1]].units.number for key in evidence.output_weights}
     keys = [key for key in keep if plans[key[1]].ratio > 0]
     removable = [_removable(plans[key[1]], cost[key[1]], floors[key[1]], key, evidence, statistics) for key in keys]
@@ -108,12 +106,12 @@ def by_global_ranking(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockK
     return replace(plan, layers=tuple(sorted({layer for layer, _ in keep}))), keep
 
 
-def settled_floors(plan: Plan, have: Mapping[Block, int], floor: float | None, tokens: int) -> Mapping[Block, float]:
+def settled_floors(plan: Plan, keys: Collection[BlockKey], floor: float | None, tokens: int) -> Mapping[Block, float]:
     """Fractions that every attention and every MLP block keeps. No statistics are needed to see whether they can.
 
     Args:
         plan: uniform counts.
-        have: layers of the model that have each block, those that the plan skips included.
+        keys: every block of the model, those of layers that the plan skips included.
         floor: for both kinds of blocks; None takes the first of :data:`FLOORS` that lets enough go.
         tokens: length of a text.
 
@@ -122,22 +120,22 @@ def settled_floors(plan: Plan, have: Mapping[Block, int], floor: float | None, t
     """
     if floor is not None and not 0.0 <= floor <= 1.0:
         raise UserError(f"floor is the fraction that every block keeps and must be in [0, 1], not {floor}")
-    costs = {block.block: unit_flops(block, tokens) for block in plan.blocks}
-    saved = sum((block.units.number - block.keep) * costs[block.block] * have[block.block] for block in plan.blocks)
-    to_save = saved * len(plan.layers) / max(have.values())
+    plans = {block.block: block for block in plan.blocks}
+    costs = {name: unit_flops(block, tokens) for name, block in plans.items()}
     candidates = FLOORS if floor is None else (dict.fromkeys(Block, floor),)
     for floors in candidates:
-        removable = sum(
-            (block.units.number - floor_count(block.units.number, floors[block.block], block.round_to))
-            * costs[block.block]
-            * have[block.block]
-            for block in plan.blocks
-            if block.ratio > 0
-        )
-        if removable >= to_save:
+        least = {n: floor_count(one.units.number, floors[n], one.round_to) for n, one in plans.items()}
+        removable = sum((plans[n].units.number - least[n]) * costs[n] for _, n in keys if plans[n].ratio > 0)
+        if removable >= _flops_to_save(plan, keys, tokens):
             return floors
-    least = min(candidates[-1].values())
-    raise UserError(f"keeping {least:.0%} of every block leaves too little to remove: lower floor or pruning_ratio")
+    lowest = min(candidates[-1].values())
+    raise UserError(f"keeping {lowest:.0%} of every block leaves too little to remove: lower floor or pruning_ratio")
+
+
+def _flops_to_save(plan: Plan, keys: Collection[BlockKey], tokens: int) -> int:
+    """What uniform counts save for each token of a text of ``tokens`` tokens."""
+    saved = {one.block: (one.units.number - one.keep) * unit_flops(one, tokens) for one in plan.blocks}
+    return sum(saved[block] for layer, block in keys if layer in plan.layers)
 
 
 def unit_flops(plan: BlockPlan, tokens: int) -> int:

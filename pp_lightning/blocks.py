@@ -1,8 +1,10 @@
 """The two prunable blocks of a transformer layer: their units, and what a unit costs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+from torch import nn
 
 
 class Block(StrEnum):
@@ -43,6 +45,8 @@ class ModelShape:
         vocabulary: rows of the output projection; 0 where there is none.
         query_rows: rows of the query projection in one head; d, or 2 d where it also makes a gate.
         without: by block, layers that have no such block, but something else in its place.
+        unknown: where layers have parts beside these blocks, or blocks that no formula here is for: makes the model
+            without memory for its weights, to count their FLOPs.
     """
 
     num_layers: int
@@ -55,6 +59,7 @@ class ModelShape:
     vocabulary: int
     query_rows: int = 0
     without: Mapping[Block, frozenset[int]] = field(default_factory=dict)
+    unknown: Callable[[], nn.Module] | None = None
 
     def __post_init__(self) -> None:
         if not self.query_rows:
@@ -73,6 +78,11 @@ class ModelShape:
     def has(self, layer: int, block: Block) -> bool:
         """Whether a layer has this block."""
         return layer not in self.without.get(block, ())
+
+    @property
+    def keys(self) -> list[BlockKey]:
+        """Every block of every layer."""
+        return [(layer, block) for layer in range(self.num_layers) for block in Block if self.has(layer, block)]
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,12 @@ class Family:
         query_counts: attributes of the attention module that fix its number of query heads; ``config.NAME`` is a field
             of the module's config. Without any, the number follows from the width of the projections.
         key_counts: the same of key/value heads.
-        head_parameters: parameters of the attention module with one row a query head.
+        head_parameters: paths of parameters in the attention module with one row a query head, where it has them.
+        key_parameters: the same of key/value heads.
         bare_mlp: name of the activation, where a layer runs its MLP's projections without a module around them.
         linear: names of Linear subclasses that compute what a Linear does.
         stacked_if: config field; where it is set, rows of a fused ``group`` projection lie role by role after all.
-        refusals: blocks that cannot be pruned, and why.
+        refusals: blocks that cannot be pruned wherever they are found, or are not found, and why.
         unless: config field and value: a configuration that cannot be pruned at all, and why.
     """
 
@@ -63,6 +64,7 @@ class Family:
     query_counts: tuple[str, ...] = ()
     key_counts: tuple[str, ...] = ()
     head_parameters: tuple[str, ...] = ()
+    key_parameters: tuple[str, ...] = ()
     bare_mlp: str | None = None
     linear: tuple[str, ...] = ()
     stacked_if: tuple[str, Any] | None = None
@@ -70,7 +72,6 @@ class Family:
     unless: tuple[str, Any, str] | None = None
 
 
-_EXPERTS = "its channels are those of routed experts"
 _ALL_HEADS = "it normalises queries and keys over all heads together"
 
 FAMILIES = (
@@ -79,7 +80,6 @@ FAMILIES = (
             "apertus",
             "arcee",
             "clip_vision_model",
-            "cohere",
             "cohere2",
             "deit",
             "dinov2",
@@ -93,6 +93,7 @@ FAMILIES = (
             "glm4",
             "gpt_neox",
             "granite",
+            "granitemoe",
             "helium",
             "hunyuan_v1_dense",
             "llama",
@@ -100,6 +101,7 @@ FAMILIES = (
             "ministral",
             "ministral3",
             "mistral",
+            "mixtral",
             "modernbert",
             "nanochat",
             "nemotron",
@@ -108,6 +110,8 @@ FAMILIES = (
             "qwen2",
             "qwen3",
             "qwen3_5_text",
+            "qwen3_moe",
+            "qwen3_next",
             "seed_oss",
             "siglip_vision_model",
             "smollm3",
@@ -130,8 +134,8 @@ FAMILIES = (
         linear=("FalconLinear",),
         stacked_if=("multi_query", True),
     ),
-    Family(("mixtral", "qwen3_moe", "granitemoe", "qwen3_next"), refusals={Block.MLP: _EXPERTS}),
-    Family(("gpt_oss",), head_parameters=("sinks",), refusals={Block.MLP: _EXPERTS}),
+    Family(("cohere",), head_parameters=("q_norm.weight",), key_parameters=("k_norm.weight",)),
+    Family(("gpt_oss",), head_parameters=("sinks",)),
     Family(("olmo2", "olmo3"), refusals={Block.ATTENTION: _ALL_HEADS}),
     Family(("diffllama",), refusals={Block.ATTENTION: "its heads work in pairs"}),
     Family(("dinov3_vit",), refusals={Block.ATTENTION: "its rotary embedding counts patches, which a probe does not"}),
@@ -333,11 +337,15 @@ def unit_rows(parts: Sequence[Part], number: int, *, shared: bool) -> list[Rows]
     return rows
 
 
-def refusal(family: Family, block: Block, found: bool) -> str | None:
+def refusal(model: PreTrainedModel, block: Block) -> str | None:
     """Why no layer's ``block`` can be pruned; None where nothing is known against it."""
-    if block in family.refusals:
-        return family.refusals[block]
-    return None if found else "its projections have no names that are known"
+    family = family_of(layers_config(model))
+    if block in family.refusals or any(found is block for _, found in blocks_of(model)):
+        return family.refusals.get(block)
+    names = (name for layer in layers_of(model) for name, _ in layer.named_parameters())
+    if block is Block.MLP and any("experts" in name for name in names):
+        return "its channels are those of routed experts"
+    return "its projections have no names that are known"
 
 
 def _looks_like_a_layer(module: nn.Module) -> bool:
@@ -387,23 +395,60 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     Raises:
         UserError: nothing in it can be pruned, or its layers differ in size.
     """
-    content = {k: v for k, v in config.to_dict().items() if k not in ("dtype", "torch_dtype", "transformers_version")}
-    kind: Any = type(config)
-    return _cached_shape(kind, json.dumps(content, sort_keys=True, default=str))
+    return _cached_shape(Recipe.of(config))
 
 
 @lru_cache(maxsize=64)
-def _cached_shape(kind: Any, content: str) -> ModelShape:
-    return shape_of_model(empty_model(kind.from_dict(json.loads(content))))
+def _cached_shape(recipe: "Recipe") -> ModelShape:
+    return shape_of_model(recipe())
 
 
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of this config without memory for its weights."""
+def empty_model(config: PreTrainedConfig, kind: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """A model of this config without memory for its weights, of a class or of the one that the config stands for."""
     with torch.device("meta"):
+        if kind is not None:
+            return kind(config)
         try:
             return AutoModelForCausalLM.from_config(config)
         except ValueError:  # not a language model
             return AutoModel.from_config(config)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a model without weights is made from. Equal ones make equal models.
+
+    Attributes:
+        config: class of its config.
+        content: of the config, as JSON.
+        kind: class of the model; None is what the config stands for.
+    """
+
+    config: Any
+    content: str
+    kind: type[PreTrainedModel] | None = None
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, kind: type[PreTrainedModel] | None = None) -> "Recipe":
+        """Of a config as it is now."""
+        without = ("dtype", "torch_dtype", "transformers_version")
+        content = {name: value for name, value in config.to_dict().items() if name not in without}
+        return cls(type(config), json.dumps(content, sort_keys=True, default=str), kind)
+
+    def __call__(self) -> PreTrainedModel:
+        """The model."""
+        return empty_model(self.config.from_dict(json.loads(self.content)), self.kind)
+
+
+def random_inputs(model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Tensor]:
+    """What a model can be called with: random tokens (B, S), or B images of the size that it is for."""
+    generator, config = torch.Generator().manual_seed(0), layers_config(model)
+    if model.main_input_name == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
+        images = torch.randn(rows, config.num_channels, *size, generator=generator)
+        return {"pixel_values": images.to(model.device, model.dtype)}
+    ids = torch.randint(0, config.vocab_size, (rows, tokens), generator=generator)
+    return {"input_ids": ids.to(model.device)}
 
 
 def shape_of_model(model: PreTrainedModel) -> ModelShape:
@@ -427,7 +472,16 @@ def shape_of_model(model: PreTrainedModel) -> ModelShape:
         gated=bool(widths[1]) if widths else False,
         vocabulary=0 if vocabulary is None else vocabulary.weight.shape[0],
         without={Block.ATTENTION: _missing(model, attention), Block.MLP: _missing(model, mlps)},
+        unknown=None if _has_formulas(model, blocks) else Recipe.of(model.config, type(model)),
     )
+
+
+def _has_formulas(model: PreTrainedModel, blocks: Mapping[BlockKey, BlockModules]) -> bool:
+    """Whether layers are blocks of a family that is described and nothing else, but for norms."""
+    family = family_of(layers_config(model))
+    known = {id(one) for block in blocks.values() for name in block.names for one in block.projection(name).parameters()}
+    weights = [one for layer in layers_of(model) for one in layer.parameters()]
+    return family in FAMILIES and not family.refusals and all(id(one) in known for one in weights if one.dim() > 1)
 
 
 def _missing(model: PreTrainedModel, found: Mapping[int, BlockModules]) -> frozenset[int]:

@@ -1,13 +1,18 @@
-"""Analytic FLOPs of dense and pruned models (01-method, section 2).
+"""FLOPs of dense and pruned models (01-method, section 2).
 
 A multiply-add is 2. Attention counts the full S x S products. Norms, softmax, activations, embeddings, rotary positions
 and top-k are 0. Counts are of one batch of B rows and S tokens, as Python integers.
+
+Blocks that can be pruned have formulas. What else is in a layer (linear attention, routers, experts, blocks that cannot
+be pruned) is what torch counts of whole layers beyond these (:mod:`pp_lightning.counting`). It is the same in a dense
+and in a pruned model.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pp_lightning.blocks import AttentionUnit, Block, BlockKey, ModelShape, units_of
+from pp_lightning.counting import counted_flops
 from pp_lightning.functional.budget import one_projection_is_cheaper
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.pruning import Pruning
@@ -21,16 +26,18 @@ class Flops:
         blocks: of each block of each layer, without its probe.
         probe: of all probes, with putting back the means that they show.
         vocabulary: of the projection to the vocabulary.
+        other: of all that is in layers beside these blocks.
     """
 
     blocks: Mapping[BlockKey, int]
     probe: int
     vocabulary: int
+    other: int = 0
 
     @property
     def layers(self) -> int:
-        """All decoder layers, probes included, without the vocabulary projection (``flops_layers``)."""
-        return sum(self.blocks.values()) + self.probe
+        """All layers, probes included, without the vocabulary projection (``flops_layers``)."""
+        return sum(self.blocks.values()) + self.probe + self.other
 
     @property
     def model(self) -> int:
@@ -44,8 +51,9 @@ def dense_flops(shape: ModelShape, rows: int, tokens: int) -> Flops:
         Block.ATTENTION: attention_flops(shape, rows, tokens, shape.num_heads, shape.num_key_value_heads),
         Block.MLP: mlp_flops(shape, rows, tokens, shape.mlp_width),
     }
-    blocks = {(i, block): whole[block] for i in range(shape.num_layers) for block in Block if shape.has(i, block)}
-    return Flops(blocks, probe=0, vocabulary=2 * rows * tokens * shape.hidden_size * shape.vocabulary)
+    blocks = {key: whole[key[1]] for key in shape.keys}
+    other = 0 if shape.unknown is None else counted_flops(shape.unknown, rows, tokens) - sum(blocks.values())
+    return Flops(blocks, 0, vocabulary=2 * rows * tokens * shape.hidden_size * shape.vocabulary, other=other)
 
 
 def pruned_flops(shape: ModelShape, pruning: Pruning, rows: int, tokens: int, *, sliced_anyway: bool = False) -> Flops:
@@ -74,7 +82,7 @@ def pruned_flops(shape: ModelShape, pruning: Pruning, rows: int, tokens: int, *,
                 shape, block, pruning.method, pruning.plan.unit, keep, rows, tokens, sliced_anyway=sliced_anyway
             )
             probe += compensation_flops(shape, block) if pruning.method.restores_means else 0
-    return Flops(blocks, probe, dense.vocabulary)
+    return Flops(blocks, probe, dense.vocabulary, dense.other)
 
 
 def attention_flops(shape: ModelShape, rows: int, tokens: int, heads: int, keys: int) -> int:
@@ -166,16 +174,21 @@ def _linear(rows: int, inputs: int, outputs: int) -> int:
 
 def decoding_flops(shape: ModelShape, pruning: Pruning | None, rows: int, past: int) -> int:
     """One decoded token a row after ``past`` others, all layers, vocabulary projection included, no probe."""
-    keep = {} if pruning is None else pruning.keep
-    total = 2 * rows * shape.hidden_size * shape.vocabulary
-    for layer in range(shape.num_layers):
+    total = _decoding_blocks(shape, pruning, rows, past) + 2 * rows * shape.hidden_size * shape.vocabulary
+    if shape.unknown is None:
+        return total
+    return total + counted_flops(shape.unknown, rows, 1, past) - _decoding_blocks(shape, None, rows, past)
+
+
+def _decoding_blocks(shape: ModelShape, pruning: Pruning | None, rows: int, past: int) -> int:
+    keep, total = {} if pruning is None else pruning.keep, 0
+    for key in shape.keys:
+        if key[1] is Block.MLP:
+            total += mlp_flops(shape, rows, 1, keep.get(key, shape.mlp_width))
+            continue
         heads, keys = shape.num_heads, shape.num_key_value_heads
-        if pruning is not None and (layer, Block.ATTENTION) in keep:
-            heads, keys = kept_head_counts(shape, pruning.plan.unit, keep[layer, Block.ATTENTION])
-        if shape.has(layer, Block.ATTENTION):
-            width = heads * (shape.query_rows + shape.head_size) + 2 * keys * shape.head_size
-            total += _linear(rows, shape.hidden_size, width)
-            total += 2 * 2 * rows * heads * (past + 1) * shape.head_size
-        if shape.has(layer, Block.MLP):
-            total += mlp_flops(shape, rows, 1, keep.get((layer, Block.MLP), shape.mlp_width))
+        if pruning is not None and key in keep:
+            heads, keys = kept_head_counts(shape, pruning.plan.unit, keep[key])
+        width = heads * (shape.query_rows + shape.head_size) + 2 * keys * shape.head_size
+        total += _linear(rows, shape.hidden_size, width) + 2 * 2 * rows * heads * (past + 1) * shape.head_size
     return total

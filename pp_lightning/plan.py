@@ -42,7 +42,8 @@ def make_plan(
         pruning_ratio: fraction of units to remove over the whole model, in [0, 1).
         attention_ratio: the same for attention alone; None takes ``pruning_ratio``.
         mlp_ratio: the same for MLPs alone; None takes ``pruning_ratio``.
-        skip_layers: layers left dense. The others lose more, so that the model as a whole loses the ratio.
+        skip_layers: layers left dense. The others lose more, so that the model as a whole loses the ratio: of heads in
+            the layers that have heads, of channels in those that have an MLP.
         round_to: MLP channels are kept in multiples of this.
 
     Raises:
@@ -57,8 +58,10 @@ def make_plan(
     plans = []
     for block, own_ratio in asked.items():
         nominal = pruning_ratio if own_ratio is None else own_ratio
-        ratio = layer_ratio(nominal, shape.num_layers, len(skipped))
-        if block not in method.blocks:
+        pruned = block in method.blocks
+        having = {layer for layer in range(shape.num_layers) if shape.has(layer, block) or not pruned}
+        ratio = layer_ratio(nominal, len(having), len(having & skipped))
+        if not pruned:
             ratio = 0.0
         units = units_of(shape, block, unit)
         if block is Block.ATTENTION:

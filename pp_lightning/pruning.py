@@ -16,8 +16,6 @@ from pp_lightning.evidence import Evidence
 from pp_lightning.families import (
     BlockModules,
     blocks_of,
-    family_of,
-    layers_config,
     layers_of,
     refusal,
     shape_of_model,
@@ -274,9 +272,8 @@ def check_family(model: PreTrainedModel, method: PruningMethod) -> None:
     Raises:
         UserError: the method prunes such a block.
     """
-    family, found = family_of(layers_config(model)), {block for _, block in blocks_of(model)}
     for block in method.blocks:
-        _refuse(block, refusal(family, block, block in found), model)
+        _refuse(block, refusal(model, block), model)
     if method.attention_unit is AttentionUnit.QUERY_HEAD and not method.splits_groups and shape_of_model(model).grouped:
         name = type(method).__name__
         raise UserError(f"{name} removes whole key/value groups of this model: use attention_unit=kv_group")
@@ -318,10 +315,8 @@ def _checked(
 def _refuse(block: Block, reason: str | None, model: PreTrainedModel) -> None:
     if reason is not None:
         other = Block.MLP if block is Block.ATTENTION else Block.ATTENTION
-        raise UserError(
-            f"the {block.value} of {model.config.model_type} cannot be pruned: {reason}; "
-            f"blocks=({other.value!r},) leaves it alone"
-        )
+        way = f"; blocks=({other.value!r},) leaves it alone" if refusal(model, other) is None else ""
+        raise UserError(f"the {block.value} of {model.config.model_type} cannot be pruned: {reason}{way}")
 
 
 @dataclass(frozen=True)

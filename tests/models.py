@@ -1,6 +1,7 @@
 """Tiny random models, one row an architecture, and batches for them.
 
-A new architecture is one row in ``MODELS``: every test that is parametrised over them then covers it.
+A new architecture is one row in ``FAMILIES``: every test of ``test_families.py`` then covers it. Most other tests are
+parametrised over the few in ``MODELS``.
 """
 
 import copy
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
@@ -40,11 +42,26 @@ SETTINGS: dict[str, Any] = {"pruning_ratio": 0.4, "skip_layers": SKIPPED, "round
 
 @dataclass(frozen=True)
 class Tiny:
-    """One architecture: its config class and what is particular about it."""
+    """One architecture.
 
-    config: type[PreTrainedConfig]
+    Attributes:
+        config: its config class, or its model type.
+        grouped: whether query heads share key/value heads.
+        particulars: of its config.
+        attention: how it computes attention: SDPA knows no soft caps and no sinks.
+        refuses: blocks that cannot be pruned, and part of the reason given.
+    """
+
+    config: type[PreTrainedConfig] | str
     grouped: bool
     particulars: dict[str, Any] = field(default_factory=dict)
+    attention: str = "sdpa"
+    refuses: dict[Block, str] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Those that can be pruned."""
+        return tuple(block for block in Block if block not in self.refuses)
 
 
 MODELS = {
@@ -69,10 +86,146 @@ MODELS = {
 }
 GROUPED = [name for name, row in MODELS.items() if row.grouped]
 
+_MIXED = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+_HYBRID = ["linear_attention", "full_attention", "linear_attention", "full_attention", "linear_attention"]
+_WINDOWS = {"sliding_window": 16, "layer_types": _MIXED}  # shorter than the texts
+_LINEAR = {
+    "layer_types": _HYBRID,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_EXPERTS = {Block.MLP: "its channels are those of routed experts"}
+_FEW_EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+
+
+def _row(kind: str, *, grouped: bool = True, attention: str = "sdpa", refuses: Any = None, **particulars: Any) -> Tiny:
+    return Tiny(kind, grouped, {"intermediate_size": MLP_WIDTH, **particulars}, attention, refuses or {})
+
+
+# Every family that is described, each with what could go wrong in it: biases, norms, caps, windows, kinds of layers.
+FAMILIES = MODELS | {
+    "llama_bias": _row("llama", attention_bias=True, mlp_bias=True),
+    "ministral": _row("ministral", head_dim=16, **_WINDOWS),
+    "ministral3": _row(
+        "ministral3",
+        head_dim=16,
+        sliding_window=16,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "gemma": _row("gemma", head_dim=16),
+    "gemma2": _row(
+        "gemma2", attention="eager", head_dim=16, attn_logit_softcapping=2.0, final_logit_softcapping=5.0, **_WINDOWS
+    ),
+    "gemma3_text": _row("gemma3_text", head_dim=16, query_pre_attn_scalar=16, **_WINDOWS),
+    "smollm3": _row("smollm3", use_sliding_window=True, no_rope_layers=[1, 0, 1, 0, 1], **_WINDOWS),
+    "granite": _row(
+        "granite",
+        attention_bias=True,
+        attention_multiplier=0.3,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        logits_scaling=2.0,
+    ),
+    "starcoder2": _row("starcoder2", sliding_window=16),
+    "arcee": _row("arcee", attention_bias=True, mlp_bias=True, head_dim=16),
+    "nemotron": _row("nemotron", attention_bias=True, mlp_bias=True, head_dim=16),
+    "apertus": _row("apertus", attention_bias=True, **_PLAIN_ROPE),
+    "seed_oss": _row("seed_oss", head_dim=16, attention_out_bias=True),
+    "ernie4_5": _row("ernie4_5", head_dim=16, use_bias=True),
+    "hunyuan_v1_dense": _row("hunyuan_v1_dense", head_dim=16),
+    "helium": _row("helium", head_dim=8, attention_bias=True),
+    "olmo": _row("olmo", clip_qkv=1.0),
+    "cohere": _row("cohere", logit_scale=1.0),
+    "cohere_qk_norm": _row("cohere", logit_scale=1.0, use_qk_norm=True),
+    "cohere2": _row("cohere2", head_dim=16, logit_scale=1.0, **_WINDOWS),
+    "phi": _row("phi", qk_layernorm=True, partial_rotary_factor=0.5),
+    "exaone4": _row("exaone4", **_WINDOWS),
+    "llama4_text": _row("llama4_text", head_dim=16, attention_chunk_size=16, moe_layers=[], intermediate_size_mlp=160),
+    "llama4_text_experts": _row(  # experts in every second layer; no rotary positions in the fourth
+        "llama4_text",
+        head_dim=16,
+        attention_chunk_size=16,
+        interleave_moe_layer_step=2,
+        num_local_experts=4,
+        intermediate_size=48,
+        intermediate_size_mlp=160,
+    ),
+    "nanochat": _row("nanochat", attention_bias=True),
+    "stablelm": _row("stablelm", use_qkv_bias=True),
+    "stablelm_qk_norm": _row(
+        "stablelm", qk_layernorm=True, refuses={Block.ATTENTION: "its code does not compute the same on fewer units"}
+    ),
+    "stablelm_parallel": _row("stablelm", grouped=False, num_key_value_heads=HEADS, use_parallel_residual=True),
+    "phi3": _row("phi3", sliding_window=16, partial_rotary_factor=0.5),
+    "glm": _row("glm", head_dim=16),
+    "glm4": _row("glm4", head_dim=16),
+    "gpt_neox": _row("gpt_neox", grouped=False),
+    "gpt_neox_sequential": _row("gpt_neox", grouped=False, use_parallel_residual=False),
+    "falcon": _row("falcon", new_decoder_architecture=True, num_kv_heads=GROUPS, ffn_hidden_size=MLP_WIDTH),
+    "falcon_multi_query": _row("falcon", grouped=False, multi_query=True, bias=True, ffn_hidden_size=MLP_WIDTH),
+    "falcon_classic": _row(
+        "falcon", grouped=False, multi_query=False, bias=True, parallel_attn=False, ffn_hidden_size=MLP_WIDTH
+    ),
+    "falcon_alibi": _row(
+        "falcon",
+        grouped=False,
+        multi_query=False,
+        alibi=True,
+        ffn_hidden_size=MLP_WIDTH,
+        refuses={Block.ATTENTION: "its code does not run on fewer units"},
+    ),
+    "olmo2": _row("olmo2", refuses={Block.ATTENTION: "over all heads together"}),
+    "olmo3": _row("olmo3", refuses={Block.ATTENTION: "over all heads together"}, **_WINDOWS),
+    "qwen3_5_text": _row("qwen3_5_text", head_dim=16, **_LINEAR),
+    "qwen3_next": _row(  # experts but for one layer
+        "qwen3_next",
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=48,
+        mlp_only_layers=[2],
+        **_LINEAR,
+    ),
+    "mixtral": _row("mixtral", sliding_window=16, refuses=_EXPERTS, **_FEW_EXPERTS),
+    "qwen3_moe": _row(
+        "qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, refuses=_EXPERTS
+    ),
+    "granitemoe": _row("granitemoe", attention_multiplier=0.3, residual_multiplier=0.5, refuses=_EXPERTS, **_FEW_EXPERTS),
+    "gpt_oss": _row(
+        "gpt_oss", attention="eager", head_dim=16, refuses=_EXPERTS, **_FEW_EXPERTS, **_WINDOWS, **_PLAIN_ROPE
+    ),
+    "diffllama": _row("diffllama", refuses={Block.ATTENTION: "its heads work in pairs"}),
+    "deepseek_v3": _row(
+        "deepseek_v3",
+        grouped=False,
+        num_key_value_heads=HEADS,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=32,
+        refuses={Block.ATTENTION: "its heads share one latent projection"},
+    ),
+}
+
 
 def config(name: str, **overrides: Any) -> PreTrainedConfig:
     """The config of a tiny model."""
-    row = MODELS[name]
+    row = FAMILIES[name]
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -85,7 +238,8 @@ def config(name: str, **overrides: Any) -> PreTrainedConfig:
     }
     if row.grouped:
         sizes["num_key_value_heads"] = GROUPS
-    return row.config(**{**sizes, **row.particulars, **overrides})
+    given = {**sizes, **row.particulars, **overrides}
+    return AutoConfig.for_model(row.config, **given) if isinstance(row.config, str) else row.config(**given)
 
 
 def tiny(name: str, **overrides: Any) -> PreTrainedModel:
@@ -96,13 +250,14 @@ def tiny(name: str, **overrides: Any) -> PreTrainedModel:
 @lru_cache
 def _tiny(name: str, overrides: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
     given = dict(overrides)
-    attention = given.pop("attn_implementation", "sdpa")
+    attention = given.pop("attn_implementation", FAMILIES[name].attention)
     model = AutoModelForCausalLM.from_config(config(name, **given), attn_implementation=attention).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for path, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(1 + 0.2 * noise if "norm" in path and path.endswith("weight") else 0.15 * noise)
+            is_norm = path.endswith("weight") and any(part in path for part in ("norm", "ln_"))
+            weight.copy_(1 + 0.2 * noise if is_norm else noise if path.endswith("sinks") else 0.15 * noise)
     return model
 
 

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from pp_lightning.allocation import settled_floors
 from pp_lightning.app.evidence import importances_for
-from pp_lightning.blocks import Block
 from pp_lightning.calibration import calibrate
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import first_batch
@@ -126,8 +125,7 @@ class PrunableModule(L.LightningModule):
         shape = shape_of(self.model.config)
         plan = make_plan(shape, self._settled(method), **self.amounts(pruning_ratio))
         if (allocation or self._allocation or method.allocation) == "global":
-            have = {block: shape.num_layers - len(shape.without[block]) for block in Block}
-            settled_floors(plan, have, self.floor, window)
+            settled_floors(plan, shape.keys, self.floor, window)
 
     def check_importances(self, methods: Sequence[PruningMethod]) -> None:
         """Refuse, before any work is done, a file of importances that is not for all of these methods.

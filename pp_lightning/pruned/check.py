@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pp_lightning.blocks import AttentionUnit, Block, BlockKey, ModelShape
+from pp_lightning.blocks import AttentionUnit, Block, BlockKey, ModelShape, units_of
 from pp_lightning.errors import UserError
-from pp_lightning.families import BlockModules, layers_config, layers_of
+from pp_lightning.families import BlockModules, layers_config, layers_of, random_inputs
 from pp_lightning.functional.probe import Arguments
 from pp_lightning.interfaces import argument_names, without_head
 from pp_lightning.pruned.choice import Choice
@@ -72,7 +73,7 @@ def meetings(model: PreTrainedModel, blocks: Mapping[BlockKey, BlockModules]) ->
     model.eval()
     try:
         with suppress(_EnoughError):
-            without_head(model)(**_few_inputs(model))
+            without_head(model)(**random_inputs(model, _ROWS, _TOKENS))
     finally:
         for hook in hooks:
             hook.remove()
@@ -94,31 +95,37 @@ def kinds_of(model: PreTrainedModel) -> dict[int, int]:
 
 @torch.no_grad()
 def check_block(modules: BlockModules, shape: ModelShape, unit: AttentionUnit, met: Meeting) -> None:
-    """Run a block on half of its units, and whole with the others silenced.
+    """Run a block on one half of its units and on the other one, and whole with the others silenced.
+
+    Both halves: code that takes the first of something for each unit is right on the half that has the first units.
 
     Raises:
         UserError: the two differ, or the block cannot be run on half of its units.
     """
-    runner = BlockRunner(modules, shape, unit, 1, SliceMemory())
-    number = runner.units.number
-    if number < 2:
+    number = units_of(shape, modules.block, unit).number
+    half = number // 2
+    if half == 0:
         return
-    runner = BlockRunner(modules, shape, unit, number // 2, SliceMemory())
-    kept = torch.randperm(number, generator=torch.Generator().manual_seed(0))[: number // 2].sort().values
-    kept = kept.to(met.hidden.device)
+    runner = BlockRunner(modules, shape, unit, half, SliceMemory())
+    mixed = torch.randperm(number, generator=torch.Generator().manual_seed(0))
     try:
         with _installed(runner):
-            choice = Choice(kept)
-            runner.narrow(choice, runner.slices.of(choice))
-            sliced = runner.run(met.hidden, met.given)
-            runner.widen(partial(runner.silenced, kept))
-            masked = runner.run(met.hidden, met.given)
-            differ = not _agree(_first(sliced), _first(masked))
+            halves = mixed[:half].sort().values, mixed[-half:].sort().values
+            same = all(_agrees(runner, kept, met) for kept in halves)
     except Exception as error:  # whatever stock code raises on fewer heads than it expects
-        reason = " ".join(str(error).split())[:80] or type(error).__name__
+        reason = shorten(str(error), 80, placeholder=" ...") or type(error).__name__
         raise UserError(f"its code does not run on fewer units ({reason})") from error
-    if differ:
+    if not same:
         raise UserError("its code does not compute the same on fewer units")
+
+
+def _agrees(runner: BlockRunner, kept: Tensor, met: Meeting) -> bool:
+    choice = Choice(kept.to(met.hidden.device))
+    runner.narrow(choice, runner.slices.of(choice))
+    sliced = runner.run(met.hidden, met.given)
+    runner.widen(partial(runner.silenced, choice.kept))
+    masked = runner.run(met.hidden, met.given)
+    return _agree(_first(sliced), _first(masked))
 
 
 @contextmanager
@@ -168,14 +175,3 @@ def _note_inputs(
 
 def _stop(*_: object) -> None:
     raise _EnoughError
-
-
-def _few_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A few random tokens, or images."""
-    generator, config = torch.Generator().manual_seed(0), layers_config(model)
-    if model.main_input_name == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
-        images = torch.randn(_ROWS, config.num_channels, *size, generator=generator)
-        return {"pixel_values": images.to(model.device, model.dtype)}
-    ids = torch.randint(0, config.vocab_size, (_ROWS, _TOKENS), generator=generator)
-    return {"input_ids": ids.to(model.device)}

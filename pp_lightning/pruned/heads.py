@@ -44,7 +44,7 @@ class HeadFields:
         module: the attention module.
         query_counts: attributes with its number of query heads; ``config.NAME`` is a field of its config.
         key_counts: the same of key/value heads.
-        parameters: parameters with one row a query head.
+        parameters: paths of parameters that a unit has rows in, one unit after the other.
         queries: query heads of one unit.
         keys: key/value heads of one unit, as its projections give them.
         number: U, units.
@@ -102,30 +102,33 @@ class HeadFields:
             return
         self._set_counts(kept.shape[0])
         for name in self._parameters:
-            parameters: Mapping[str, Any] = self._module[0]._parameters
-            whole = parameters[name]
-            self._whole[name] = whole
-            self._module[0]._parameters[name] = self._of_units(whole, kept)  # type: ignore[assignment]
-
-    def narrow_for_good(self, kept: Tensor) -> dict[str, nn.Parameter]:
-        """Set the counts and slice the parameters until :meth:`remove`; returns the whole parameters by name."""
-        self._set_counts(kept.shape[0])
-        whole: dict[str, nn.Parameter] = {name: getattr(self._module[0], name) for name in self._parameters}
-        for name, parameter in whole.items():
-            setattr(
-                self._module[0], name, nn.Parameter(self._of_units(parameter.detach(), kept), parameter.requires_grad)
-            )
-        return whole
+            owner, attribute = self._owner(name)
+            self._whole[name] = whole = owner._parameters[attribute]
+            owner._parameters[attribute] = self._of_units(whole, kept)
 
     def widen(self) -> None:
         """Undo :meth:`narrow`."""
         self._set_counts(self._number)
         for name, whole in self._whole.items():
-            self._module[0]._parameters[name] = whole
+            owner, attribute = self._owner(name)
+            owner._parameters[attribute] = whole
         self._whole = {}
 
+    def narrow_for_good(self, kept: Tensor) -> dict[str, nn.Parameter]:
+        """Set the counts and slice the parameters until :meth:`remove`; returns the whole parameters by path."""
+        self._set_counts(kept.shape[0])
+        whole: dict[str, nn.Parameter] = {name: getattr(*self._owner(name)) for name in self._parameters}
+        own = {name: self._of_units(parameter.detach(), kept) for name, parameter in whole.items()}
+        self.put({name: nn.Parameter(own[name], parameter.requires_grad) for name, parameter in whole.items()})
+        return whole
+
+    def put(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Give the module these parameters, by path."""
+        for name, parameter in parameters.items():
+            setattr(*self._owner(name), parameter)
+
     def _of_units(self, whole: Tensor, kept: Tensor) -> Tensor:
-        return whole.view(self._number, -1).index_select(0, kept).flatten()
+        return whole.unflatten(0, (self._number, -1)).index_select(0, kept).flatten(0, 1)
 
     def _set_counts(self, units: int) -> None:
         for name, in_one in self._counts.items():
@@ -133,7 +136,6 @@ class HeadFields:
             setattr(owner, attribute, units * in_one)
 
     def _owner(self, name: str) -> tuple[Any, str]:
-        module = self._module[0]
-        if name.startswith("config."):
-            return module.config, name.removeprefix("config.")
-        return module, name
+        """What has the attribute of this path: the module, its config, or a module in it."""
+        path, _, attribute = name.rpartition(".")
+        return getattr(self._module[0], path) if path else self._module[0], attribute

@@ -137,17 +137,22 @@ class BlockRunner:
         family, queries = self.modules.family, self.units.channels // shape.head_size
         stays_one = self._repeats == 1 and shape.num_key_value_heads == 1
         counts = family.query_counts, () if stays_one else family.key_counts
-        if not any((*counts, family.head_parameters, self._repeats > 1)):
+        names = family.head_parameters if self._shared else family.head_parameters + family.key_parameters
+        parameters = [name for name in names if self._has(name)]
+        if not any((*counts, parameters, self._repeats > 1)):
             return None
         return HeadFields(
             self.module,
             *counts,
-            family.head_parameters,
+            parameters,
             queries=queries,
             keys=queries if self._repeats > 1 else max(1, shape.num_key_value_heads // self.units.number),
             number=self.units.number,
             repeats=self._repeats,
         )
+
+    def _has(self, path: str) -> bool:
+        return any(name == path for name, _ in self.module.named_parameters())
 
     # Running it.
 

@@ -97,11 +97,11 @@ def restore_block(sliced: SlicedBlock) -> None:
     narrow = getattr(module, sliced.runner.modules.output).weight
     for name, dense in sliced.dense.items():
         setattr(module, name, dense.to(narrow.device, narrow.dtype))
-    for name, whole in sliced.parameters.items():
-        setattr(module, name, nn.Parameter(whole.to(narrow.device, narrow.dtype), whole.requires_grad))
     for hook in sliced.hooks:
         hook.remove()
     if sliced.runner.fields is not None:
+        whole = {name: one.to(narrow.device, narrow.dtype) for name, one in sliced.parameters.items()}
+        sliced.runner.fields.put({n: nn.Parameter(one, sliced.parameters[n].requires_grad) for n, one in whole.items()})
         sliced.runner.fields.remove()
 
 
