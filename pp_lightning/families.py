@@ -479,7 +479,9 @@ def shape_of_model(model: PreTrainedModel) -> ModelShape:
 def _has_formulas(model: PreTrainedModel, blocks: Mapping[BlockKey, BlockModules]) -> bool:
     """Whether layers are blocks of a family that is described and nothing else, but for norms."""
     family = family_of(layers_config(model))
-    known = {id(one) for block in blocks.values() for name in block.names for one in block.projection(name).parameters()}
+    known = {
+        id(one) for block in blocks.values() for name in block.names for one in block.projection(name).parameters()
+    }
     weights = [one for layer in layers_of(model) for one in layer.parameters()]
     return family in FAMILIES and not family.refusals and all(id(one) in known for one in weights if one.dim() > 1)
 

@@ -32,6 +32,7 @@ from pp_lightning.pruned.context import ModelContext
 from pp_lightning.pruned.lots import Lots
 from pp_lightning.pruned.runner import BlockRunner
 from pp_lightning.pruned.static import SlicedBlock, restore_block, slice_block
+from pp_lightning.saving import guard, release
 from pp_lightning.statistics import Statistics
 
 _ATTRIBUTE = "_pp_lightning"
@@ -151,6 +152,8 @@ def prune_(
         assert isinstance(method, StaticMethod)
         found = Statistics(model="") if evidence is None else evidence
         pruning = _prune_static(surgery, method, found, keep_dense)
+    heads = {key for key in pruning.keep if key[1] is Block.ATTENTION} - surgery.whole().keys()
+    guard(model, dynamic=pruning.context is not None, narrow_heads=bool(heads))
     setattr(model, _ATTRIBUTE, pruning)
 
 
@@ -171,6 +174,7 @@ def unprune_(model: PreTrainedModel) -> None:
         del block.runner.modules.owner.pruner
     for hook in pruning._hooks:
         hook.remove()
+    release(model)
     delattr(model, _ATTRIBUTE)
 
 

@@ -199,7 +199,9 @@ FAMILIES = MODELS | {
     "qwen3_moe": _row(
         "qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, refuses=_EXPERTS
     ),
-    "granitemoe": _row("granitemoe", attention_multiplier=0.3, residual_multiplier=0.5, refuses=_EXPERTS, **_FEW_EXPERTS),
+    "granitemoe": _row(
+        "granitemoe", attention_multiplier=0.3, residual_multiplier=0.5, refuses=_EXPERTS, **_FEW_EXPERTS
+    ),
     "gpt_oss": _row(
         "gpt_oss", attention="eager", head_dim=16, refuses=_EXPERTS, **_FEW_EXPERTS, **_WINDOWS, **_PLAIN_ROPE
     ),

@@ -12,7 +12,7 @@ PACKAGE = "pp_lightning"
 
 # Lowest first; a module imports its own layer and lower ones. A package stands for everything inside.
 LAYERS = [
-    {"errors", "interfaces", "progress"},
+    {"errors", "interfaces", "progress", "saving"},
     {"records", "resume", "functional"},
     {"blocks"},
     {"families", "evidence"},

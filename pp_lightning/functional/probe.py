@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from pp_lightning.functional.budget import probe_rows, probe_tokens
 
@@ -144,16 +145,15 @@ def _by_row_and_token(value: Any, probe: Probe) -> Any:
     return rows.index_select(1, probe.tokens)
 
 
-def _mask(mask: Any, probe: Probe) -> Tensor:
+def _mask(mask: Any, probe: Probe) -> Any:
     """Of a mask (B or 1, 1 or H, S, T), bool or additive, (B, S), or one that is a function of indices."""
     if not isinstance(mask, Tensor):
-        mask = _dense_mask(mask, probe)
-    elif mask.dim() == 2:
+        return _block_mask(mask, probe)
+    if mask.dim() == 2:
         real = mask.index_select(0, probe.rows).index_select(1, probe.tokens)
         return real if probe.real_tokens is None else real * probe.real_tokens
-    else:
-        rows = mask if mask.shape[0] == 1 else mask.index_select(0, probe.rows)
-        mask = rows.index_select(2, probe.tokens).index_select(3, probe.tokens)
+    rows = mask if mask.shape[0] == 1 else mask.index_select(0, probe.rows)
+    mask = rows.index_select(2, probe.tokens).index_select(3, probe.tokens)
     if probe.real_tokens is None:
         return mask
     if mask.dtype == torch.bool:
@@ -161,14 +161,15 @@ def _mask(mask: Any, probe: Probe) -> Tensor:
     return mask.masked_fill(~probe.real_tokens, torch.finfo(mask.dtype).min)
 
 
-def _dense_mask(mask: Any, probe: Probe) -> Tensor:
-    """A flex-attention block mask written down for the probe, additive: that is what flex attention takes beside it."""
-    rows, queries = probe.rows[:, None, None, None], probe.tokens[None, None, :, None]
-    keys = probe.tokens[None, None, None, :]
-    allowed = mask.mask_mod(rows, torch.zeros_like(rows), queries, keys).expand(
-        len(probe.rows), 1, *[len(probe.tokens)] * 2
-    )
-    return torch.where(allowed, 0.0, torch.finfo(torch.get_default_dtype()).min)
+def _block_mask(mask: BlockMask, probe: Probe) -> BlockMask:
+    """A mask of flex attention, which asks for each pair of tokens by their indices."""
+    rows, tokens, real = probe.rows, probe.tokens, probe.real_tokens
+
+    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        found = mask.mask_mod(rows[row], head, tokens[query], tokens[key])
+        return found if real is None else found & real[key]
+
+    return create_block_mask(allowed, len(rows), None, len(tokens), len(tokens), device=rows.device)
 
 
 _CUTS: Mapping[str, Callable[[Any, Probe], Any]] = {

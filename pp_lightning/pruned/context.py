@@ -77,6 +77,9 @@ class ModelContext:
         if isinstance(mask, Tensor) and mask.dim() not in (2, 4):
             raise UserError("pruned models need a 2-D attention mask (rows, tokens), to tell padding from text")
         self._given = given
+        if not torch.compiler.is_compiling():
+            for block in self.blocks:
+                block.runner.rebind()
         inputs = next((given[name] for name in _SHAPED if given.get(name) is not None), None)
         if cache is None or not is_filled(cache):
             self.batch = None  # until the first layer is reached

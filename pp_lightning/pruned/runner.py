@@ -90,7 +90,8 @@ class BlockRunner:
 
     def rebind(self) -> None:
         """Follow adapters, which put other modules in the place of projections."""
-        if all(getattr(self.module, one.name) is one.module for one in self.projections):
+        here = self.module._modules
+        if all(here[one.name] is one.module for one in self.projections):
             return
         idle = self.inputs[0].idle
         self._unwrap()
