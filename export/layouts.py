@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from importlib.resources import files
 from typing import Any, Literal
 
@@ -139,7 +138,9 @@ def _counts(dense: PreTrainedModel, sizes: PrunedSizes) -> dict[str, int]:
                 "num_key_value_groups": widths.heads // widths.groups,
             }
             for name, number in wanted.items():
-                before = reduce(lambda owner, part: getattr(owner, part, None), name.split("."), block.module)
+                before: Any = block.module
+                for part in name.split("."):
+                    before = getattr(before, part, None)
                 if before not in (None, number):
                     found[f"{layer_prefix(dense, index)}.{block.path_of(name)}"] = number
     return found

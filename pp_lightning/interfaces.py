@@ -109,6 +109,22 @@ def attention_implementation(model: nn.Module) -> str:
     return str(getattr(model.config, "_attn_implementation", "eager"))
 
 
+def unfused_on_cpus(mask: Any) -> AbstractContextManager[object]:
+    """Run flex attention on a CPU as it is written, not compiled, for a while.
+
+    Its kernels for CPUs come in one length each where there is padding: a second one, which a probe is, gives code that
+    does not compile in torch 2.13. Elsewhere nothing changes.
+
+    Args:
+        mask: what attention is given; flex attention gets a ``BlockMask``.
+    """
+    if isinstance(mask, (Tensor, type(None))) or torch.compiler.is_compiling():
+        return nullcontext()
+    on_cpu = mask.kv_indices.device.type == "cpu"
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager") if on_cpu else nullcontext()
+    return stance
+
+
 def compilations() -> list[Any]:
     """What dynamo has compiled lately: its metrics are the only record of graphs, their times and reasons."""
     try:

@@ -31,3 +31,10 @@ def data_dir() -> Path:
     if not Path(folder).is_dir():
         pytest.fail(f"PP_LIGHTNING_DATA is {folder}, which is not a folder")
     return Path(folder)
+
+
+@pytest.fixture
+def only_traced(monkeypatch):
+    """Graphs run as they were traced: that is enough to see how many there are, and what they compute."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend="eager", fullgraph=True))

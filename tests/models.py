@@ -340,10 +340,12 @@ def masked_dense(dense: PreTrainedModel, kept: dict[int, KeptUnits], num_units: 
         num_units: attention units of a layer: query heads, or key/value groups.
     """
     masked = copy.deepcopy(dense)
+    blocks = blocks_of(masked)
     for index, units in kept.items():
-        attention, mlp = output_weights(masked, index)
-        _zero_dropped(attention, units.attention, attention.shape[1] // num_units)
-        _zero_dropped(mlp, units.mlp, 1)
+        for block, own in ((Block.ATTENTION, units.attention), (Block.MLP, units.mlp)):
+            if len(own):  # a layer may have no such block
+                weight = blocks[index, block].output_weight
+                _zero_dropped(weight, own, weight.shape[1] // num_units if block is Block.ATTENTION else 1)
     return masked
 
 

@@ -250,13 +250,6 @@ def test_compiled_prompts_leave_their_slices_for_decoding(name):
         torch.testing.assert_close(histories(compiled)[key], history, rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture
-def only_traced(monkeypatch):
-    """Graphs run as they were traced: that is enough to see how many there are, and what they compute."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend="eager", fullgraph=True))
-
-
 @pytest.mark.parametrize("positioned", [False, True])
 @pytest.mark.parametrize("tokens", [24, 40])
 def test_padding_makes_no_new_graph(only_traced, positioned, tokens):

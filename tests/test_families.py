@@ -1,76 +1,316 @@
+"""Every family does what pruning promises: one row a family in tests/models.py."""
+
 import pytest
-from pp_lightning.architectures import ARCHITECTURES, LLAMA, OPT, architecture_of, shape_of
-from torch import nn
-from transformers import GPT2Config, LlamaConfig, OPTConfig
+import torch
 
-from pp_lightning import UserError, calibrate, prune_
-from pp_lightning.blocks import Block, block_modules
-from pp_lightning.methods import FullBatchProbing
-from tests.models import GROUPS, HEADS, LAYERS, MLP_WIDTH, MODELS, calibration_batches, config, tiny
+from pp_lightning import UserError, calibrate, compile_, kept_units, prune_, unprune_
+from pp_lightning.blocks import AttentionUnit, Block
+from pp_lightning.families import FAMILIES as DESCRIBED
+from pp_lightning.families import blocks_of, layers_of, shape_of, shape_of_model
+from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, WandaSP
+from pp_lightning.pruning import pruning_of
+from tests.models import (
+    FAMILIES,
+    GROUPS,
+    HEADS,
+    LAYERS,
+    MLP_WIDTH,
+    choices,
+    config,
+    greedy_without_cache,
+    histories,
+    ids,
+    logits,
+    masked_dense,
+    padded,
+    ragged,
+    statistics,
+    tiny,
+)
 
-
-def test_every_model_type_has_a_tiny_model():
-    types = {config(name).model_type for name in MODELS}
-    assert types == {model_type for architecture in ARCHITECTURES for model_type in architecture.model_types}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_description_finds_the_parts(name):
-    model = tiny(name)
-    architecture = architecture_of(model.config)
-    layers = architecture.layers_of(model)
-    assert len(layers) == LAYERS
-    assert architecture.decoder_of(model).layers is not None
-    shape = shape_of(model.config)
-    attention = block_modules(architecture, layers[0], Block.ATTENTION)
-    assert set(attention.inputs) == {"query", "key", "value"}
-    assert attention.inputs["query"].out_features == shape.num_heads * shape.head_size
-    assert attention.inputs["key"].out_features == shape.num_key_value_heads * shape.head_size
-    assert attention.output.in_features == shape.num_heads * shape.head_size
-    assert attention.output.out_features == shape.hidden_size
-    assert set(attention.extras) == ({"query_norm", "key_norm"} if name == "qwen3" else set())
-    assert (attention.inputs["query"].bias is not None) == (name in ("qwen2", "opt"))
-    mlp = block_modules(architecture, layers[0], Block.MLP)
-    assert set(mlp.inputs) == ({"up", "gate"} if shape.gated else {"up"})
-    assert mlp.output.in_features == shape.mlp_width
-    assert mlp.output_weight is mlp.output.weight
-    assert isinstance(mlp.extras["activation"], nn.Module)
-    for modules in (attention, mlp):
-        assert layers[0].get_submodule(modules.names["output"]) is modules.output
-        assert isinstance(modules.norm, nn.Module)
+SETTINGS = {"pruning_ratio": 0.4, "skip_layers": (0,), "round_to": 16}
+HEADED = [name for name, row in FAMILIES.items() if Block.ATTENTION in row.blocks]
+FUSED = ("phi3", "falcon")  # grouped queries in one projection with their keys
+SPLIT = [name for name in HEADED if FAMILIES[name].grouped and name not in (*FUSED, "cohere_qk_norm")]
+ENCODERS = {"clip_vision_model", "deit", "dinov2", "dinov3_vit", "eurobert", "modernbert", "siglip_vision_model", "vit"}
 
 
-@pytest.mark.parametrize("name", MODELS)
+def pruned(name, method=ProbePruning, **settings):
+    model, blocks = tiny(name), FAMILIES[name].blocks
+    model.generation_config.eos_token_id = None
+    prune_(model, method(blocks=blocks, **settings), statistics(name), **SETTINGS)
+    return model
+
+
+def silenced(model, name):
+    """The dense model without the units that were dropped for the last batch."""
+    shape = shape_of(tiny(name).config)
+    groups = pruning_of(model).plan.unit is AttentionUnit.KV_GROUP
+    return masked_dense(tiny(name), kept_units(model), shape.num_key_value_heads if groups else shape.num_heads)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def assert_stock(model, name):
+    """Bit for bit, and nothing of ours is left."""
+    dense = tiny(name)
+    for (path, weight), expected in zip(model.state_dict().items(), dense.state_dict().values(), strict=True):
+        assert torch.equal(weight, expected), path
+    assert torch.equal(logits(model, ids()), logits(dense, ids()))
+    for (path, module), (other_path, other) in zip(model.named_modules(), dense.named_modules(), strict=True):
+        assert (path, type(module)) == (other_path, type(other))
+        assert vars(module).keys() == vars(other).keys(), path
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | bool)}
+        assert plain == {k: v for k, v in vars(other).items() if isinstance(v, int | float | str | bool)}
+        assert len(module._forward_pre_hooks) == len(other._forward_pre_hooks)
+        assert len(module._forward_hooks) == len(other._forward_hooks)
+        assert getattr(module, "config", None).__class__ is getattr(other, "config", None).__class__
+
+
+def test_every_described_type_has_a_row():
+    types = {config(name).model_type for name in FAMILIES}
+    described = {kind for family in DESCRIBED for kind in family.model_types}
+    assert described - ENCODERS - {"deepseek_v2"} <= types, "deepseek_v2 is like deepseek_v3"
+    assert types <= described
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_shape(name):
-    model = tiny(name)
+    model, row = tiny(name), FAMILIES[name]
     shape = shape_of(model.config)
-    assert (shape.num_layers, shape.hidden_size, shape.num_heads, shape.mlp_width) == (LAYERS, 64, HEADS, MLP_WIDTH)
-    assert shape.num_key_value_heads == (GROUPS if MODELS[name].grouped else HEADS)
-    assert shape.grouped == MODELS[name].grouped
-    assert shape.head_size == (16 if name == "qwen3" else 8)
-    assert shape.gated == (name != "opt")
+    assert shape == shape_of_model(model)
+    assert (shape.num_layers, len(layers_of(model)), shape.hidden_size) == (LAYERS, LAYERS, 64)
     assert shape.vocabulary == model.get_output_embeddings().out_features
+    if name != "deepseek_v3":
+        keys = 1 if name == "falcon_multi_query" else GROUPS if row.grouped else HEADS
+        assert (shape.num_heads, shape.num_key_value_heads) == (HEADS, keys)
+    assert shape.mlp_width == (MLP_WIDTH if Block.MLP in row.blocks else 0)
+    for key, block in blocks_of(model).items():
+        assert shape.has(*key)
+        channels = shape.mlp_width if key[1] is Block.MLP else shape.num_heads * shape.head_size
+        assert block.output_weight.shape == (64, channels)
+    types = getattr(model.config, "layer_types", None) or [None] * LAYERS
+    assert [shape.has(i, Block.ATTENTION) for i in range(LAYERS)] == [
+        kind != "linear_attention" and name != "deepseek_v3" for kind in types
+    ]
 
 
-def test_families():
-    assert architecture_of(config("qwen3")) is LLAMA
-    assert architecture_of(config("opt")) is OPT
+@pytest.mark.parametrize("name", [name for name, row in FAMILIES.items() if row.refuses])
+def test_refused_in_one_line_and_left_alone(name):
+    row = FAMILIES[name]
+    for block, reason in row.refuses.items():
+        model = tiny(name)
+        for blocks in ([block], list(Block)):
+            with pytest.raises(UserError) as caught:
+                prune_(model, ProbePruning(blocks=blocks), statistics(name), **SETTINGS)
+            (line,) = str(caught.value).splitlines()
+            assert line.startswith(f"the {block} of {model.config.model_type} cannot be pruned: ")
+            assert reason in line
+            assert line.endswith(f"; blocks=({str(row.blocks[0])!r},) leaves it alone")
+            assert_stock(model, name)
 
 
-def test_unknown_model_type_names_the_known_ones():
-    with pytest.raises(UserError, match="'gpt2' is not supported; known types: llama, mistral, opt, qwen2, qwen3"):
-        architecture_of(GPT2Config())
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ratio_zero_is_the_stock_model_bit_for_bit(name):
+    model, batch = tiny(name), padded(ids(), left=3)
+    prune_(model, ProbePruning(blocks=FAMILIES[name].blocks), statistics(name), **{**SETTINGS, "pruning_ratio": 0.0})
+    assert torch.equal(logits(model, ids()), logits(tiny(name), ids()))
+    assert torch.equal(logits(model, **as_text(batch)), logits(tiny(name), **as_text(batch)))
 
 
-def test_post_norm_opt_is_refused_with_the_reason():
-    model = tiny("opt", do_layer_norm_before=False)
-    with pytest.raises(UserError, match=r"OPT model cannot be pruned: it normalises after each block, as OPT-350m"):
-        prune_(model, FullBatchProbing(), pruning_ratio=0.4)
-    with pytest.raises(UserError, match="cannot be pruned"):
-        calibrate(model, calibration_batches(1), progress=False)
-    architecture_of(OPTConfig())  # pre-norm is the default
+def as_text(batch):
+    return {"text": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
-def test_head_size_and_key_heads_default_to_what_the_config_implies():
-    shape = shape_of(LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=None))
-    assert (shape.head_size, shape.num_key_value_heads) == (16, 4)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_equals_masked_dense_and_can_be_undone(name):
+    model = pruned(name, row_ratio=0.5)
+    for seed in (50, 51):
+        found = logits(model, ids(seed=seed))
+        close(found, logits(silenced(model, name), ids(seed=seed)))
+    assert (found - logits(tiny(name), ids(seed=51))).abs().max() > 1e-2, "something was pruned"
+    unprune_(model)
+    assert_stock(model, name)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_equals_masked_dense_at_the_real_tokens_of_ragged_rows(name):
+    model = pruned(name, row_ratio=0.5)
+    for side in ("left", "right"):
+        batch = ragged([24, 3, 17, 9], side)
+        real = batch["attention_mask"].bool()
+        found = logits(model, **as_text(batch))[real]
+        close(found, logits(silenced(model, name), **as_text(batch))[real])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_padding_changes_nothing_at_the_real_tokens(name):
+    """Full-batch probing sees all real tokens: neither choice nor logits may depend on where the pads are."""
+    plain, found = pruned(name, FullBatchProbing), pruned(name, FullBatchProbing)
+    expected = logits(plain, ids(tokens=20))
+    for left, right in ((4, 0), (0, 4)):
+        batch = padded(ids(tokens=20), left=left, right=right)
+        states = logits(found, **as_text(batch))
+        close(states[batch["attention_mask"].bool()], expected.flatten(0, 1))
+        assert choices(kept_units(found)) == choices(kept_units(plain))
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_single_query_heads_of_grouped_queries(name):
+    for method in (ProbePruning, WandaSP):
+        model = pruned(name, method, attention_unit="query_head")
+        found = logits(model, ids(seed=50))
+        lone = [len(units.attention) - len(set(units.attention // 2)) for units in kept_units(model).values()]
+        assert any(lone), "no union of whole groups"
+        close(found, logits(silenced(model, name), ids(seed=50)))
+        unprune_(model)
+        assert_stock(model, name)
+
+
+@pytest.mark.parametrize("name", [*FUSED, "cohere_qk_norm"])
+def test_single_query_heads_that_are_refused(name):
+    model = tiny(name)
+    with pytest.raises(UserError, match=f"the attention of {model.config.model_type} cannot be pruned: .*; blocks="):
+        prune_(model, ProbePruning(attention_unit="query_head"), statistics(name), **SETTINGS)
+    assert_stock(model, name)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_decoding_equals_the_same_without_a_cache(name):
+    model, batch = pruned(name), ragged([14, 9, 20], "left", 5)
+    found = model.generate(**batch, do_sample=False, max_new_tokens=6, pad_token_id=0)[:, 20:]
+    expected = greedy_without_cache(silenced(model, name), batch, 6)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", [WandaSP, FLAP])
+def test_static_methods_equal_masked_dense(name, method):
+    settings = {"bias": False} if method is FLAP else {}
+    model = pruned(name, method, **settings)
+    close(logits(model, ids(seed=50)), logits(silenced(model, name), ids(seed=50)))
+    unprune_(model)
+    assert_stock(model, name)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_flap_adds_the_means_of_what_it_removes(name):
+    model, masked, stats = pruned(name, FLAP), tiny(name), statistics(name)
+    kept, blocks = kept_units(model), blocks_of(masked)
+    for index, units in kept.items():
+        for block, own in ((Block.ATTENTION, units.attention), (Block.MLP, units.mlp)):
+            if not len(own):
+                continue
+            output = blocks[index, block].projection(blocks[index, block].output)
+            mean = stats.sums[index, block].values.sum(0) / stats.counts.sum()
+            gone = torch.ones_like(mean).view(shape_units(model, block), -1)
+            gone[own] = 0.0
+            bias = output.weight.detach() @ (mean * gone.flatten())
+            output.bias = torch.nn.Parameter(bias if output.bias is None else output.bias.detach() + bias)
+    masked = masked_dense(masked, kept, shape_units(model, Block.ATTENTION))
+    close(logits(model, ids(seed=50)), logits(masked, ids(seed=50)))
+
+
+def shape_units(model, block):
+    return next(plan.units.number for plan in pruning_of(model).plan.blocks if plan.block is block)
+
+
+# What meets the residual in front of an MLP: None is the whole layer, where attention and MLP run side by side, and
+# "mlp" the MLP itself, where norms come after it.
+BEFORE_MLP = {
+    "cohere": None,
+    "cohere2": None,
+    "cohere_qk_norm": None,
+    "falcon": None,
+    "falcon_multi_query": None,
+    "falcon_alibi": None,
+    "gpt_neox": None,
+    "phi": None,
+    "stablelm_parallel": None,
+    "exaone4": "mlp",
+    "olmo2": "mlp",
+    "olmo3": "mlp",
+    "apertus": "feedforward_layernorm",
+    "gemma2": "pre_feedforward_layernorm",
+    "gemma3_text": "pre_feedforward_layernorm",
+    "opt": "final_layer_norm",
+}
+
+
+def as_hooks_see_it(model, name, batches):
+    """Inputs of output matrices and residuals in front of the blocks, summed by position, with hooks and loops."""
+    seen, sums, hooks = {}, {}, []
+    for (index, block), modules in blocks_of(model).items():
+        before = BEFORE_MLP.get(name, "post_attention_layernorm") if block is Block.MLP else None
+        watched = {
+            "output": modules.projection(modules.output),
+            "residual": modules.layer if before is None else getattr(modules.layer, before),
+        }
+        for part, module in watched.items():
+            hooks.append(module.register_forward_pre_hook(catcher(seen, (index, block, part)), with_kwargs=True))
+    for batch in batches:
+        with torch.no_grad():
+            model(**batch, use_cache=False)
+        for key, states in seen.items():
+            states = states.reshape(*batch["input_ids"].shape, -1)
+            total = sums.setdefault(key, torch.zeros(2, 24, states.shape[2], dtype=torch.float64))
+            for row, real in zip(states, batch["attention_mask"].bool(), strict=True):
+                values = row[real].double()
+                total[:, : len(values)] += torch.stack([values, values.square()])
+    for hook in hooks:
+        hook.remove()
+    return sums
+
+
+def catcher(seen, key):
+    def catch(module, args, kwargs):
+        seen[key] = args[0] if args else kwargs["hidden_states"]
+
+    return catch
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_calibration_equals_naive_sums(name):
+    model = tiny(name)
+    batches = [ragged([24, 3, 17], "left", 1), ragged([9, 20], "right", 2)]
+    found, expected = calibrate(model, batches, progress=False), as_hooks_see_it(model, name, batches)
+    assert found.counts.sum() == 73
+    assert found.sums.keys() == blocks_of(model).keys()
+    for key, sums in found.sums.items():
+        values, squares = expected[*key, "output"].float()
+        torch.testing.assert_close(sums.values, values, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sums.squares, squares, rtol=1e-4, atol=1e-4)
+        energy = expected[*key, "residual"][1].sum(1).float()
+        torch.testing.assert_close(found.residuals[key], energy, rtol=1e-4, atol=1e-4)
+    assert_stock(model, name)
+
+
+QUICKLY_TRACED = ("gemma2", "phi3", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICKLY_TRACED else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_compiled_layers_are_full_graphs_that_equal_eager_ones(only_traced, name):
+    """A graph break is an error in a full graph."""
+    eager, compiled = pruned(name), pruned(name)
+    record = compile_(compiled)
+    for batch in (padded(ids(seed=1)), padded(ids(seed=2), left=3)):
+        real = batch["attention_mask"].bool()
+        expected, found = (logits(model, **as_text(batch))[real] for model in (eager, compiled))
+        close(found, expected)
+        assert choices(kept_units(compiled)) == choices(kept_units(eager))
+        for key, history in histories(eager).items():
+            close(histories(compiled)[key], history)
+    assert record.graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3_text", "cohere2", "phi3", "gpt_neox", "qwen3_5_text", "gpt_oss"])
+def test_compiled_for_the_machine_equals_eager(name):
+    eager, compiled = pruned(name), pruned(name)
+    compile_(compiled)
+    for seed in (1, 2):
+        close(logits(compiled, ids(seed=seed)), logits(eager, ids(seed=seed)))

@@ -1,18 +1,20 @@
 """Analytic FLOPs against the published table and against torch's own counter."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, OPTConfig
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig
 
-from pp_lightning import prune_, unprune_
+from pp_lightning import UserError, prune_, unprune_
 from pp_lightning.blocks import Block
-from pp_lightning.families import shape_of
-from pp_lightning.flops import dense_flops, probe_flops, pruned_flops
+from pp_lightning.families import Recipe, shape_of, shape_of_model
+from pp_lightning.flops import decoding_flops, dense_flops, probe_flops, pruned_flops
 from pp_lightning.methods import FullBatchProbing, ProbePruning, WandaSP
 from pp_lightning.pruning import pruning_of
-from tests.models import MODELS, SETTINGS, ids, statistics, tiny
+from tests.models import FAMILIES, MODELS, SETTINGS, config, ids, statistics, tiny
 
 PUBLISHED = {
     "llama-2-7b": LlamaConfig(),
@@ -35,19 +37,60 @@ def test_probe_share_of_the_default_probe(name, percent):
     assert round(100 * probe / dense_flops(shape, 20, 1024).layers, 2) == percent
 
 
-def counted(model, input_ids, use_cache=False):
+def counted(model, input_ids, use_cache=False, cache=None):
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(input_ids=input_ids, use_cache=use_cache)
+        model(input_ids=input_ids, use_cache=use_cache, past_key_values=cache)
     # Angles of the rotary embedding: a product in some versions of transformers, and no arithmetic of the model.
     angles = [sum(ops.values()) for path, ops in counter.get_flop_counts().items() if path.endswith("rotary_emb")]
     return counter.get_total_flops() - sum(angles)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_dense_model_agrees_with_the_counter(name):
+def countable(name):
+    """A model whose every product the counter sees: all of attention, and experts by plain products."""
     model = tiny(name, attn_implementation="eager")
+    model.set_experts_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dense_model_agrees_with_the_counter(name):
+    model, shape = countable(name), shape_of(tiny(name).config)
     text = ids(ROWS, TOKENS)
-    assert counted(model, text) == dense_flops(shape_of(model.config), ROWS, TOKENS).model
+    expected = dense_flops(shape, ROWS, TOKENS)
+    assert counted(model, text) == expected.model
+    assert (expected.other > 0) == any(
+        part in name for part in ("expert", "moe", "mixtral", "oss", "qwen3_", "diff", "deep")
+    )
+
+
+WINDOWED = [name for name in FAMILIES if getattr(config(name), "sliding_window", None)]
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WINDOWED])
+def test_decoding_agrees_with_the_counter(name):
+    model, text = countable(name), ids(ROWS, 12)
+    shape, blocks = shape_of(model.config), FAMILIES[name].blocks
+    for method in (None, FullBatchProbing(blocks=blocks)):
+        if method is not None:
+            prune_(model, method, **SETTINGS | {"skip_layers": (0,)})
+        with torch.no_grad():
+            cache = model(input_ids=text, use_cache=True).past_key_values
+        pruning = None if method is None else pruning_of(model)
+        assert counted(model, text[:, :1], use_cache=True, cache=cache) == decoding_flops(shape, pruning, ROWS, 12)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pruned_families_agree_with_the_counter(name):
+    model, row = countable(name), FAMILIES[name]
+    shape, text = shape_of(model.config), ids(ROWS, TOKENS)
+    for method in (ProbePruning(blocks=row.blocks), WandaSP(blocks=row.blocks)):
+        prune_(model, method, statistics(name), **SETTINGS | {"skip_layers": (0,)})
+        expected, dense = pruned_flops(shape, pruning_of(model), ROWS, TOKENS), dense_flops(shape, ROWS, TOKENS)
+        assert counted(model, text) == expected.model
+        assert expected.other == dense.other
+        if isinstance(method, WandaSP):
+            assert expected.model < dense.model
+        unprune_(model)
 
 
 def restoring(attention_unit):
@@ -60,9 +103,6 @@ def restoring(attention_unit):
 def test_pruned_model_agrees_with_the_counter(name, unit, method):
     model = tiny(name, attn_implementation="eager")
     shape = shape_of(model.config)
-    if method is WandaSP and unit == "query_head" and shape.grouped:
-        pytest.skip("static methods remove whole groups")
-
     prune_(model, method(attention_unit=unit), statistics(name), **SETTINGS)
     text = ids(ROWS, TOKENS)
     expected = pruned_flops(shape, pruning_of(model), ROWS, TOKENS)
@@ -91,3 +131,23 @@ def test_prompts_of_a_model_that_decodes(name, method):
         model(input_ids=ids(1, 1), past_key_values=cache, use_cache=True)
     assert counted(model, text, use_cache=True) == later
     assert counted(model, text) == first
+
+
+def test_layers_that_follow_the_data_are_refused_in_one_line():
+    class Follows(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model.layers[0].mlp.register_forward_pre_hook(lambda mlp, given: bool(given[0].sum() > 0) and None)
+
+    config = tiny("llama").config
+    shape = dataclasses.replace(shape_of(config), unknown=Recipe.of(config, Follows))
+    with pytest.raises(UserError, match=r"^the FLOPs of llama cannot be counted: .* depends on the data$"):
+        dense_flops(shape, 1, 4)
+
+
+def test_a_model_that_is_not_described_is_counted():
+    model = tiny("llama_gqa")
+    model.config.model_type = "something_new"
+    shape = shape_of_model(model)
+    assert shape.unknown is not None
+    assert dense_flops(shape, 2, 8) == dense_flops(shape_of(tiny("llama_gqa").config), 2, 8)

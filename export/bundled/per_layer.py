@@ -31,11 +31,11 @@ class PrunedForCausalLM(LlamaForCausalLM):
             self._init_weights(module)
         for path, number in config.pruned_counts.items():
             owner, _, name = path.rpartition(".")
-            module: Any = self.get_submodule(owner.removesuffix(".config"))
+            counting: Any = self.get_submodule(owner.removesuffix(".config"))
             if owner.endswith(".config"):
-                module.config = _WithCount(module.config, name, number)
+                counting.config = _WithCount(counting.config, name, number)
             else:
-                setattr(module, name, number)
+                setattr(counting, name, number)
 
 
 class _WithCount:

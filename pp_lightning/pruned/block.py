@@ -20,6 +20,7 @@ from pp_lightning.pruned.inputs import BatchInputs, Earlier
 from pp_lightning.pruned.projection import Product
 from pp_lightning.pruned.recomputing import Recomputing
 from pp_lightning.pruned.runner import BlockRunner
+from pp_lightning.pruned.slices import Slice
 
 
 class PrunedBlock(nn.Module):
@@ -138,7 +139,7 @@ class PrunedBlock(nn.Module):
         layer = self._of_layer[0]
         known = self.recomputing.known(hidden, layer) if layer.training else None
         if known is not None:
-            runner.narrow(known, slices.of(known))
+            self._prepare_again(hidden, *known)
             return
         (residual,), self._residual = self._residual or (hidden,), ()
         source = hidden
@@ -157,6 +158,21 @@ class PrunedBlock(nn.Module):
             leave = runner.output.does
             assert leave is not None
             runner.output.does = partial(self._leave_remembered, leave, inputs, choice.kept)
+
+    def _prepare_again(self, hidden: Tensor, choice: Choice, shared: bool) -> None:
+        """The operations of an earlier pass once more, for its gradients: nothing is chosen, nothing remembered."""
+        runner = self.runner
+        weights = runner.slices.of(choice, output_alone=shared)
+        if shared and not self._mixes_tokens:
+            runner.widen(partial(self._leave_again, choice, weights))
+        else:
+            runner.narrow(choice, weights, runner.whole_outputs(hidden) if shared else None)
+
+    def _leave_again(self, choice: Choice, weights: Slice, states: Tensor) -> Tensor:
+        self.runner.narrow(choice, weights, output_alone=True)
+        leave = self.runner.output.does
+        assert leave is not None
+        return leave(states.index_select(-1, choice.kept))
 
     def plan(self, inputs: BatchInputs) -> ExecutionPlan:
         """How a batch is run: the same for all batches of one shape."""
@@ -197,7 +213,7 @@ class PrunedBlock(nn.Module):
             ahead = {name: probe.take(states) for name, states in ahead.items()}
         if given:
             given = probe_arguments(given, probe)
-        return self._choice(self.runner.states(part, given, ahead), probe, inputs)
+        return self._choice(self.runner.states(part, given, ahead), probe, inputs, shared=plan.shares)
 
     def _choose_ahead(self, earlier: Earlier, given: Arguments, inputs: BatchInputs, plan: ExecutionPlan) -> Choice:
         """Choose by a probe of an earlier residual, beside what the current stream does where there is another one."""
@@ -218,7 +234,7 @@ class PrunedBlock(nn.Module):
         """The output of a batch that is chosen for by all its states (B, S, C) or (B * S, C)."""
         with torch.no_grad():
             probe, whole = self._probe(source, residual, inputs, plan), inputs.as_batch(states)
-            choice = self._choice(whole if probe is None else probe.take(whole), probe, inputs)
+            choice = self._choice(whole if probe is None else probe.take(whole), probe, inputs, shared=True)
         runner = self.runner
         runner.narrow(choice, runner.slices.of(choice, output_alone=True), output_alone=True)
         leave = runner.output.does
@@ -234,13 +250,14 @@ class PrunedBlock(nn.Module):
         lots = inputs.lots if inputs.lots is None else inputs.lots_of(self.index, self._mixes_tokens, source.device)
         return self.method.select(residual, source, real, plan.probe_sizes, lots=lots, mixes_tokens=self._mixes_tokens)
 
-    def _choice(self, states: Tensor, probe: AnyProbe | None, inputs: BatchInputs) -> Choice:
+    def _choice(self, states: Tensor, probe: AnyProbe | None, inputs: BatchInputs, *, shared: bool = False) -> Choice:
         """The units to keep for this batch, and what the others contribute to it on average. Noted for decoding.
 
         Args:
             states: (b, s, C), what reaches the output projection on the probe.
             probe: where in the batch that is.
             inputs: of the batch.
+            shared: whether probe and batch come from one projection.
         """
         places = inputs.places if inputs.places is None else inputs.places_on(states.device)
         energy, means = self.method.observe(states, probe, places, self.history, self.mean)
@@ -255,7 +272,7 @@ class PrunedBlock(nn.Module):
         self.kept.copy_(kept)
         choice = Choice(kept, restored)
         if self._of_layer[0].training:
-            self.recomputing.note(choice)
+            self.recomputing.note(choice, shared)
         return choice
 
     def _leave_remembered(self, leave: Product, inputs: BatchInputs, kept: Tensor, states: Tensor) -> Tensor:

@@ -81,6 +81,12 @@ def meetings(model: PreTrainedModel, blocks: Mapping[BlockKey, BlockModules]) ->
     return {(i, block): seen[firsts[i], block] for i, block in blocks if (firsts[i], block) in seen}
 
 
+def _switches(layer: nn.Module) -> tuple[tuple[str, str, bool], ...]:
+    """Plain flags of a layer's modules: the same class may compute different things by them."""
+    flags = ((path, vars(module)) for path, module in layer.named_modules())
+    return tuple((path, name, own[name]) for path, own in flags for name in own if type(own[name]) is bool)
+
+
 def kinds_of(model: PreTrainedModel) -> dict[int, int]:
     """For each layer the first one that is built like it."""
     types = getattr(layers_config(model), "layer_types", None)
@@ -88,7 +94,12 @@ def kinds_of(model: PreTrainedModel) -> dict[int, int]:
     found = {}
     for index, layer in enumerate(layers_of(model)):
         shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
-        kind = (type(layer), shapes, types[index] if types is not None and index < len(types) else None)
+        kind = (
+            type(layer),
+            shapes,
+            _switches(layer),
+            types[index] if types is not None and index < len(types) else None,
+        )
         found[index] = firsts.setdefault(kind, index)
     return found
 

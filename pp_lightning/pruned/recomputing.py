@@ -19,11 +19,11 @@ class Recomputing:
     """
 
     def __init__(self) -> None:
-        self._choices: dict[tuple[float, ...], Choice] = {}
+        self._choices: dict[tuple[float, ...], tuple[Choice, bool]] = {}
         self._met: tuple[float, ...] | None = None
 
-    def known(self, hidden: Tensor, layer: nn.Module) -> Choice | None:
-        """The choice that was made when ``hidden`` entered before; None the first time, and without checkpointing."""
+    def known(self, hidden: Tensor, layer: nn.Module) -> tuple[Choice, bool] | None:
+        """What :meth:`note` was told when ``hidden`` entered before; None the first time, and without checkpointing."""
         self._met = None
         if torch.compiler.is_compiling() or not (layer.training and getattr(layer, "gradient_checkpointing", False)):
             return None
@@ -31,11 +31,11 @@ class Recomputing:
         self._met = (wide.sum().item(), wide.square().sum().item(), *hidden.shape)
         return self._choices.get(self._met)
 
-    def note(self, choice: Choice) -> None:
-        """Remember the choice for what entered last."""
+    def note(self, choice: Choice, shared: bool) -> None:
+        """Remember the choice for what entered last, and whether probe and batch came from one projection."""
         if self._met is None:
             return
-        self._choices[self._met] = choice
+        self._choices[self._met] = choice, shared
         if len(self._choices) > _MOST:
             del self._choices[next(iter(self._choices))]
 

@@ -12,7 +12,7 @@ from pp_lightning.families import BlockModules, unit_rows
 from pp_lightning.functional.linear import linear
 from pp_lightning.functional.probe import Arguments
 from pp_lightning.functional.selection import Rows, unit_channels
-from pp_lightning.interfaces import argument_names, replace_forward, restore_forward, run_stock
+from pp_lightning.interfaces import argument_names, replace_forward, restore_forward, run_stock, unfused_on_cpus
 from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.heads import HeadFields
 from pp_lightning.pruned.projection import Product, PrunedProjection
@@ -174,8 +174,9 @@ class BlockRunner:
             return states
         seen: list[Tensor] = []
         self.widen(partial(_caught, seen), ahead)
-        if self.module.training:
-            with evaluating(self.module):
+        mask = given.get("attention_mask")
+        if self.module.training or not (mask is None or isinstance(mask, Tensor)):
+            with evaluating(self.module), unfused_on_cpus(mask):
                 self.run(part, given)
         else:
             self.run(part, given)
