@@ -59,7 +59,7 @@ def test_dense_model_agrees_with_the_counter(name):
     expected = dense_flops(shape, ROWS, TOKENS)
     assert counted(model, text) == expected.model
     assert (expected.other > 0) == any(
-        part in name for part in ("expert", "moe", "mixtral", "oss", "qwen3_", "diff", "deep")
+        part in name for part in ("expert", "moe", "mixtral", "gpt_oss", "qwen3_", "diff", "deep")
     )
 
 
