@@ -2,7 +2,6 @@
 
 import copy
 import io
-import pickle
 
 import peft
 import pytest
@@ -239,7 +238,6 @@ def test_pickles_and_copies_stand_alone(method):
     for other in (loaded, copied):
         assert torch.equal(logits(other, ids()), expected)
         assert choices(kept_units(other)) == choices(kept_units(model))
-    assert pickle.dumps(model.state_dict().keys())
     assert model.state_dict().keys() == tiny("llama").state_dict().keys()
 
 
