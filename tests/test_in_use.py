@@ -253,7 +253,7 @@ def test_autocast():
 def test_positional_arguments_keep_the_cache():
     model, other = pruned(), pruned()
     mask = torch.ones(2, 12, dtype=torch.long)
-    given = model.model(ids(2, 12), mask, None, None, None, True)
+    given = model.model(ids(2, 12), mask, None, None, None, use_cache=True)
     named = other.model(input_ids=ids(2, 12), attention_mask=mask, use_cache=True)
     longer = torch.ones(2, 13, dtype=torch.long)
     found = model.model(ids(2, 1), longer, None, given.past_key_values)
