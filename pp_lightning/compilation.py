@@ -113,8 +113,8 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
 
     A dynamically pruned layer becomes one full graph: probe, scores, choice, slices, both blocks and the history's
     update; no graph break, no host synchronisation. The first shape of a batch gets a graph of its own, all other
-    shapes share one with dynamic sizes. Decoding a held choice stays eager; where the cache has a fixed size,
-    ``generate`` compiles it as a whole.
+    shapes share one with dynamic sizes. Decoding a held choice stays eager, and so do prompts into a cache of fixed
+    size; with such a cache ``generate`` compiles decoding as a whole.
 
     Args:
         model: a supported model. Prune it first: :func:`~pp_lightning.prune_` refuses a compiled one.

@@ -203,8 +203,13 @@ def test_recorded_graphs_are_told_where_a_forward_pass_begins(monkeypatch, mode,
 def test_graphs_of_many_sizes_are_not_recorded(monkeypatch, mode, exact, dynamic):
     """They would be once more, for every layer, with each new size."""
     modes = {}
-    monkeypatch.setattr(torch, "compile", lambda function, **given: modes.setdefault(given["dynamic"], given["mode"]))
-    pair("llama", mode=mode)
+
+    def told(function, **given):
+        modes[given["dynamic"]] = given["mode"]
+        return function
+
+    monkeypatch.setattr(torch, "compile", told)
+    logits(pair("llama", mode=mode)[1], ids())
     assert modes == {False: exact, True: dynamic}
 
 

@@ -103,13 +103,13 @@ def test_compiled_for_real(name):
 
 @pytest.mark.slow
 def test_with_compiled_layers_too():
-    """Prompts run on the layers' own graphs, tokens on one of the whole model."""
+    """Prompts into a cache of fixed size stay eager, as transformers' own do; tokens run on a graph of the model."""
     eager, model = pruned("llama"), pruned("llama")
     compilation = compile_(model, mode="reduce-overhead")  # on a CPU like the default, but for its step
     for seed in (1, 2):
         batch = {"input_ids": ids(3, 20, seed)}
         assert torch.equal(generate(model, batch, **compiled()), generate(eager, batch))
-    assert len(compilation.graphs) == 1, "the pruned layers' prompts; the skipped ones know their cache by number"
+    assert not compilation.graphs
 
 
 @torch.no_grad()

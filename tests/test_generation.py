@@ -132,12 +132,11 @@ def test_static_cache(name, unit, method):
 def test_a_cache_of_fixed_size_finds_its_slices_made(monkeypatch, name):
     """On accelerators transformers compiles decoding with one: slices made inside a CUDA graph would not outlive it."""
     model, made = pruned(name), []
-    original = BlockSlices._written
     cache = StaticCache(config=model.config, max_cache_len=24)
     model(input_ids=ids(2, 12), past_key_values=cache, use_cache=True)
     held = [block.runner.slices.held for block in pruned_blocks(model).values()]
     assert None not in held
-    monkeypatch.setattr(BlockSlices, "_written", lambda *arguments: made.append(1) or original(*arguments))
+    monkeypatch.setattr(BlockSlices, "of", lambda *_, **__: made.append(1))
     model(input_ids=ids(2, 1), past_key_values=cache, use_cache=True)
     assert not made
     assert all(block.runner.slices.held is one for block, one in zip(pruned_blocks(model).values(), held, strict=True))
@@ -192,15 +191,15 @@ def test_decoding_goes_beyond_the_calibrated_positions():
 @pytest.mark.parametrize("steps", [4, STEPS])
 def test_slices_are_made_once_while_decoding(monkeypatch, steps):
     made = []
-    original = BlockSlices._written
+    original = BlockSlices.of
 
-    def counted(self, *arguments):
-        sliced = original(self, *arguments)
+    def counted(self, *args, **kwargs):
+        sliced = original(self, *args, **kwargs)
         made.extend((self, name) for name in sliced)
         return sliced
 
     model = pruned("llama")
-    monkeypatch.setattr(BlockSlices, "_written", counted)
+    monkeypatch.setattr(BlockSlices, "of", counted)
     generate(model, {"input_ids": ids(3, 20)}, max_new_tokens=1)
     prefill = len(made)
     assert prefill == 7 * len(PRUNED)  # four projections of attention, three of the MLP
