@@ -22,7 +22,7 @@ from pp_lightning.families import (
     stack_of,
 )
 from pp_lightning.importances import Importances
-from pp_lightning.interfaces import adapted_weight, argument_names
+from pp_lightning.interfaces import argument_names
 from pp_lightning.methods.base import AllocationName, BlockToPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import Plan, make_plan
@@ -30,6 +30,7 @@ from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruned.check import Meeting, check_block, kinds_of, meetings
 from pp_lightning.pruned.context import ModelContext
 from pp_lightning.pruned.lots import Lots
+from pp_lightning.pruned.recomputing import Recomputing
 from pp_lightning.pruned.runner import BlockRunner
 from pp_lightning.pruned.static import SlicedBlock, restore_block, slice_block
 from pp_lightning.saving import guard, release
@@ -142,7 +143,7 @@ def prune_(
     )
     _check_evidence(model, method, evidence)
     stats = evidence if isinstance(evidence, Statistics) else None
-    weights = {key: adapted_weight(block.projection(block.output)) for key, block in blocks.items()}
+    weights = {key: block.scored_weight for key, block in blocks.items()}
     plan, keep = spread(plan, method, weights, stats, allocation, floor)
     met = _checked(model, blocks, shape, plan, keep)
     surgery = _Surgery(model, blocks, shape, plan, keep, met)
@@ -171,7 +172,8 @@ def unprune_(model: PreTrainedModel) -> None:
         restore_block(sliced)
     for block in pruning.pruners.values():
         block.runner.remove()
-        del block.runner.modules.owner.pruner
+        block.recomputing.detach()
+        del block.runner.module.pruner
     for hook in pruning._hooks:
         hook.remove()
     release(model)
@@ -253,7 +255,7 @@ def blocks_to_prune(
     """
     blocks = blocks_of(model)
     return [
-        BlockToPrune(index, block, adapted_weight(blocks[key].projection(blocks[key].output)))
+        BlockToPrune(index, block, blocks[key].scored_weight)
         for index in plan.layers
         for block in (plan.blocks if keep is None else counted(plan, keep, index))
         if block.ratio > 0 and (key := (index, block.block)) in blocks
@@ -352,14 +354,15 @@ def _prune_dynamic(surgery: _Surgery, method: DynamicMethod, stats: Statistics |
         Lots(method, len(layers)),
     )
     whole = surgery.whole()
+    recomputing = {key[0]: Recomputing(layers[key[0]]) for key in surgery.keep if key not in whole}
     pruners = {  # all of them before the first is installed: a mistake leaves the model as it was
-        key: _pruned_block(surgery, key, method, context, histories, release)
+        key: _pruned_block(surgery, key, method, context, recomputing[key[0]], histories, release)
         for key in surgery.keep
         if key not in whole
     }
     hooks = []
     for block in pruners.values():
-        block.runner.modules.owner.pruner = block
+        block.runner.module.pruner = block
         block.runner.install(block.forward, block.begin)
         if block.norm is not None:
             hooks.append(block.norm.register_forward_pre_hook(block.see_residual))
@@ -393,6 +396,7 @@ def _pruned_block(
     key: BlockKey,
     method: DynamicMethod,
     context: ModelContext,
+    recomputing: Recomputing,
     histories: Statistics | None,
     release: bool,
 ) -> PrunedBlock:
@@ -403,7 +407,7 @@ def _pruned_block(
     mean = histories.channel_moments(index, name)[0] if histories is not None and method.keeps_mean else None
     history = None if histories is None else histories.second_moment(index, name, release=release)
     before = None if norm is None else getattr(modules.layer, norm)
-    block = PrunedBlock(runner, index, method, context, before, history, mean)
+    block = PrunedBlock(runner, index, method, context, recomputing, before, history, mean)
     if not torch.isfinite(block.weight_norm).all():
         raise UserError(
             f"the {name.value} block of layer {index} has weights that are not finite: check the checkpoint"
