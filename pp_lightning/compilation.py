@@ -17,6 +17,7 @@ from pp_lightning.families import layers_of, stack_of
 from pp_lightning.interfaces import (
     compilations,
     dynamo_settings,
+    is_checkpointed,
     is_wrapped,
     replace_forward,
     restore_forward,
@@ -260,6 +261,7 @@ class _CompiledLayer:
         name = next((name for name in _CACHES if kwargs.get(name) is not None), None)
         cache = None if name is None else kwargs[name]
         stays_eager = torch.compiler.is_compiling() or (batch is not None and batch.decoding)
+        stays_eager = stays_eager or (context is not None and is_checkpointed(self._layer))  # run again in no graph
         if stays_eager or (cache is not None and not self._begins(cache)):
             return run_stock(self._layer, hidden_states, *args, **kwargs)
         if name is not None:

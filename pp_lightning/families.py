@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 from pp_lightning.blocks import Block, BlockKey, ModelShape
 from pp_lightning.errors import UserError
 from pp_lightning.functional.selection import Rows
+from pp_lightning.interfaces import displaced_forward, effective_weight
 
 # Projections into a block by name, each with the roles of its output rows; several roles follow one another. ``group``
 # is query, key and value of a head (or of a key/value group), one unit after the other.
@@ -198,7 +199,7 @@ class BlockModules:
 
     @property
     def owner(self) -> Any:
-        """What :mod:`pp_lightning.pruned` hangs its own module on: the block's, or a bare block's first projection."""
+        """The module that is given what enters the block: the block's own, or a bare block's first projection."""
         return self.projection(next(iter(self.inputs))) if self.is_bare else self.module
 
     @property
@@ -221,6 +222,12 @@ class BlockModules:
         return weight
 
     @property
+    def scored_weight(self) -> Tensor:
+        """The matrix (D, C) that the output projection multiplies with, whatever it is made of."""
+        projection = self.projection(self.output)
+        return projection.weight if self.is_linear(projection) else effective_weight(projection)
+
+    @property
     def is_bare(self) -> bool:
         """Whether the layer itself runs the projections, without a module around them."""
         return not self.path
@@ -234,8 +241,10 @@ class BlockModules:
     def is_linear(self, projection: nn.Module) -> bool:
         """Whether a projection computes ``x W^T + b`` of a plain weight, and nothing else."""
         known = type(projection).forward is nn.Linear.forward or type(projection).__name__ in self.family.linear
-        weight: Any = getattr(projection, "weight", None)
-        return known and type(weight) in (nn.Parameter, Tensor) and bool(weight.is_floating_point())
+        # a parameter, not what a parametrisation or a hook makes of others for every call
+        weight = projection._parameters.get("weight")
+        plain = type(weight) in (nn.Parameter, Tensor) and weight is not None and weight.is_floating_point()
+        return known and plain and displaced_forward(projection) is None
 
     def role(self, name: str) -> str:
         """What a projection is: ``output``, or the roles of its rows."""

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 # ``forward`` goes inside of that. Without accelerate no module has these.
 _HOOK, _OLD_FORWARD = "_hf_hook", "_old_forward"
 
-# peft keeps what an adapter adds to a weight behind this method. Without it the base weight alone is scored.
+# transformers: what a layer under gradient checkpointing calls to be run now, and again for its gradients. Without it
+# nothing stands around that, and a pruned layer that is run again says so.
+_CHECKPOINT = "_gradient_checkpointing_func"
+
+# peft keeps what an adapter adds to a weight behind this method. Without it the sum is seen on unit vectors.
 _DELTA_WEIGHT = "get_delta_weight"
 
 
@@ -80,9 +84,17 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     setattr(module, _place(module), forward)
 
 
-def restore_forward(module: nn.Module) -> None:
-    """Let a module run what its class says."""
-    if _place(module) == "forward":
+def displaced_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """What somebody has put in the place of one module's ``forward``; None where it is that of its class."""
+    forward: Callable[..., Any] | None = vars(module).get(_place(module))
+    return None if getattr(forward, "__func__", None) is type(module).forward else forward
+
+
+def restore_forward(module: nn.Module, displaced: Callable[..., Any] | None = None) -> None:
+    """Let a module run what its class says, or what :func:`displaced_forward` found."""
+    if displaced is not None:
+        setattr(module, _place(module), displaced)
+    elif _place(module) == "forward":
         module.__dict__.pop("forward", None)
     else:
         setattr(module, _OLD_FORWARD, MethodType(type(module).forward, module))
@@ -92,21 +104,85 @@ def _place(module: nn.Module) -> str:
     return _OLD_FORWARD if is_wrapped(module) else "forward"
 
 
-def adapted_weight(projection: Any) -> Tensor:
-    """The matrix (out, in) that a projection multiplies with, what adapters add to it included."""
-    weight: Tensor = projection.weight
-    delta = getattr(projection, _DELTA_WEIGHT, None)
-    if delta is None:
-        return weight
+@torch.no_grad()
+def effective_weight(projection: Any) -> Tensor:
+    """The matrix (out, in) of a projection that is no plain Linear: adapted, quantised, of low rank.
+
+    What adapters add is asked of them; of anything else the matrix is seen on unit vectors.
+    """
+    weight: Any = getattr(projection, "weight", None)
+    delta: Any = getattr(projection, _DELTA_WEIGHT, None)
+    known = delta is not None and type(weight) is nn.Parameter and weight.is_floating_point()
+    if not known or any(getattr(projection, "use_dora", {}).values()):  # which scales the sum
+        return _seen_weight(projection)
     total = weight.detach().float()
-    for name in getattr(projection, "active_adapters", ()):
-        total = total + delta(name).detach().float()
-    return total.to(weight.dtype)
+    acts = not (projection.merged or projection.disable_adapters)
+    for name in projection.active_adapters if acts else ():
+        if name in projection.scaling:
+            total = total + delta(name).detach().float()
+    adapted: Tensor = total.to(weight.dtype)
+    return adapted
+
+
+def _seen_weight(projection: Any, at_once: int = 1024) -> Tensor:
+    """The matrix (out, in) of a module that maps the last dimension linearly, column by column."""
+    tensors = [*projection.parameters(), *projection.buffers()]
+    dtype = next((one.dtype for one in tensors if one.is_floating_point()), torch.get_default_dtype())
+    width = getattr(projection, "in_features", None) or projection.weight.shape[1]
+    trained = [module for module in projection.modules() if module.training]
+    projection.eval()
+    try:
+        start = projection.forward(torch.zeros(1, width, dtype=dtype, device=tensors[0].device))
+        columns = []
+        for first in range(0, width, at_once):
+            units = torch.zeros(min(at_once, width - first), width, dtype=dtype, device=tensors[0].device)
+            units.diagonal(first).fill_(1.0)
+            columns.append(projection.forward(units) - start)
+    finally:
+        for module in trained:
+            module.training = True
+    return torch.cat(columns).t()
 
 
 def attention_implementation(model: nn.Module) -> str:
     """How a model computes attention, as ``set_attn_implementation`` takes it: transformers has no public getter."""
     return str(getattr(model.config, "_attn_implementation", "eager"))
+
+
+def is_checkpointed(layer: nn.Module) -> bool:
+    """Whether a layer is run again for its gradients, as ``gradient_checkpointing_enable`` asks for."""
+    return layer.training and bool(getattr(layer, "gradient_checkpointing", False))
+
+
+class _Around:
+    """Stands in for what a layer calls to be run again: told of it with every call."""
+
+    def __init__(self, checkpoint: Callable[..., Any], told: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+        self.told = told
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.told(self.checkpoint, function, *args, **kwargs)
+
+
+def stand_around_checkpointing(layer: nn.Module, told: Callable[..., Any]) -> None:
+    """Let ``told(checkpoint, function, *args)`` do what a layer calls ``checkpoint(function, *args)`` for."""
+    checkpoint = getattr(layer, _CHECKPOINT, None)
+    if checkpoint is not None and not isinstance(checkpoint, _Around):
+        setattr(layer, _CHECKPOINT, _Around(checkpoint, told))
+
+
+def restore_checkpointing(layer: nn.Module) -> None:
+    """Undo :func:`stand_around_checkpointing`."""
+    checkpoint = getattr(layer, _CHECKPOINT, None)
+    if isinstance(checkpoint, _Around):
+        setattr(layer, _CHECKPOINT, checkpoint.checkpoint)
+
+
+def in_backward() -> bool:
+    """Whether gradients are being computed; False where torch does not say."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
 
 
 def unfused_on_cpus(mask: Any) -> AbstractContextManager[object]:

@@ -22,7 +22,7 @@ from pp_lightning.families import (
     stack_of,
 )
 from pp_lightning.importances import Importances
-from pp_lightning.interfaces import adapted_weight, argument_names
+from pp_lightning.interfaces import argument_names
 from pp_lightning.methods.base import AllocationName, BlockToPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import Plan, make_plan
@@ -30,8 +30,9 @@ from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruned.check import Meeting, check_block, kinds_of, meetings
 from pp_lightning.pruned.context import ModelContext
 from pp_lightning.pruned.lots import Lots
+from pp_lightning.pruned.recomputing import Recomputing
 from pp_lightning.pruned.runner import BlockRunner
-from pp_lightning.pruned.static import SlicedBlock, restore_block, slice_block
+from pp_lightning.pruned.static import SlicedBlock, check_sliceable, restore_block, slice_block
 from pp_lightning.saving import guard, release
 from pp_lightning.statistics import Statistics
 
@@ -84,6 +85,7 @@ class Pruning:
     _can_undo: bool = True
 
 
+@torch.inference_mode(False)
 def prune_(
     model: PreTrainedModel,
     method: PruningMethod,
@@ -142,7 +144,7 @@ def prune_(
     )
     _check_evidence(model, method, evidence)
     stats = evidence if isinstance(evidence, Statistics) else None
-    weights = {key: adapted_weight(block.projection(block.output)) for key, block in blocks.items()}
+    weights = {key: block.scored_weight for key, block in blocks.items()}
     plan, keep = spread(plan, method, weights, stats, allocation, floor)
     met = _checked(model, blocks, shape, plan, keep)
     surgery = _Surgery(model, blocks, shape, plan, keep, met)
@@ -157,6 +159,7 @@ def prune_(
     setattr(model, _ATTRIBUTE, pruning)
 
 
+@torch.inference_mode(False)
 def unprune_(model: PreTrainedModel) -> None:
     """Make a pruned model the dense one again, bit for bit.
 
@@ -168,10 +171,13 @@ def unprune_(model: PreTrainedModel) -> None:
     if not pruning._can_undo:
         raise UserError("the dense weights were given up with keep_dense=False: load the model again")
     for sliced in pruning._sliced.values():
+        check_sliceable(sliced.runner.modules, "unprune_ takes away")
+    for sliced in pruning._sliced.values():
         restore_block(sliced)
     for block in pruning.pruners.values():
         block.runner.remove()
-        del block.runner.modules.owner.pruner
+        block.recomputing.detach()
+        del block.runner.module.pruner
     for hook in pruning._hooks:
         hook.remove()
     release(model)
@@ -253,7 +259,7 @@ def blocks_to_prune(
     """
     blocks = blocks_of(model)
     return [
-        BlockToPrune(index, block, adapted_weight(blocks[key].projection(blocks[key].output)))
+        BlockToPrune(index, block, blocks[key].scored_weight)
         for index in plan.layers
         for block in (plan.blocks if keep is None else counted(plan, keep, index))
         if block.ratio > 0 and (key := (index, block.block)) in blocks
@@ -352,14 +358,15 @@ def _prune_dynamic(surgery: _Surgery, method: DynamicMethod, stats: Statistics |
         Lots(method, len(layers)),
     )
     whole = surgery.whole()
+    recomputing = {key[0]: Recomputing(layers[key[0]]) for key in surgery.keep if key not in whole}
     pruners = {  # all of them before the first is installed: a mistake leaves the model as it was
-        key: _pruned_block(surgery, key, method, context, histories, release)
+        key: _pruned_block(surgery, key, method, context, recomputing[key[0]], histories, release)
         for key in surgery.keep
         if key not in whole
     }
     hooks = []
     for block in pruners.values():
-        block.runner.modules.owner.pruner = block
+        block.runner.module.pruner = block
         block.runner.install(block.forward, block.begin)
         if block.norm is not None:
             hooks.append(block.norm.register_forward_pre_hook(block.see_residual))
@@ -393,6 +400,7 @@ def _pruned_block(
     key: BlockKey,
     method: DynamicMethod,
     context: ModelContext,
+    recomputing: Recomputing,
     histories: Statistics | None,
     release: bool,
 ) -> PrunedBlock:
@@ -403,7 +411,7 @@ def _pruned_block(
     mean = histories.channel_moments(index, name)[0] if histories is not None and method.keeps_mean else None
     history = None if histories is None else histories.second_moment(index, name, release=release)
     before = None if norm is None else getattr(modules.layer, norm)
-    block = PrunedBlock(runner, index, method, context, before, history, mean)
+    block = PrunedBlock(runner, index, method, context, recomputing, before, history, mean)
     if not torch.isfinite(block.weight_norm).all():
         raise UserError(
             f"the {name.value} block of layer {index} has weights that are not finite: check the checkpoint"
@@ -417,8 +425,11 @@ def _prune_static(surgery: _Surgery, method: StaticMethod, evidence: Evidence, k
     for index in plan.layers:
         whole = [block for block in plan.blocks if block.ratio == 0 and (index, block.block) in surgery.blocks]
         pruning.choices |= {(index, block.block): torch.arange(block.units.number) for block in whole}
+    targets = blocks_to_prune(surgery.model, plan, surgery.keep)
+    for target in targets:  # all of them before the first is sliced
+        check_sliceable(surgery.blocks[target.key], "static pruning slices")
     with torch.no_grad():
-        for target, choice in method.choose(blocks_to_prune(surgery.model, plan, surgery.keep), evidence):
+        for target, choice in method.choose(targets, evidence):
             sliced = slice_block(surgery.blocks[target.key], surgery.shape, plan.unit, choice)
             pruning.choices[target.key] = choice.kept
             if choice.bias is not None:

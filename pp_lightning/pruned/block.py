@@ -7,35 +7,35 @@ import torch
 from torch import Tensor, nn
 
 from pp_lightning.blocks import Block
-from pp_lightning.functional.compensation import channel_mean, restored_mean, update_mean_
+from pp_lightning.functional.compensation import channel_mean, update_mean_
 from pp_lightning.functional.linear import wants_rows
 from pp_lightning.functional.moments import placed_second_moment, sum_of_squares, update_history_
 from pp_lightning.functional.probe import Arguments, probe_arguments
 from pp_lightning.functional.selection import keep_best, unit_channels
-from pp_lightning.interfaces import adapted_weight, run_stock
+from pp_lightning.interfaces import current_forward
 from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod
 from pp_lightning.pruned.choice import Choice, ExecutionPlan
 from pp_lightning.pruned.context import ModelContext
 from pp_lightning.pruned.inputs import BatchInputs, Earlier
 from pp_lightning.pruned.projection import Product
-from pp_lightning.pruned.recomputing import Recomputing
+from pp_lightning.pruned.recomputing import Known, Recomputing
 from pp_lightning.pruned.runner import BlockRunner
-from pp_lightning.pruned.slices import Slice
 
 
 class PrunedBlock(nn.Module):
-    """Hangs on the module of a block as ``pruner``; its :meth:`forward` stands in for the module's. It owns no weight.
+    """Hangs on the module of a block as ``pruner``, and stands in for its ``forward``. It owns no weight.
 
     The stock code runs twice: on the probe, with all weights, up to the output projection, whose input is what scores
     are made of; then on the whole batch, with slices of the kept units in its projections. This holds the history
     (P_max, C), the constant part of the scores (C,) and the units kept for the last batch (K,), as buffers that are not
-    part of the checkpoint.
+    part of the checkpoint. A block without a module of its own has it on the layer.
 
     Args:
         runner: of the stock code.
         index: of the layer.
         method: the policy.
         context: shared by the blocks of the model.
+        recomputing: shared by the blocks of the layer.
         norm: the norm in front of the block; None where the residual itself enters.
         history: (P_max, C) float32 to start from, or None for methods without.
         mean: (C,) float32, the running mean to start from, or None for methods without.
@@ -58,6 +58,7 @@ class PrunedBlock(nn.Module):
         index: int,
         method: DynamicMethod,
         context: ModelContext,
+        recomputing: Recomputing,
         norm: nn.Module | None,
         history: Tensor | None,
         mean: Tensor | None,
@@ -70,11 +71,11 @@ class PrunedBlock(nn.Module):
         self.method = method
         self.context = context
         self.decodes = False
-        self.recomputing = Recomputing()
+        self.recomputing = recomputing
         self._mixes_tokens = self.block is Block.ATTENTION
-        self._of_layer = (runner.modules.layer, norm)  # in a tuple: the layer owns them, not this module
+        self._norm = (norm,)  # in a tuple: the layer owns it, not this module
         self._residual: tuple[Tensor, ...] = ()
-        weight = adapted_weight(runner.output.module)
+        weight = runner.modules.scored_weight
         self.register_buffer("weight_norm", method.weight_norm(weight), persistent=False)
         for name, start in (("history", history), ("mean", mean)):
             self.register_buffer(name, None if start is None else start.to(weight.device), persistent=False)
@@ -85,7 +86,7 @@ class PrunedBlock(nn.Module):
     @property
     def norm(self) -> nn.Module | None:
         """The norm in front."""
-        return self._of_layer[1]
+        return self._norm[0]
 
     @property
     def last(self) -> Choice:
@@ -96,21 +97,15 @@ class PrunedBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block on a batch. Traces into one graph."""
-        runner, inputs = self.runner, self.context.batch
+        runner = self.runner
         given = {**dict(zip(runner.names, args, strict=False)), **kwargs}
         hidden = given.pop(runner.names[0])
-        if inputs is None:
-            return runner.stock(hidden, given)
-        self._prepare(hidden, given, inputs)
-        return runner.run(hidden, given)
+        return runner.run(hidden, given) if self._prepare(hidden, given) else runner.stock(hidden, given)
 
     def begin(self, hidden: Tensor) -> Tensor:
         """The same for a block without a module of its own: what its first projection gives."""
-        runner, inputs = self.runner, self.context.batch
-        if inputs is None:
-            return runner.inputs[0].stock(hidden)
-        self._prepare(hidden, {}, inputs)
-        return runner.begin(hidden)
+        runner = self.runner
+        return runner.begin(hidden) if self._prepare(hidden, {}) else runner.inputs[0].stock(hidden)
 
     def see_residual(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the norm in front: its input is what ranks the probe."""
@@ -120,34 +115,43 @@ class PrunedBlock(nn.Module):
 
     # One batch.
 
-    def _prepare(self, hidden: Tensor, given: Arguments, inputs: BatchInputs) -> None:
+    def begin_batch(self) -> None:
+        """Before the layers run: follow adapters and checkpointing, which come and go."""
+        self.recomputing.attach()
+        if self.runner.rebind():
+            self.weight_norm.copy_(self.method.weight_norm(self.runner.modules.scored_weight))
+
+    def _prepare(self, hidden: Tensor, given: Arguments) -> bool:
         """Make the projections ready for a batch: on the choice that is held, or on one that is made now.
 
         Args:
             hidden: (B, S, D) or (B * S, D), entering the block.
             given: the other arguments of the block's module.
-            inputs: of the batch.
+
+        Returns:
+            Whether there is a batch; without one the block is the stock one.
         """
-        runner, slices = self.runner, self.runner.slices
+        runner, slices, inputs = self.runner, self.runner.slices, self.context.batch
+        known = self.recomputing.known(self.block)
+        if known is not None:
+            self._prepare_again(hidden, known)
+            return True
+        if inputs is None:
+            return False
         if inputs.decoding:
             self.expect_decoding()
             runner.narrow(self.last, slices.hold(self.last))
-            return
+            return True
         plan = self.plan(inputs)
         if plan.leaves or slices.held is not None or not slices.is_prepared:
             slices.prepare(leaves=plan.leaves)
-        layer = self._of_layer[0]
-        known = self.recomputing.known(hidden, layer) if layer.training else None
-        if known is not None:
-            self._prepare_again(hidden, *known)
-            return
         (residual,), self._residual = self._residual or (hidden,), ()
         source = hidden
         if hidden.dim() != 3:
             source, residual = inputs.as_batch(hidden), inputs.as_batch(residual)
         if plan.shares and not self._mixes_tokens:  # token by token: the probe's states are among the batch's
             runner.widen(partial(self._choose_late, source, residual, inputs, plan))
-            return
+            return True
         ahead = runner.whole_outputs(hidden) if plan.shares else None
         choice = self._choose(source, residual, given, inputs, plan, ahead)
         weights = slices.of(choice, leaves=plan.leaves, output_alone=plan.shares)
@@ -158,18 +162,19 @@ class PrunedBlock(nn.Module):
             leave = runner.output.does
             assert leave is not None
             runner.output.does = partial(self._leave_remembered, leave, inputs, choice.kept)
+        return True
 
-    def _prepare_again(self, hidden: Tensor, choice: Choice, shared: bool) -> None:
-        """The operations of an earlier pass once more, for its gradients: nothing is chosen, nothing remembered."""
-        runner = self.runner
-        weights = runner.slices.of(choice, output_alone=shared)
-        if shared and not self._mixes_tokens:
-            runner.widen(partial(self._leave_again, choice, weights))
-        else:
-            runner.narrow(choice, weights, runner.whole_outputs(hidden) if shared else None)
+    def _prepare_again(self, hidden: Tensor, known: Known) -> None:
+        """The operations of an earlier pass once more, in their order: nothing is chosen, nothing remembered."""
+        runner, (choice, shares) = self.runner, known
+        if shares and not self._mixes_tokens:
+            runner.widen(partial(self._leave_again, choice))
+            return
+        ahead = runner.whole_outputs(hidden) if shares else None
+        runner.narrow(choice, runner.slices.of(choice, output_alone=shares), ahead)
 
-    def _leave_again(self, choice: Choice, weights: Slice, states: Tensor) -> Tensor:
-        self.runner.narrow(choice, weights, output_alone=True)
+    def _leave_again(self, choice: Choice, states: Tensor) -> Tensor:
+        self.runner.narrow(choice, self.runner.slices.of(choice, output_alone=True), output_alone=True)
         leave = self.runner.output.does
         assert leave is not None
         return leave(states.index_select(-1, choice.kept))
@@ -220,7 +225,7 @@ class PrunedBlock(nn.Module):
 
         def choose() -> Choice:
             norm, residual = self.norm, earlier.residual
-            source = residual if norm is None else run_stock(norm, residual)
+            source = residual if norm is None else current_forward(norm)(residual)
             probe = self._probe(source, residual, inputs, plan)
             part = source if probe is None else probe.take(source)
             return self._choice(self.runner.states(part, probe_arguments(given, probe)), probe, inputs)
@@ -265,14 +270,13 @@ class PrunedBlock(nn.Module):
         kept = keep_best(scores, self.runner.keep)
         restored = None
         if means is not None:
-            weight = self.runner.output.module.weight
-            restored = restored_mean(weight, means, unit_channels(kept, self.units.channels))
+            channels = unit_channels(kept, self.units.channels)
+            restored = self.runner.output.restored(means, channels, states.dtype)
             if self.restored is not None:
                 self.restored.copy_(restored)
         self.kept.copy_(kept)
         choice = Choice(kept, restored)
-        if self._of_layer[0].training:
-            self.recomputing.note(choice, shared)
+        self.recomputing.note(self.block, Known(choice, shared))
         return choice
 
     def _leave_remembered(self, leave: Product, inputs: BatchInputs, kept: Tensor, states: Tensor) -> Tensor:

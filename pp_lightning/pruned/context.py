@@ -79,7 +79,7 @@ class ModelContext:
         self._given = given
         if not torch.compiler.is_compiling():
             for block in self.blocks:
-                block.runner.rebind()
+                block.begin_batch()
         inputs = next((given[name] for name in _SHAPED if given.get(name) is not None), None)
         if cache is None or not is_filled(cache):
             self.batch = None  # until the first layer is reached

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pp_lightning.functional.compensation import restored_mean
 from pp_lightning.functional.linear import linear
 from pp_lightning.functional.selection import Rows, store_by_columns, unit_channels
-from pp_lightning.interfaces import run_stock
+from pp_lightning.interfaces import displaced_forward, run_stock
 from pp_lightning.pruned.choice import Choice
+from pp_lightning.pruned.recomputing import evaluating
 
 Product = Callable[[Tensor], Tensor]  # (..., in) to (..., out)
 
@@ -30,6 +32,7 @@ class PrunedProjection:
         head_size: d, of the heads that are repeated.
 
     Attributes:
+        displaced: what somebody had put in the place of the module's ``forward``; None if nobody.
         does: what the block has it do at the moment; None is what its module computes.
         idle: what it does outside of a pruned run; None is what its module computes.
         is_plain: whether the outputs of all units are one product.
@@ -49,6 +52,7 @@ class PrunedProjection:
     ) -> None:
         self.name = name
         self.module: Any = module
+        self.displaced = displaced_forward(module)
         self.rows = rows
         self.is_output = is_output
         self.is_linear = is_linear
@@ -66,7 +70,8 @@ class PrunedProjection:
 
     def stock(self, states: Tensor) -> Tensor:
         """What the module computes."""
-        output: Tensor = run_stock(self.module, states)
+        module = self.module
+        output: Tensor = run_stock(module, states) if self.displaced is None else self.displaced(states)
         return output
 
     def whole(self) -> Product:
@@ -87,13 +92,33 @@ class PrunedProjection:
             found.append(own.unflatten(-1, (-1, width)).index_select(-2, kept).flatten(-2) if width else own)
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
+    def restored(self, mean: Tensor, kept_channels: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the channels that do not stay contribute to the output on average: see :func:`restored_mean`.
+
+        Args:
+            mean: (C,) float32.
+            kept_channels: (K * w,) int64.
+            dtype: of states.
+        """
+        if self.is_linear:
+            return restored_mean(self.module.weight, mean, kept_channels)
+        removed = mean.index_fill(0, kept_channels, 0.0).to(dtype)
+        with evaluating(self.module):
+            found, nothing = self.stock(torch.stack([removed, torch.zeros_like(removed)]))
+        return (found - nothing).float()
+
     def store_by_columns(self) -> None:
         """Store the output matrix so that the kept columns are copied whole. No value changes, only the strides."""
-        self.module.weight.data = store_by_columns(self.module.weight.data)
+        self._store(store_by_columns)
 
     def store_by_rows(self) -> None:
         """Undo :meth:`store_by_columns`."""
-        self.module.weight.data = self.module.weight.data.contiguous()
+        self._store(Tensor.contiguous)
+
+    def _store(self, laid_out: Callable[[Tensor], Tensor]) -> None:
+        weight = self.module.weight
+        with torch.inference_mode(weight.is_inference()):  # a weight takes data of its own mode alone
+            weight.data = laid_out(weight.data)
 
     def _repeated(self, product: Product, states: Tensor) -> Tensor:
         heads = product(states).unflatten(-1, (-1, self.head_size))

@@ -1,43 +1,103 @@
-"""Gradient checkpointing runs a layer again while gradients are computed: on the choice of the first time."""
+"""Gradient checkpointing runs a layer again while gradients are computed: on the choices of the first time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pp_lightning.blocks import Block
+from pp_lightning.errors import UserError
+from pp_lightning.interfaces import in_backward, is_checkpointed, restore_checkpointing, stand_around_checkpointing
 from pp_lightning.pruned.choice import Choice
 
-_MOST = 256  # batches whose gradients may be outstanding
+
+class Known(NamedTuple):
+    """How a block ran the first time.
+
+    Attributes:
+        choice: what it ran on.
+        shares: whether probe and batch came from one projection: gradients need the same operations again.
+    """
+
+    choice: Choice
+    shares: bool
+
+
+@dataclass
+class Pass:
+    """One pass of a batch through a layer. It lives as long as the graph that gradients are computed from.
+
+    Attributes:
+        begun: whether it has been run.
+        known: how the blocks ran.
+    """
+
+    begun: bool = False
+    known: dict[Block, Known] = field(default_factory=dict)
 
 
 class Recomputing:
-    """The choices of a block that may be asked for again, by what entered it.
+    """What one layer's blocks run on, for the passes that are run again.
 
     A layer that is run again must not choose anew: the history has moved, so that its gradients would be those of other
     units, without a word.
+
+    Args:
+        layer: the layer.
     """
 
-    def __init__(self) -> None:
-        self._choices: dict[tuple[float, ...], tuple[Choice, bool]] = {}
-        self._met: tuple[float, ...] | None = None
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = (layer,)
+        self._current: Pass | None = None
+        self._again = False
 
-    def known(self, hidden: Tensor, layer: nn.Module) -> tuple[Choice, bool] | None:
-        """What :meth:`note` was told when ``hidden`` entered before; None the first time, and without checkpointing."""
-        self._met = None
-        if torch.compiler.is_compiling() or not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+    def attach(self) -> None:
+        """Before a batch: stand around what runs the layer again, if anything does."""
+        layer = self._layer[0]
+        if is_checkpointed(layer):
+            stand_around_checkpointing(layer, self.run)
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`."""
+        restore_checkpointing(self._layer[0])
+
+    def run(self, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``checkpoint(function, ...)``, which runs ``function`` now and again for its gradients."""
+        return checkpoint(partial(self._run_pass, Pass(), function), *args, **kwargs)
+
+    def _run_pass(self, one: Pass, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._current, self._again = one, one.begun
+        one.begun = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._current, self._again = None, False
+
+    def known(self, block: Block) -> Known | None:
+        """How a block ran when this pass was run first; None the first time, and without checkpointing.
+
+        Raises:
+            UserError: the layer is run again by other means than transformers' checkpointing.
+        """
+        if torch.compiler.is_compiling():
             return None
-        wide = hidden.detach().double()
-        self._met = (wide.sum().item(), wide.square().sum().item(), *hidden.shape)
-        return self._choices.get(self._met)
+        if self._current is None:
+            if in_backward():
+                raise UserError(
+                    "a pruned layer is run again for its gradients, and would choose anew: turn checkpointing on with "
+                    "model.gradient_checkpointing_enable()"
+                )
+            return None
+        return self._current.known.get(block) if self._again else None
 
-    def note(self, choice: Choice, shared: bool) -> None:
-        """Remember the choice for what entered last, and whether probe and batch came from one projection."""
-        if self._met is None:
-            return
-        self._choices[self._met] = choice, shared
-        if len(self._choices) > _MOST:
-            del self._choices[next(iter(self._choices))]
+    def note(self, block: Block, known: Known) -> None:
+        """Remember how a block runs this pass."""
+        if not torch.compiler.is_compiling() and self._current is not None:
+            self._current.known[block] = known
 
 
 @contextmanager

@@ -12,7 +12,13 @@ from pp_lightning.families import BlockModules, unit_rows
 from pp_lightning.functional.linear import linear
 from pp_lightning.functional.probe import Arguments
 from pp_lightning.functional.selection import Rows, unit_channels
-from pp_lightning.interfaces import argument_names, replace_forward, restore_forward, run_stock, unfused_on_cpus
+from pp_lightning.interfaces import (
+    argument_names,
+    displaced_forward,
+    replace_forward,
+    restore_forward,
+    unfused_on_cpus,
+)
 from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.heads import HeadFields
 from pp_lightning.pruned.projection import Product, PrunedProjection
@@ -52,6 +58,7 @@ class BlockRunner:
         self.module = modules.module
         self.names = argument_names(self.module)
         self._bare = modules.activation if modules.is_bare else None
+        self._displaced = None if modules.is_bare else displaced_forward(self.module)
         self._memory = memory
         self._head_size = shape.head_size
         # Single query heads of a group each get their own key and value; a fused projection has one for all of them.
@@ -84,20 +91,27 @@ class BlockRunner:
         self.rebind()
         self._unwrap()
         if self._bare is None:
-            restore_forward(self.module)
+            restore_forward(self.module, self._displaced)
         if self.fields is not None:
             self.fields.remove()
 
-    def rebind(self) -> None:
-        """Follow adapters, which put other modules in the place of projections."""
-        here = self.module._modules
-        if all(here[one.name] is one.module for one in self.projections):
-            return
+    def rebind(self) -> bool:
+        """Follow adapters, which put other modules in the place of projections. Whether there was any to follow."""
+        if not self._has_moved():
+            return False
         idle = self.inputs[0].idle
         self._unwrap()
         self._bind()
         self.inputs[0].idle = idle
         self._wrap()
+        return True
+
+    def _has_moved(self) -> bool:
+        here = self.module._modules
+        for one in self.projections:  # noqa: SIM110  asked for every block and token
+            if here[one.name] is not one.module:
+                return True
+        return False
 
     def _bind(self) -> None:
         self.inputs: Sequence[PrunedProjection] = [self._input(name) for name in self.modules.inputs]
@@ -118,7 +132,7 @@ class BlockRunner:
 
     def _unwrap(self) -> None:
         for one in self.projections:
-            restore_forward(one.module)
+            restore_forward(one.module, one.displaced)
         if self.output.is_sliced:
             self.output.store_by_rows()
 
@@ -159,7 +173,9 @@ class BlockRunner:
 
     def stock(self, hidden: Tensor, given: Arguments) -> Any:
         """What the block's module computes."""
-        return run_stock(self.module, **{self.names[0]: hidden}, **given)
+        if self._displaced is not None:
+            return self._displaced(hidden, **given)
+        return type(self.module).forward(self.module, **{self.names[0]: hidden}, **given)
 
     def states(self, part: Tensor, given: Arguments, ahead: dict[str, Tensor] | None = None) -> Tensor:
         """What reaches the output projection, (b, s, C), on a part (b, s, D) of a batch with all weights.
@@ -238,7 +254,7 @@ class BlockRunner:
                 return self.output.forward(self._bare(self.inputs[0].forward(hidden)))
             if fields is not None and self._kept is not None:
                 fields.narrow(self._kept)
-            return type(self.module).forward(self.module, **{self.names[0]: hidden}, **given)
+            return self.stock(hidden, given)
         finally:
             for one in self.inputs:
                 one.does = None

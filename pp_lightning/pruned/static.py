@@ -53,6 +53,26 @@ class SlicedBlock:
     hooks: list[RemovableHandle] = field(default_factory=list)
 
 
+def check_sliceable(modules: BlockModules, what: str) -> None:
+    """Refuse projections that are more than a matrix.
+
+    Args:
+        modules: of the block.
+        what: is done to plain projections alone.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name in modules.names:
+        projection = modules.projection(name)
+        if not modules.is_linear(projection):
+            kind = f"{type(projection).__module__.partition('.')[0]} {type(projection).__name__}"
+            raise UserError(
+                f"{modules.path_of(name)} is a {kind}, and {what} plain Linear layers alone: merge or unload adapters, "
+                "load unquantised weights"
+            )
+
+
 def slice_block(modules: BlockModules, shape: ModelShape, unit: AttentionUnit, choice: StaticChoice) -> SlicedBlock:
     """Replace a block's projections by slices of the kept units. The layer's own ``forward`` then runs them.
 
@@ -64,18 +84,9 @@ def slice_block(modules: BlockModules, shape: ModelShape, unit: AttentionUnit, c
 
     Returns:
         What :func:`restore_block` needs.
-
-    Raises:
-        UserError: a projection is not a plain Linear.
     """
     kept = choice.kept
     runner = BlockRunner(modules, shape, unit, len(kept), SliceMemory())
-    for one in runner.projections:
-        if not one.is_linear:
-            raise UserError(
-                f"{modules.path_of(one.name)} is a {type(one.module).__name__}: static pruning slices plain Linear "
-                "layers, so merge adapters and load unquantised weights"
-            )
     sliced = SlicedBlock(runner, {one.name: one.module for one in runner.projections})
     module, like = modules.module, runner.output.module
     for one in runner.inputs:
