@@ -42,9 +42,12 @@ def measure(variant: str, rows: int, tokens: int, ratio: float) -> dict[str, flo
         prune_(model, ProbePruning(), stats, pruning_ratio=ratio, skip_layers=(), release_stats=True)
         blocks = pruning_of(model).pruners.values()
         sizes["history"] = sum(block.history.nbytes for block in blocks if block.history is not None) / MEGA
-        sizes["slice"] = 4 * max(block.slices.size for block in blocks) / MEGA
     for _ in range(3):
         run(model, batch(model, rows, tokens))
+    if variant == "pp":
+        context = pruning_of(model).context
+        assert context is not None and context.memory.buffer is not None
+        sizes["slice"] = context.memory.buffer.nbytes / MEGA
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGA
     return {"peak": peak, **sizes}
 
