@@ -1,6 +1,6 @@
 """The tensors of an exported checkpoint, planned by name and shape and made one shard at a time."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -108,22 +108,6 @@ def tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         found.setdefault(id(tensor), (name, tensor))
     return dict(found.values())
-
-
-def made(entries: Iterable[Entry], names: Iterable[str]) -> Mapping[str, Tensor]:
-    """The tensors of one shard."""
-    wanted = set(names)
-    return {entry.name: entry.make() for entry in entries if entry.name in wanted}
-
-
-def total_bytes(entries: Iterable[Entry]) -> int:
-    """Size of all tensors on disk."""
-    return sum(entry.placeholder.nbytes for entry in entries)
-
-
-def total_parameters(entries: Iterable[Entry]) -> int:
-    """Number of all weights."""
-    return sum(entry.placeholder.numel() for entry in entries)
 
 
 class _Place(NamedTuple):
