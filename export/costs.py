@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from export.entries import tensors_of, total_bytes, total_parameters
+from export.entries import tensors_of
 from export.layouts import LAYOUTS, Layout, Target, target_for
 from export.sizes import PrunedSizes, flops_of, longest_text
 from pp_lightning.errors import UserError
@@ -50,7 +50,7 @@ class Costs:
 def costs_of(model: PreTrainedModel, target: Target) -> Costs:
     """The price of a target."""
     shape, tokens = shape_of(model.config), min(_TOKENS, longest_text(model))
-    parameters = total_parameters(target.entries)
+    parameters = sum(entry.placeholder.numel() for entry in target.entries)
     return Costs(
         layout=target.layout,
         model_class=target.model_class,
@@ -59,7 +59,7 @@ def costs_of(model: PreTrainedModel, target: Target) -> Costs:
         parameters_ratio=parameters / dense_parameters(model.config),
         added_parameters=parameters - sum(tensor.numel() for tensor in tensors_of(model).values()),
         flops_ratio=flops_of(shape, target.layers, tokens) / dense_flops(shape, 1, tokens).model,
-        bytes=total_bytes(target.entries),
+        bytes=sum(entry.placeholder.nbytes for entry in target.entries),
         heads=_range(widths.heads for widths in target.layers),
         key_heads=_range(widths.groups for widths in target.layers),
         channels=_range(widths.channels for widths in target.layers),

@@ -62,7 +62,7 @@ class DynamicBehaviour:
         for (ids, mask), logits, kept in zip(self.batches, self.logits, self.kept, strict=True):
             outputs = session([ids, mask, *state])
             state, found = outputs[1 : 1 + len(state)], outputs[1 + len(state) :]
-            swapped += sum(_swapped(a, b) for a, b in zip(kept, found, strict=True))
+            swapped += sum(int((~torch.isin(a, b)).sum()) for a, b in zip(kept, found, strict=True))
             relative = tolerance(dtype, num_layers) if swapped == 0 else _AFTER_A_SWAP
             real = mask.bool()
             allowed = relative * max(1.0, float(logits[real].abs().max()))
@@ -82,11 +82,6 @@ class DynamicBehaviour:
             off = ~torch.isclose(wanted, got, rtol=1e-3, atol=1e-6)  # kept channels move further with every batch
             if float(off.float().mean()) > _SWAPS:
                 raise UserError("the export failed its check: its histories are not the model's")
-
-
-def _swapped(wanted: Tensor, found: Tensor) -> int:
-    """Units of one choice that are not in the other."""
-    return int((~torch.isin(wanted, found)).sum())
 
 
 def _batch(vocabulary: int, rows: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The tensors of an exported checkpoint, planned by name and shape and made one shard at a time."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from export.sizes import PrunedSizes
 from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
-from pp_lightning.families import blocks_of, layer_prefix
+from pp_lightning.families import blocks_of, stack_path
 from pp_lightning.functional.selection import unit_channels
 
 Shape = tuple[int, ...]
@@ -110,28 +110,12 @@ def tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def made(entries: Iterable[Entry], names: Iterable[str]) -> Mapping[str, Tensor]:
-    """The tensors of one shard."""
-    wanted = set(names)
-    return {entry.name: entry.make() for entry in entries if entry.name in wanted}
-
-
-def total_bytes(entries: Iterable[Entry]) -> int:
-    """Size of all tensors on disk."""
-    return sum(entry.placeholder.nbytes for entry in entries)
-
-
-def total_parameters(entries: Iterable[Entry]) -> int:
-    """Number of all weights."""
-    return sum(entry.placeholder.numel() for entry in entries)
-
-
 class _Place(NamedTuple):
     """Where a tensor belongs that depends on the number of units.
 
     Attributes:
         layer: its number.
-        role: of the projection, or ``head`` of a parameter that has one row a query head.
+        role: of the projection, or ``head`` of a parameter that has one row a head.
         rows: how many, role by role.
     """
 
@@ -141,14 +125,15 @@ class _Place(NamedTuple):
 
 
 def _places(model: PreTrainedModel) -> dict[str, _Place]:
-    found = {}
+    found, stack = {}, ".".join(part for part in stack_path(model) if part)
     for (index, which), block in blocks_of(model).items():
-        prefix = layer_prefix(model, index)
+        prefix, family = f"{stack}.{index}", block.family
         for name in block.names:
             parts = block.inputs.get(name)
             rows = tuple(part.rows for part in parts) if parts else (block.output_weight.shape[0],)
             for kind in ("weight", "bias"):
                 found[f"{prefix}.{block.path_of(name)}.{kind}"] = _Place(index, block.role(name), rows)
-        for name in block.family.head_parameters if which is Block.ATTENTION else ():
-            found[f"{prefix}.{block.path_of(name)}"] = _Place(index, "head", (len(getattr(block.module, name)),))
+        own = dict(block.module.named_parameters()) if which is Block.ATTENTION else {}
+        for name in own.keys() & {*family.head_parameters, *family.key_parameters}:
+            found[f"{prefix}.{block.path_of(name)}"] = _Place(index, "head", (len(own[name]),))
     return found

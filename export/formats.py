@@ -131,12 +131,3 @@ GRAPH_FORMATS: Mapping[str, GraphFormat] = {
         "torch.export.load; torch._inductor.aoti_load_package on this machine",
     ),
 }
-
-
-def check_format(form: str) -> None:
-    """Refuse a format whose packages are missing.
-
-    Raises:
-        UserError: what to install.
-    """
-    GRAPH_FORMATS[form].check()

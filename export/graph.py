@@ -131,15 +131,20 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of (B, H, S, d) to (B, G, T, d) under a mask, in the form that transformers calls: (B, S, H, d)."""
+    if softcap is not None or s_aux is not None:
+        raise UserError("no graph holds soft-capped scores or sinks of attention: export with --format safetensors")
     sharing = query.shape[1] // key.shape[1]
     if sharing > 1:
         key, value = key.repeat_interleave(sharing, dim=1), value.repeat_interleave(sharing, dim=1)
     assert attention_mask is not None, "a graph is traced with a mask"
     attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return attended.transpose(1, 2).contiguous(), None
+    copied = attended.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # contiguous() looks at sizes
+    return copied, None
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -19,6 +19,8 @@ from export.sizes import check_exportable, longest_text
 from export.verify import STEPS, Agreement, Behaviour, Runner, compare, model_runner, positions_of
 from pp_lightning.errors import UserError
 from pp_lightning.progress import Tell, ignore_line
+
+T = TypeVar("T")
 
 # Rows and tokens of the prompts that a graph is checked on: none of them are those it was traced with.
 _SHAPES = ((2, 24), (1, 7), (3, 33), (1, 1))
@@ -60,7 +62,7 @@ def export_graph(
 
     def check(session: Session, graph: Graph) -> Agreement:
         run = cached_runner(session, graph, dtype)
-        checks = [compare(e, _asked_like(e, run), dtype, layers) for e in expected]
+        checks = [compare(e, Behaviour.of(run, vocabulary, *e.prompt.shape), dtype, layers) for e in expected]
         return max(checks, key=lambda one: one.largest_difference)
 
     return _write(
@@ -169,7 +171,7 @@ def _write(
     size = _bytes(model)
     with appearing(out, overwrite) as folder:
         tell("tracing the model")
-        graph = traced()
+        graph = _or_refuse(traced, "the model cannot be traced")
         tell("writing the graph")
         chosen.write(graph, folder, size)
         graph = graph.without_program()
@@ -180,24 +182,22 @@ def _write(
         if release:
             model.to("meta")
         tell("loading the graph and comparing it with the model")
-        agreement = check(_loaded(chosen, folder, graph), graph)
+        failed = "the export failed its check: it cannot be loaded and run"
+        agreement = _or_refuse(lambda: check(chosen.load(folder, graph), graph), failed)
         described = {"graph": graph_record(graph, chosen.runs_in), "check": vars(agreement)}
         write_record(folder, {**record, **described})
     return agreement
 
 
-def _loaded(chosen: GraphFormat, folder: Path, graph: Graph) -> Session:
+def _or_refuse(work: Callable[[], T], failure: str) -> T:
     try:
-        return chosen.load(folder, graph)
-    except Exception as error:  # whatever the runtime raises about it, a user would meet it too
+        return work()
+    except UserError:
+        raise
+    except Exception as error:  # whatever torch or a runtime raises: a model that they do not take, in one line
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"the export failed its check: it cannot be loaded: {reason}") from error
+        raise UserError(f"{failure}: {reason}") from error
 
 
 def _bytes(model: PreTrainedModel) -> int:
     return sum(weight.nbytes for weight in model.parameters())
-
-
-def _asked_like(expected: Behaviour, run: Runner) -> Behaviour:
-    rows, tokens = expected.prompt.shape
-    return Behaviour.of(run, expected.logits.shape[-1], rows, tokens)

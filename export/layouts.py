@@ -28,15 +28,8 @@ _READ_ABOUT = {
 
 # Fields that every config has, that say nothing about a causal language model, or where it lay on somebody's disk.
 _UNTOLD = {
-    "_name_or_path",
-    "chunk_size_feed_forward",
-    "id2label",
-    "is_encoder_decoder",
-    "label2id",
-    "output_attentions",
-    "output_hidden_states",
-    "problem_type",
-    "return_dict",
+    *("_name_or_path", "chunk_size_feed_forward", "id2label", "is_encoder_decoder", "label2id"),
+    *("output_attentions", "output_hidden_states", "problem_type", "return_dict"),
 }
 
 
@@ -88,17 +81,19 @@ def _stock(layout: Layout, model: PreTrainedModel, sizes: PrunedSizes) -> Target
         entries = held_by(holder, own)
         if entries is not None:
             model_class = type(holder).__name__
-            written = PrunedSizes.of(holder).layers
             return Target(
                 layout=layout,
                 config=_content(holder.config) | {"architectures": [model_class]},
                 model_class=model_class,
-                layers=written,
+                layers=PrunedSizes.of(holder).layers,
                 entries=entries,
                 code=None,
                 loads_in=f"transformers{_READ_ABOUT.get(holder.config.model_type, '')}",
             )
-    raise UserError(f"no stock class holds {_peculiarities(sizes, own)}: use --layout per-layer")
+    biases = sorted({entry.name.split(".")[-2] for entry in own if entry.own and entry.name.endswith(".bias")})
+    numbers = f"a model of type {sizes.config.model_type} with {widths.heads} heads and {widths.channels} channels"
+    with_biases = f" and biases in {', '.join(biases)}" if biases else ""
+    raise UserError(f"no stock class holds {numbers}{with_biases}: use --layout per-layer")
 
 
 def _per_layer(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
@@ -149,16 +144,6 @@ def _counts(dense: PreTrainedModel, sizes: PrunedSizes) -> dict[str, int]:
 def _content(config: PreTrainedConfig) -> dict[str, Any]:
     """Every field of a config that matters, defaults included: they may change from version to version."""
     return {name: value for name, value in config.to_dict().items() if name not in _UNTOLD}
-
-
-def _peculiarities(sizes: PrunedSizes, entries: Sequence[Entry]) -> str:
-    parts = [f"a model of type {sizes.config.model_type} with {sizes.widest.heads} heads"]
-    biases = {entry.name.split(".")[-2] for entry in entries if entry.own and entry.name.endswith(".bias")}
-    if biases:
-        parts.append(f"biases in {', '.join(sorted(biases))}")
-    if sizes.windows:
-        parts.append("sliding windows")
-    return " and ".join(parts)
 
 
 LAYOUTS: Mapping[Layout, Callable[[PreTrainedModel, PrunedSizes], Target]] = {

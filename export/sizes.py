@@ -5,6 +5,7 @@ Read off the weights' shapes, so that every static method exports alike, whateve
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +14,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from pp_lightning.blocks import AttentionUnit, Block, ModelShape
 from pp_lightning.errors import UserError
 from pp_lightning.families import blocks_of, shape_of
-from pp_lightning.flops import attention_flops, mlp_flops
+from pp_lightning.flops import attention_flops, dense_flops, mlp_flops
 from pp_lightning.pruning import is_pruned, pruning_of
 
 
-@dataclass(frozen=True)
-class Widths:
+class Widths(NamedTuple):
     """Units of one layer; 0 of what it does not have.
 
     Attributes:
@@ -30,15 +30,6 @@ class Widths:
     heads: int
     groups: int
     channels: int
-
-    def widest(self, other: "Widths") -> "Widths":
-        """The larger of both in everything."""
-        return Widths(max(self.heads, other.heads), max(self.groups, other.groups), max(self.channels, other.channels))
-
-    def within(self, other: "Widths") -> "Widths":
-        """The other's units in the blocks that this layer has."""
-        attention, mlp = self.heads > 0, self.channels > 0
-        return Widths(other.heads * attention, other.groups * attention, other.channels * mlp)
 
 
 @dataclass(frozen=True)
@@ -80,15 +71,12 @@ class PrunedSizes:
     @property
     def widest(self) -> Widths:
         """The largest number of everything."""
-        widest = self.layers[0]
-        for widths in self.layers[1:]:
-            widest = widest.widest(widths)
-        return widest
+        return Widths(*(max(numbers) for numbers in zip(*self.layers, strict=True)))
 
     @property
     def uniform(self) -> bool:
-        """Whether all layers have the same widths."""
-        return all(widths == widths.within(self.widest) for widths in self.layers)
+        """Whether all layers that have a block have the same number of its units."""
+        return all({most, 0} >= set(numbers) for most, *numbers in zip(self.widest, *self.layers, strict=True))
 
     @property
     def alike(self) -> "PrunedSizes":
@@ -97,16 +85,8 @@ class PrunedSizes:
             return self
         every = torch.arange(self.shape.num_heads) // self.shape.queries_per_key
         key_heads = {i: self.key_heads.get(i, every) for i, widths in enumerate(self.layers) if widths.heads}
-        layers = tuple(replace(widths, groups=widths.heads) for widths in self.layers)
+        layers = tuple(widths._replace(groups=widths.heads) for widths in self.layers)
         return replace(self, layers=layers, key_heads=key_heads)
-
-    @property
-    def windows(self) -> bool:
-        """Whether any layer attends a sliding window only."""
-        kinds = getattr(self.config, "layer_types", None)
-        if kinds is not None:
-            return any(kind not in ("full_attention", "linear_attention") for kind in kinds)
-        return getattr(self.config, "sliding_window", None) is not None
 
 
 def check_exportable(model: PreTrainedModel) -> str:
@@ -132,8 +112,8 @@ def longest_text(model: PreTrainedModel) -> int:
 def flops_of(shape: ModelShape, layers: tuple[Widths, ...], tokens: int) -> int:
     """FLOPs of one row in a model with these widths, vocabulary projection included."""
     attention = sum(attention_flops(shape, 1, tokens, w.heads, w.groups) for w in layers if w.heads)
-    mlps = sum(mlp_flops(shape, 1, tokens, w.channels) for w in layers)
-    return attention + mlps + 2 * tokens * shape.hidden_size * shape.vocabulary
+    dense = dense_flops(shape, 1, tokens)
+    return attention + sum(mlp_flops(shape, 1, tokens, w.channels) for w in layers) + dense.other + dense.vocabulary
 
 
 def _key_heads(model: PreTrainedModel) -> dict[int, Tensor]:

@@ -20,23 +20,10 @@ _LLAMA_LIKE: Mapping[str, Mapping[str, Any]] = {
 
 # What their configs call the same.
 _SHARED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
+    *("use_cache", "rope_parameters", "tie_word_embeddings", "attention_dropout"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
 
 _MLP_WIDTHS = ("intermediate_size", "intermediate_size_mlp", "ffn_dim", "ffn_hidden_size")
@@ -55,8 +42,7 @@ def stock_models(sizes: PrunedSizes, widths: Widths, names: set[str]) -> Iterato
     """
     kind, fields = type(sizes.config), sizes.config.to_dict()
     yield from _holding(kind, fields, sizes, widths, names)
-    # Only the own class is known to read a sliding window the same way.
-    if sizes.config.model_type in _LLAMA_LIKE and not sizes.windows:
+    if sizes.config.model_type in _LLAMA_LIKE and not _has_windows(sizes.config):
         for model_type, settings in _LLAMA_LIKE.items():
             other = type(AutoConfig.for_model(model_type))
             without_biases = {name: False for name, value in other().to_dict().items() if _is_bias(name, value)}
@@ -82,6 +68,14 @@ def _holding(
     shape = replace(sizes.shape, num_heads=widths.heads, num_key_value_heads=widths.groups, mlp_width=widths.channels)
     if model is not None and shape_of_model(model) == shape:
         yield model
+
+
+def _has_windows(config: PreTrainedConfig) -> bool:
+    """Whether any layer attends a sliding window only: each class has its own way of saying so."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return any(kind not in ("full_attention", "linear_attention") for kind in kinds)
+    return getattr(config, "sliding_window", None) is not None
 
 
 def _counts(fields: Mapping[str, Any], sizes: PrunedSizes, widths: Widths) -> dict[str, int]:

@@ -8,7 +8,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from export.entries import Entry, made
+from export.entries import Entry
 from pp_lightning.errors import UserError
 
 
@@ -31,12 +31,13 @@ def write_weights(entries: Sequence[Entry], folder: Path, max_shard_size: str) -
         UserError: a weight is not finite.
         OSError: the disk is full.
     """
+    by_name = {entry.name: entry for entry in entries}
     plan = split_torch_state_dict_into_shards(
-        {entry.name: entry.placeholder for entry in entries}, max_shard_size=max_shard_size
+        {name: entry.placeholder for name, entry in by_name.items()}, max_shard_size=max_shard_size
     )
     for file, names in plan.filename_to_tensors.items():
         try:
-            save_file(dict(made(entries, names)), folder / file, metadata={"format": "pt"})
+            save_file({name: by_name[name].make() for name in names}, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # how safetensors reports what the system refused
             raise OSError(str(error)) from error
         (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads

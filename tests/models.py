@@ -259,7 +259,7 @@ def _tiny(name: str, overrides: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
         for path, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             is_norm = path.endswith("weight") and any(part in path for part in ("norm", "ln_"))
-            weight.copy_(1 + 0.2 * noise if is_norm else noise if path.endswith("sinks") else 0.15 * noise)
+            weight.copy_(weight + 0.2 * noise if is_norm else noise if path.endswith("sinks") else 0.15 * noise)
     return model
 
 

@@ -24,11 +24,7 @@ class PrunedForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         for path, shape in config.pruned_shapes.items():
             owner, _, name = path.rpartition(".")
-            module = self.get_submodule(owner)
-            setattr(module, name, nn.Parameter(torch.empty(shape)))
-            if isinstance(module, nn.Linear) and name == "weight":
-                module.out_features, module.in_features = shape
-            self._init_weights(module)
+            self._reshape(self.get_submodule(owner), name, shape)
         for path, number in config.pruned_counts.items():
             owner, _, name = path.rpartition(".")
             counting: Any = self.get_submodule(owner.removesuffix(".config"))
@@ -36,6 +32,12 @@ class PrunedForCausalLM(LlamaForCausalLM):
                 counting.config = _WithCount(counting.config, name, number)
             else:
                 setattr(counting, name, number)
+
+    def _reshape(self, module: nn.Module, name: str, shape: list[int]) -> None:
+        setattr(module, name, nn.Parameter(torch.empty(shape)))
+        if isinstance(module, nn.Linear) and name == "weight":
+            module.out_features, module.in_features = shape
+        self._init_weights(module)
 
 
 class _WithCount:

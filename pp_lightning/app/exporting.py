@@ -19,8 +19,9 @@ from export import (
 )
 from export.checkpoint import cast_weights
 from export.folder import check_free
-from export.formats import check_format
+from export.formats import GRAPH_FORMATS
 from export.record import base_model_name, calibration_record
+from export.sizes import PrunedSizes, check_exportable
 from export.weights import check_shard_size
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.report import Grid, show_grid
@@ -85,6 +86,11 @@ def export_pruned(
     if settings.format == "safetensors":
         layout = settings.layout or "uniform"
         _show_costs(compare_layouts(module.model), layout)
+        if PrunedSizes.of(module.model).key_heads:
+            _say(
+                "single query heads went out of groups that share keys and values: each one that stays is written with "
+                "keys and values of its own (counted under added)"
+            )
         costs, check = export_checkpoint(
             module.model, out, layout=layout, max_shard_size=settings.max_shard_size, **shared
         )
@@ -114,12 +120,13 @@ class _Shared(TypedDict):
 
 def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> bool:
     """Refuse what can be refused before any work; returns whether the choice is made per batch."""
+    check_exportable(module.model)
     check_free(out, settings.overwrite)
     check_shard_size(settings.max_shard_size)
     if module.method is None:
         raise UserError("nothing to prune: name a method with --model.method")
     if settings.format != "safetensors":
-        check_format(settings.format)
+        GRAPH_FORMATS[settings.format].check()
         if settings.layout not in (None, "uniform"):
             raise UserError("a graph holds any widths as they are: --layout is for --format safetensors")
     dynamic = isinstance(module.method, DynamicMethod) and module.frozen_on is None
@@ -156,22 +163,27 @@ def _asked(module: PrunedLM) -> dict[str, Any]:
 
 def _show_costs(table: list[Costs], chosen: Layout) -> None:
     """What every layout would cost and keep, the chosen one marked."""
-    headings = ("layout", "class", "parameters", "of dense", "FLOPs", "GB", "heads", "channels", "loads in")
+    headings = (
+        *("layout", "class", "parameters", "of dense", "added", "FLOPs", "GB"),
+        *("heads", "kv heads", "channels", "loads in"),
+    )
     show_grid(Grid("what each layout of this choice costs and keeps", headings, [_cells(row, chosen) for row in table]))
 
 
 def _cells(costs: Costs, chosen: Layout) -> tuple[str, ...]:
     name = f"-> {costs.layout}" if costs.layout == chosen else f"   {costs.layout}"
     if not costs.parameters:
-        return name, *["-"] * 7, costs.model_class
+        return name, *["-"] * 9, costs.model_class
     return (
         name,
         costs.model_class,
         f"{costs.parameters:,}",
         f"{costs.parameters_ratio:.3f}",
+        f"{costs.added_parameters:,}",
         f"{costs.flops_ratio:.3f}",
         f"{costs.bytes / 1e9:.3f}",
         _range(costs.heads),
+        _range(costs.key_heads),
         _range(costs.channels),
         costs.loads_in,
     )
