@@ -11,9 +11,8 @@ from export.graph import Graph, attention_for_graphs, traced
 from pp_lightning.errors import UserError
 from pp_lightning.functional.selection import take_rows
 from pp_lightning.methods import DynamicMethod
-from pp_lightning.pruning import pruning_of
-
-_MOVING = ("history", "mean")
+from pp_lightning.pruned.context import ModelContext
+from pp_lightning.pruning import last_choices, pruning_of
 
 
 def trace_dynamic(model: PreTrainedModel, rows: int, tokens: int) -> Graph:
@@ -40,59 +39,35 @@ def trace_dynamic(model: PreTrainedModel, rows: int, tokens: int) -> Graph:
         raise UserError(f"batches of {tokens} tokens are longer than the {context.num_positions} calibrated positions")
     if pruning.method.lots_needed(rows, tokens):
         raise UserError("a probe that is drawn anew for every batch fits no graph: rank it by residual or input")
-    state = PrunedState(model)
+    state = list(context.tensors())
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=model.device)
-    start = [state.buffers[name].clone() for name in state.moving.values()]
-    chosen = context.chosen
+    start = [tensor.clone() for tensor in context.tensors().values()]
+    last = context.last
     with attention_for_graphs(model):
-        program = traced(_WithHistory(model, state), (ids, torch.ones_like(ids), start), None)
+        program = traced(_WithHistory(model, context), (ids, torch.ones_like(ids), start), None)
     ours = {torch.ops.pp_lightning.gather_units.default: take_rows}
     program = program.run_decompositions(ours)
-    context.chosen = chosen
+    context.last = last
     return Graph(
         program,
         leading=2,
-        inputs=("input_ids", "attention_mask", *state.moving),
-        outputs=("logits", *(f"new_{label}" for label in state.moving), *state.choices),
+        inputs=("input_ids", "attention_mask", *state),
+        outputs=("logits", *(f"new_{label}" for label in state), *(f"kept.{i}.{b.value}" for i, b in pruning.pruners)),
     )
-
-
-class PrunedState:
-    """A pruned model's buffers that change from batch to batch.
-
-    Attributes:
-        moving: histories and running means, which the next batch starts from, by label: ``history.3.mlp``.
-        choices: the units kept for the last batch, by label: ``kept.3.mlp``.
-        buffers: these, and what else a batch writes, by name in the model.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        paths = {id(module): path for path, module in model.named_modules()}
-        written = {
-            f"{kind}.{layer}.{which.value}": (f"{paths[id(block)]}.{kind}", buffer)
-            for (layer, which), block in pruning_of(model).pruners.items()
-            for kind in (*_MOVING, "kept", "restored")
-            if (buffer := getattr(block, kind)) is not None
-        }
-        names = {label: name for label, (name, _) in written.items()}
-        self.moving = {label: name for label, name in names.items() if label.split(".")[0] in _MOVING}
-        self.choices = {label: name for label, name in names.items() if label.startswith("kept.")}
-        self.buffers: dict[str, Tensor] = dict(written.values())
 
 
 class _WithHistory(nn.Module):
     """Tensors in, tensors out: the buffers are swapped for arguments while the model runs."""
 
-    def __init__(self, model: PreTrainedModel, state: PrunedState) -> None:
+    def __init__(self, model: PreTrainedModel, context: ModelContext) -> None:
         super().__init__()
         self.model = model
-        self._state = state
+        paths = {id(buffer): path for path, buffer in model.named_buffers()}
+        self._paths = [paths[id(tensor)] for tensor in context.tensors().values()]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, before: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Logits, what the next batch starts from, kept units."""
-        state = self._state
-        swapped = {name: buffer.clone() for name, buffer in state.buffers.items()}
-        swapped |= dict(zip(state.moving.values(), (tensor.clone() for tensor in before), strict=True))
+        swapped = dict(zip(self._paths, (tensor.clone() for tensor in before), strict=True))
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         output = functional_call(self.model, swapped, (), inputs)
-        return (output.logits, *(swapped[name] for name in (*state.moving.values(), *state.choices.values())))
+        return (output.logits, *swapped.values(), *(choice.kept for choice in last_choices(self.model).values()))

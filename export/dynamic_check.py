@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from export.dynamic import PrunedState
 from export.formats import Session
 from export.verify import Agreement, tolerance
 from pp_lightning.errors import UserError
+from pp_lightning.pruning import last_choices
+from pp_lightning.state import kept_state, pruning_state
 
 _BATCHES = 3
 
@@ -39,17 +40,14 @@ class DynamicBehaviour:
     @torch.no_grad()
     def of(model: PreTrainedModel, rows: int, tokens: int) -> "DynamicBehaviour":
         """Run a model; its history is put back afterwards."""
-        state = PrunedState(model)
-        before = [state.buffers[name].clone() for name in state.moving.values()]
         batches = [_batch(model.config.vocab_size, rows, tokens, seed) for seed in range(_BATCHES)]
         logits, kept = [], []
-        for ids, mask in batches:
-            inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-            logits.append(model(**inputs, use_cache=False).logits.float().cpu())
-            kept.append([state.buffers[name].cpu().clone() for name in state.choices.values()])
-        after = [state.buffers[name].cpu().clone() for name in state.moving.values()]
-        for name, history in zip(state.moving.values(), before, strict=True):
-            state.buffers[name].copy_(history)
+        with kept_state(model):
+            for ids, mask in batches:
+                inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+                logits.append(model(**inputs, use_cache=False).logits.float().cpu())
+                kept.append([choice.kept.cpu() for choice in last_choices(model).values()])
+            after = [tensor for tensor in pruning_state(model).values() if tensor.dim() > 0]
         return DynamicBehaviour(batches, logits, kept, after)
 
     def check(self, session: Session, histories: Sequence[Tensor], dtype: torch.dtype, num_layers: int) -> Agreement:

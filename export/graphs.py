@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from export.dynamic import PrunedState, trace_dynamic
+from export.dynamic import trace_dynamic
 from export.dynamic_check import DynamicBehaviour
 from export.folder import appearing, check_free, check_space
 from export.formats import GRAPH_FORMATS, GraphFormat, Session
@@ -19,6 +19,7 @@ from export.sizes import check_exportable, longest_text
 from export.verify import STEPS, Agreement, Behaviour, Runner, compare, model_runner, positions_of
 from pp_lightning.errors import UserError
 from pp_lightning.progress import Tell, ignore_line
+from pp_lightning.state import pruning_state
 
 T = TypeVar("T")
 
@@ -113,8 +114,8 @@ def export_dynamic_graph(
     """
     chosen = _ready(form, model, out, overwrite)
     expected = DynamicBehaviour.of(model, rows, tokens)
-    dtype, layers, state = model.dtype, model.config.num_hidden_layers, PrunedState(model)
-    start = {label: state.buffers[name].cpu().clone() for label, name in state.moving.items()}
+    dtype, layers = model.dtype, model.config.num_hidden_layers
+    start = {label: tensor for label, tensor in pruning_state(model).items() if tensor.dim() > 0}
     return _write(
         model,
         out,

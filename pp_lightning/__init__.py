@@ -9,6 +9,7 @@ from pp_lightning.errors import UserError
 from pp_lightning.gradients import taylor_importances
 from pp_lightning.importances import Importances
 from pp_lightning.pruning import KeptUnits, frozen_history, kept_units, prune_, unprune_
+from pp_lightning.state import load_pruning_state, pruning_state
 from pp_lightning.statistics import Statistics
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "compile_",
     "frozen_history",
     "kept_units",
+    "load_pruning_state",
     "prune_",
+    "pruning_state",
     "taylor_importances",
     "uncompile_",
     "unprune_",

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
@@ -280,17 +281,20 @@ class _CompiledLayer:
     ) -> Any:
         """The layer in a graph, and around it what a graph cannot do: memory, and what is held for decoding."""
         plans = {block.block: block.plan(batch) for block in self._blocks}
-        for block in self._blocks:
-            block.runner.slices.prepare(leaves=plans[block.block].leaves)
         own = batch.of_layer(self._index, plans)
-        try:
-            found = run(self._widths, self._layer, hidden, args, kwargs, context, own)
-        finally:
-            context.batch = batch
-        batch.middle = own.middle
+        with ExitStack() as locks:
+            for block in self._blocks:
+                locks.enter_context(block.runner.lock.taken())
+            try:
+                found = run(self._widths, self._layer, hidden, args, kwargs, context, own)
+            finally:
+                context.batch = batch
+        batch.take_results(self._index, own)
+        held = None if batch.conversation is None else batch.conversation.held
         for block in self._blocks:
-            if plans[block.block].leaves:
-                block.runner.slices.hold_left(block.last)
+            if held is not None and plans[block.block].leaves:
+                choice = batch.results[block.key].choice
+                held[block.number] = block.runner.slices.written(choice, batch.rooms[block.key])
         return found
 
     def _begins(self, cache: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pp_lightning.errors import UserError
@@ -75,7 +75,7 @@ class Evidence:
         return json.loads(metadata[cls.called]), tensors
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: nn.Module) -> str:
     """A digest that tells models apart: SHA-256 over every weight's name, shape, dtype and a sample of its values."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():

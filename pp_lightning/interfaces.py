@@ -4,7 +4,7 @@ Nothing else in the library reaches for a name that its owner does not document.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import Any
@@ -199,6 +199,14 @@ def unfused_on_cpus(mask: Any) -> AbstractContextManager[object]:
     on_cpu = mask.kv_indices.device.type == "cpu"
     stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager") if on_cpu else nullcontext()
     return stance
+
+
+def keep_addresses(matrices: Iterable[tuple[Tensor | None, ...]]) -> None:
+    """Tell CUDA graphs that tensors stay where they are, so that none copies them: as transformers does for caches."""
+    mark = getattr(torch._dynamo, "mark_static_address", None)
+    for tensor in (one for matrix in matrices for one in matrix if one is not None):
+        if mark is not None and tensor.device.type != "cpu":
+            mark(tensor, guard=False)
 
 
 def compilations() -> list[Any]:

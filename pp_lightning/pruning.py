@@ -28,7 +28,9 @@ from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import Plan, make_plan
 from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruned.check import Meeting, check_block, kinds_of, meetings
+from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.context import ModelContext
+from pp_lightning.pruned.conversations import HeldSlices
 from pp_lightning.pruned.lots import Lots
 from pp_lightning.pruned.recomputing import Recomputing
 from pp_lightning.pruned.runner import BlockRunner
@@ -100,6 +102,7 @@ def prune_(
     floor: float | None = None,
     keep_dense: bool = True,
     release_stats: bool = False,
+    held_slices: int | str = 1,
 ) -> None:
     """Prune a causal language model in place. It stays the transformers model it was: same class, same call.
 
@@ -122,6 +125,8 @@ def prune_(
             MLPs, or 0.25 in both where that would leave too little to remove.
         keep_dense: keep a static method's dense weights for :func:`unprune_`. False saves their memory.
         release_stats: empty a dynamic method's statistics while pruning, so that a history never exists twice.
+        held_slices: conversations (key/value caches) whose sliced weights a dynamic method holds while decoding, or
+            their bytes: ``"2GB"``. The least recently used are let go, and sliced again when they go on.
 
     Raises:
         UserError: the model is not supported or already pruned, the ratios leave nothing, or ``evidence`` is missing,
@@ -149,7 +154,7 @@ def prune_(
     met = _checked(model, blocks, shape, plan, keep)
     surgery = _Surgery(model, blocks, shape, plan, keep, met)
     if isinstance(method, DynamicMethod):
-        pruning = _prune_dynamic(surgery, method, stats, release_stats)
+        pruning = _prune_dynamic(surgery, method, stats, release_stats, held_slices)
     else:
         assert isinstance(method, StaticMethod)
         found = Statistics(model="") if evidence is None else evidence
@@ -203,17 +208,26 @@ def kept_units(model: PreTrainedModel) -> dict[int, KeptUnits]:
         UserError: the model is not pruned.
     """
     pruning = pruning_of(model)
-    if pruning.context is not None and not pruning.context.chosen:
+    last = last_choices(model)
+    if pruning.pruners and not last:
         return {}
-    kept = dict(pruning.choices) | {key: block.kept.clone() for key, block in pruning.pruners.items()}
+    units = pruning.choices | {key: choice.kept for key, choice in last.items()}
+    kept = {key: one.clone() for key, one in units.items()}
     nothing = torch.empty(0, dtype=torch.long)
     layers = sorted({layer for layer, _ in kept})
     return {i: KeptUnits(kept.get((i, Block.ATTENTION), nothing), kept.get((i, Block.MLP), nothing)) for i in layers}
 
 
+def last_choices(model: PreTrainedModel) -> dict[BlockKey, Choice]:
+    """What each block that chooses ran the last batch on; empty before the first."""
+    pruning = pruning_of(model)
+    last = None if pruning.context is None else pruning.context.last
+    return {} if last is None else dict(zip(pruning.pruners, last, strict=True))
+
+
 @contextmanager
 def frozen_history(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context batches leave the histories as they are: for warm-up, or for independent evaluations.
+    """Within this context batches leave the state as it is: for warm-up, or for independent evaluations.
 
     Raises:
         UserError: the model is not pruned.
@@ -346,7 +360,9 @@ class _Surgery:
         return {key: torch.arange(number) for key, number in self.keep.items() if number == numbers[key[1]]}
 
 
-def _prune_dynamic(surgery: _Surgery, method: DynamicMethod, stats: Statistics | None, release: bool) -> Pruning:
+def _prune_dynamic(
+    surgery: _Surgery, method: DynamicMethod, stats: Statistics | None, release: bool, held_slices: int | str
+) -> Pruning:
     model, plan = surgery.model, surgery.plan
     histories = stats if method.keeps_history else None
     stack, layers = stack_of(model), layers_of(model)
@@ -355,22 +371,25 @@ def _prune_dynamic(surgery: _Surgery, method: DynamicMethod, stats: Statistics |
         argument_names(stack),
         argument_names(layers[0]),
         bool(getattr(model.config, "use_cache", False)),
+        HeldSlices(held_slices),
         Lots(method, len(layers)),
     )
     whole = surgery.whole()
-    recomputing = {key[0]: Recomputing(layers[key[0]]) for key in surgery.keep if key not in whole}
+    keys = [key for key in surgery.keep if key not in whole]
+    recomputing = {index: Recomputing(layers[index]) for index, _ in keys}
     pruners = {  # all of them before the first is installed: a mistake leaves the model as it was
-        key: _pruned_block(surgery, key, method, context, recomputing[key[0]], histories, release)
-        for key in surgery.keep
-        if key not in whole
+        key: _pruned_block(surgery, key, number, method, context, recomputing[key[0]], histories, release)
+        for number, key in enumerate(keys)
     }
+    context.held.check([block.runner.slices for block in pruners.values()])
     hooks = []
     for block in pruners.values():
         block.runner.module.pruner = block
-        block.runner.install(block.forward, block.begin)
+        block.runner.install(block.forward, block.begin, block.end)
         if block.norm is not None:
             hooks.append(block.norm.register_forward_pre_hook(block.see_residual))
     context.blocks = list(pruners.values())
+    context.digest()
     hooks += [
         stack.register_forward_pre_hook(context.begin_batch, with_kwargs=True),
         layers[0].register_forward_pre_hook(context.enter_layers, with_kwargs=True),
@@ -398,6 +417,7 @@ def _publish_residuals(surgery: _Surgery, context: ModelContext) -> list[Removab
 def _pruned_block(
     surgery: _Surgery,
     key: BlockKey,
+    number: int,
     method: DynamicMethod,
     context: ModelContext,
     recomputing: Recomputing,
@@ -406,12 +426,13 @@ def _pruned_block(
 ) -> PrunedBlock:
     index, name = key
     modules, norm = surgery.blocks[key], surgery.met[key].norm
-    runner = BlockRunner(modules, surgery.shape, surgery.plan.unit, surgery.keep[key], context.memory)
+    runner = BlockRunner(modules, surgery.shape, surgery.plan.unit, surgery.keep[key])
+    context.memory.reserve(runner.slices.size)
     # the mean first: making the history may give up what it is made from
     mean = histories.channel_moments(index, name)[0] if histories is not None and method.keeps_mean else None
     history = None if histories is None else histories.second_moment(index, name, release=release)
     before = None if norm is None else getattr(modules.layer, norm)
-    block = PrunedBlock(runner, index, method, context, recomputing, before, history, mean)
+    block = PrunedBlock(runner, index, number, method, context, recomputing, before, history, mean)
     if not torch.isfinite(block.weight_norm).all():
         raise UserError(
             f"the {name.value} block of layer {index} has weights that are not finite: check the checkpoint"

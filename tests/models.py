@@ -326,6 +326,12 @@ def histories(model: PreTrainedModel) -> dict[tuple[int, str], Tensor]:
     }
 
 
+def held_by(cache: Any) -> list[dict[str, Any]] | None:
+    """The slices that the tokens after a prompt run on, by block; None where they were let go."""
+    found: list[dict[str, Any]] | None = cache.pruning_choice.held
+    return found
+
+
 def choices(kept: dict[int, KeptUnits]) -> dict[int, tuple[list[int], list[int]]]:
     """Kept units in plain lists, to compare with ``==``."""
     return {index: (units.attention.tolist(), units.mlp.tolist()) for index, units in kept.items()}

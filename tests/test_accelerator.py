@@ -45,7 +45,7 @@ def found(request):
 @pytest.mark.parametrize("case", SOUND)
 def test_an_accelerator_waits_for_nothing_and_records_everything(found, case):
     """Batches, decoding and compiled layers ask for no value and mix no devices; and what CUDA graphs need holds: all
-    of a graph is on the device, and what it writes to, as all that does not change with the batch, stays in its place.
+    of a graph is on the device, and what does not change with the batch stays in its place.
     """
     findings = found[case]
     assert findings["error"] is None
@@ -53,9 +53,7 @@ def test_an_accelerator_waits_for_nothing_and_records_everything(found, case):
     assert findings["elsewhere"] == []
     moving = {name.removeprefix("l_").removesuffix("_") for name in findings["moving"]}
     assert "hidden" in moving <= MAY_MOVE
-    written = {name.rstrip("_").split("_")[-1] for name in findings["written"]}
-    assert ("history" in written) == ("full_batch" not in case)
-    assert not set(findings["written"]) & set(findings["moving"])
+    assert findings["written"] == []  # histories move when the batch has ended
     decoding = findings["decoding"]
     assert (decoding["device"], decoding["elsewhere"]) == (DEVICE, [])
     assert set(decoding["moving"]) == {f"l_kwargs_{name}_" for name in ("input_ids", "position_ids", "attention_mask")}

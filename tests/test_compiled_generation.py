@@ -18,10 +18,10 @@ from tests.models import (
     MODELS,
     SETTINGS,
     choices,
+    held_by,
     histories,
     ids,
     logits,
-    pruned_blocks,
     ragged,
     statistics,
     tiny,
@@ -113,18 +113,31 @@ def test_with_compiled_layers_too():
 
 
 @torch.no_grad()
-def test_a_cache_of_another_choice_is_refused():
-    model = pruned("llama")
-    decode, first = step(model), prompt(model, 1)
-    decode(input_ids=ids(3, 1), past_key_values=first, use_cache=True)
-    copied = copy.deepcopy(first)
-    second = prompt(model, 2)
-    for stale in (first, copied):
-        with pytest.raises(Exception, match=r"another choice of heads|UserError"):
-            decode(input_ids=ids(3, 1), past_key_values=stale, use_cache=True)
-        with pytest.raises(UserError, match="another choice of heads"):
-            model(input_ids=ids(3, 1), past_key_values=stale, use_cache=True)
-    decode(input_ids=ids(3, 1), past_key_values=second, use_cache=True)
+def test_one_graph_for_conversations_side_by_side():
+    """Held or let go: slices that went are made in a second graph, token by token."""
+    model, eager = pruned("llama", held_slices=2), pruned("llama", held_slices=2)
+    decode, caches = step(model), []
+    for seed in (1, 2, 3):
+        caches.append((prompt(model, seed), prompt(eager, seed)))
+    assert [held_by(cache) is None for cache, _ in caches] == [True, False, False]
+    for cache, other in [*caches[1:], *caches[1:], *caches]:
+        found = decode(input_ids=ids(3, 1), past_key_values=cache, use_cache=True).logits
+        expected = eager(input_ids=ids(3, 1), past_key_values=other, use_cache=True).logits
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert graphs() == (2 if cache is caches[0][0] else min(graphs(), 2))
+    assert graphs() == 2
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused():
+    model, other = pruned("llama"), pruned("llama")
+    decode, own, foreign = step(model), prompt(model, 1), prompt(other, 1)
+    decode(input_ids=ids(3, 1), past_key_values=own, use_cache=True)
+    with pytest.raises(Exception, match=r"another model or pruning|UserError"):
+        decode(input_ids=ids(3, 1), past_key_values=foreign, use_cache=True)
+    with pytest.raises(UserError, match="another model or pruning"):
+        model(input_ids=ids(3, 1), past_key_values=foreign, use_cache=True)
+    decode(input_ids=ids(3, 1), past_key_values=own, use_cache=True)
 
 
 @torch.no_grad()
@@ -159,15 +172,16 @@ def test_what_decoding_reads_stays_where_it_is(name):
     """CUDA graphs read it there: what moves is recorded again, for every prompt."""
     model, found = pruned(name, method=ProbePruning.best), []
     for seed in (1, 2, 3):
-        prompt(model, seed)
+        cache = prompt(model, seed)
         held = [
             tensor.data_ptr()
-            for block in pruned_blocks(model).values()
-            for matrix in block.runner.slices.hold(block.last).values()
+            for one in held_by(cache)
+            for matrix in one.values()
             for tensor in matrix
             if tensor is not None
         ]
         found.append((held, choices(kept_units(model))))
+        del cache  # as when generate() has ended
     assert found[0][0] == found[1][0] == found[2][0]
     assert found[1][1] != found[2][1]
 

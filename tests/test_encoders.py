@@ -34,8 +34,8 @@ from pp_lightning.families import blocks_of, layers_of, shape_of, shape_of_model
 from pp_lightning.flops import dense_flops, pruned_flops
 from pp_lightning.freezing import choice_for
 from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, StaticPPsp, WandaSP
-from pp_lightning.pruning import is_pruned, pruning_of
-from tests.models import choices, histories, masked_dense, padded, pruned_blocks, ragged
+from pp_lightning.pruning import is_pruned, last_choices, pruning_of
+from tests.models import choices, histories, masked_dense, padded, ragged
 
 LAYERS, HEADS, CHANNELS, LABELS = 4, 8, 160, 7
 SIZES: dict[str, Any] = {
@@ -170,10 +170,10 @@ def silenced(model: PreTrainedModel, name: str) -> PreTrainedModel:
     dense = tiny(name)
     masked = masked_dense(dense, kept_units(model), units(dense))
     blocks = blocks_of(masked)
-    for key, block in pruned_blocks(model).items():
-        if block.restored is not None:
+    for key, choice in last_choices(model).items():
+        if choice.restored is not None:
             projection = blocks[key].projection(blocks[key].output)
-            projection.register_forward_hook(partial(put_back, block.restored.clone()))
+            projection.register_forward_hook(partial(put_back, choice.restored))
     return masked
 
 

@@ -2,7 +2,6 @@
 
 from pp_lightning.commonsense.datamodule import CommonsenseData
 from pp_lightning.commonsense.evaluate import TaskResult, TaskResults, evaluate_tasks
-from pp_lightning.commonsense.histories import Histories
 from pp_lightning.commonsense.metric import MultipleChoice
 from pp_lightning.commonsense.scoring import RowScores, score_batch
 from pp_lightning.commonsense.tasks import TASK_NAMES, TASKS, Task
@@ -11,7 +10,6 @@ __all__ = [
     "TASKS",
     "TASK_NAMES",
     "CommonsenseData",
-    "Histories",
     "MultipleChoice",
     "RowScores",
     "Task",

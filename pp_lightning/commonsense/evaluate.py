@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pp_lightning.commonsense.datamodule import CommonsenseData
-from pp_lightning.commonsense.histories import Histories
 from pp_lightning.commonsense.metric import ACCURACIES, MultipleChoice
 from pp_lightning.commonsense.scoring import check_window, score_batch
 from pp_lightning.pruning import is_pruned, pruning_of
 from pp_lightning.resume import ResumeFile
+from pp_lightning.state import digest_of, load_pruning_state, pruning_state
 from pp_lightning.statistics import fingerprint
 
 Progress = Callable[[str, int, int], None]
@@ -96,9 +97,9 @@ def evaluate_tasks(
 ) -> TaskResults:
     """Score a model, dense or pruned, on every task of ``data``.
 
-    A dynamic method's histories are put back to what they were at the call before each task and at the end: a task's
+    A dynamic method's state is put back to what it was at the call before each task and at the end: a task's
     result depends neither on the tasks before it nor on whether the evaluation was interrupted, and evaluating twice
-    gives the same. Within a task they move from batch to batch.
+    gives the same. Within a task it moves from batch to batch.
 
     Where ``torch.distributed`` is set up, each process scores its share of the batches and all return the same results.
     A dynamic method's histories then see only their own process's batches.
@@ -117,8 +118,8 @@ def evaluate_tasks(
     check_window(model, data.window)
     for task in data.tasks:
         data.num_batches(task)
-    settings, histories = data.evaluation_settings(), Histories(model)
-    finished = ResumeFile(resume_file, {"model": describe_model(model, histories), **settings}, FORMAT)
+    settings, state = data.evaluation_settings(), pruning_state(model)
+    finished = ResumeFile(resume_file, {"model": describe_model(model, state), **settings}, FORMAT)
     results: dict[str, TaskResult] = {}
     was_training = model.training
     model.eval()
@@ -127,25 +128,25 @@ def evaluate_tasks(
             done = finished.result_of(task)
             if done is None:
                 result = _evaluate_task(model, data, task, progress)
-                histories.restore()
+                load_pruning_state(model, state)
                 finished.add(task, asdict(result))
             else:
                 result = TaskResult(**done)
             results[task] = result
     finally:
-        histories.restore()
+        load_pruning_state(model, state)
         model.train(was_training)
     return TaskResults(results, settings)
 
 
-def describe_model(model: PreTrainedModel, histories: Histories) -> dict[str, Any]:
-    """What tells this model from another one: weights, and if it is pruned, method, kept units and histories."""
+def describe_model(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What tells this model from another one: weights, and if it is pruned, method, kept units and state."""
     described: dict[str, Any] = {"weights": fingerprint(model)}
     if is_pruned(model):
         pruning = pruning_of(model)
         described["method"] = {"label": pruning.method.label, **pruning.method.settings()}
         described["kept"] = {f"{layer}.{block.value}": count for (layer, block), count in pruning.keep.items()}
-        described["histories"] = histories.digest()
+        described["state"] = digest_of(state)
     return described
 
 

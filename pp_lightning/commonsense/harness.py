@@ -31,7 +31,6 @@ from pp_lightning.calibration import calibrate
 from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer
 from pp_lightning.commonsense.batching import collate_rows
 from pp_lightning.commonsense.encoding import EncodedRow, encoded_row
-from pp_lightning.commonsense.histories import Histories
 from pp_lightning.commonsense.scoring import score_tokens, sum_rows
 from pp_lightning.data.sources import C4
 from pp_lightning.data.windows import batched, document_windows
@@ -43,6 +42,7 @@ from pp_lightning.methods.gradient import GradientMethod
 from pp_lightning.progress import shown
 from pp_lightning.pruning import prune_
 from pp_lightning.recovery import Recovered
+from pp_lightning.state import load_pruning_state, pruning_state
 from pp_lightning.statistics import Statistics
 
 _CALIBRATION_WINDOW, _CALIBRATION_ROWS = 512, 20  # the paper's, for tasks
@@ -220,7 +220,7 @@ def run_harness(
     if unknown:
         raise UserError(f"lm-evaluation-harness has no task {unknown[0]!r}: `lm_eval ls tasks` lists them")
     language_model = PrunedHFLM(model, tokenizer, batch_size, max_length)
-    histories = Histories(model)
+    state = pruning_state(model)
     merged: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}, "settings": language_model.choices}
     for task in tasks:
         try:
@@ -228,7 +228,7 @@ def run_harness(
                 language_model, tasks=[task], limit=limit, num_fewshot=num_fewshot, task_manager=manager
             )
         finally:
-            histories.restore()
+            load_pruning_state(model, state)
         for part in ("results", "versions", "n-samples"):
             merged[part].update(found[part])
     return merged

@@ -37,7 +37,7 @@ def restored_mean(weight: Tensor, mean: Tensor, kept_channels: Tensor) -> Tensor
     return torch.nn.functional.linear(vector[None], weight.detach())[0].float()
 
 
-def update_mean_(mean: Tensor, batch_mean: Tensor, kept: Tensor, momentum: float) -> None:
+def update_mean_(mean: Tensor, batch_mean: Tensor, kept: Tensor, momentum: float, finite: Tensor) -> None:
     """Move a running mean (C,) towards a batch's, in place, in the kept channels: ``M = m M + (1 - m) mu``.
 
     Args:
@@ -45,5 +45,7 @@ def update_mean_(mean: Tensor, batch_mean: Tensor, kept: Tensor, momentum: float
         batch_mean: (K,) float32, of the kept channels.
         kept: (K,) int64.
         momentum: m.
+        finite: bool scalar; False leaves the mean as it is.
     """
-    mean.index_copy_(0, kept, torch.lerp(batch_mean, mean.index_select(0, kept), momentum))
+    old = mean.index_select(0, kept)
+    mean.index_copy_(0, kept, torch.where(finite, torch.lerp(batch_mean, old, momentum), old))

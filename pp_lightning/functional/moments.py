@@ -5,6 +5,7 @@ column are the same and everything is a plain mean over rows. With padding, toke
 ids, so the same rows give the same moments wherever their padding is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -178,3 +179,13 @@ def update_history_(
         rows.copy_(new)
     else:
         rows.index_copy_(1, kept, new)
+
+
+def all_finite(moments: Sequence[Tensor]) -> Tensor:
+    """Whether second moments, which are not negative, are finite everywhere: a bool scalar on the first one's device.
+
+    Args:
+        moments: (P, K) float32 each, of any device.
+    """
+    device = moments[0].device
+    return torch.stack([moment.amax().to(device, non_blocking=True) for moment in moments]).isfinite().all()

@@ -1,12 +1,13 @@
 """A block of a transformer layer under a dynamic method: choose, slice, run the stock code, remember."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pp_lightning.blocks import Block
+from pp_lightning.blocks import Block, BlockKey
 from pp_lightning.functional.compensation import channel_mean, update_mean_
 from pp_lightning.functional.linear import wants_rows
 from pp_lightning.functional.moments import placed_second_moment, sum_of_squares, update_history_
@@ -16,10 +17,23 @@ from pp_lightning.interfaces import current_forward
 from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod
 from pp_lightning.pruned.choice import Choice, ExecutionPlan
 from pp_lightning.pruned.context import ModelContext
-from pp_lightning.pruned.inputs import BatchInputs, Earlier
+from pp_lightning.pruned.inputs import BatchInputs, Earlier, Result, State
 from pp_lightning.pruned.projection import Product
 from pp_lightning.pruned.recomputing import Known, Recomputing
 from pp_lightning.pruned.runner import BlockRunner
+from pp_lightning.pruned.slices import Slice
+
+
+class Ready(NamedTuple):
+    """How the stock code runs a batch.
+
+    Attributes:
+        does: what each projection does, the output last.
+        kept: (K,) int64, the units that they do it on; None is all, up to the output.
+    """
+
+    does: Sequence[Product]
+    kept: Tensor | None
 
 
 class PrunedBlock(nn.Module):
@@ -27,12 +41,13 @@ class PrunedBlock(nn.Module):
 
     The stock code runs twice: on the probe, with all weights, up to the output projection, whose input is what scores
     are made of; then on the whole batch, with slices of the kept units in its projections. This holds the history
-    (P_max, C), the constant part of the scores (C,) and the units kept for the last batch (K,), as buffers that are not
-    part of the checkpoint. A block without a module of its own has it on the layer.
+    (P_max, C), the running mean (C,) and the constant part of the scores (C,), as buffers that are not part of the
+    checkpoint. A block without a module of its own has it on the layer.
 
     Args:
         runner: of the stock code.
         index: of the layer.
+        number: among the pruned blocks of the model.
         method: the policy.
         context: shared by the blocks of the model.
         recomputing: shared by the blocks of the layer.
@@ -43,19 +58,17 @@ class PrunedBlock(nn.Module):
     Attributes:
         block: attention or MLP.
         units: of the block.
-        decodes: whether choices are held for decoding. From then on, prompts leave their slices for it.
     """
 
     history: Tensor | None
     mean: Tensor | None
     weight_norm: Tensor
-    kept: Tensor
-    restored: Tensor | None
 
     def __init__(
         self,
         runner: BlockRunner,
         index: int,
+        number: int,
         method: DynamicMethod,
         context: ModelContext,
         recomputing: Recomputing,
@@ -67,21 +80,17 @@ class PrunedBlock(nn.Module):
         self.runner = runner
         self.block = runner.modules.block
         self.index = index
+        self.number = number
         self.units = runner.units
         self.method = method
         self.context = context
-        self.decodes = False
         self.recomputing = recomputing
         self._mixes_tokens = self.block is Block.ATTENTION
         self._norm = (norm,)  # in a tuple: the layer owns it, not this module
-        self._residual: tuple[Tensor, ...] = ()
         weight = runner.modules.scored_weight
         self.register_buffer("weight_norm", method.weight_norm(weight), persistent=False)
         for name, start in (("history", history), ("mean", mean)):
             self.register_buffer(name, None if start is None else start.to(weight.device), persistent=False)
-        self.register_buffer("kept", torch.arange(runner.keep, device=weight.device), persistent=False)
-        restored = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
-        self.register_buffer("restored", restored if method.restores_means else None, persistent=False)
 
     @property
     def norm(self) -> nn.Module | None:
@@ -89,9 +98,14 @@ class PrunedBlock(nn.Module):
         return self._norm[0]
 
     @property
-    def last(self) -> Choice:
-        """What the last batch was run on."""
-        return Choice(self.kept, self.restored)
+    def key(self) -> BlockKey:
+        """Layer and block."""
+        return self.index, self.block
+
+    @property
+    def state(self) -> State:
+        """What it remembers now."""
+        return State(self.history, self.mean)
 
     # What the layer calls.
 
@@ -100,93 +114,105 @@ class PrunedBlock(nn.Module):
         runner = self.runner
         given = {**dict(zip(runner.names, args, strict=False)), **kwargs}
         hidden = given.pop(runner.names[0])
-        return runner.run(hidden, given) if self._prepare(hidden, given) else runner.stock(hidden, given)
+        ready = self._ready(hidden, given)
+        return runner.run(hidden, given) if ready is None else runner.run(hidden, given, *ready)
 
     def begin(self, hidden: Tensor) -> Tensor:
         """The same for a block without a module of its own: what its first projection gives."""
-        runner = self.runner
-        return runner.begin(hidden) if self._prepare(hidden, {}) else runner.inputs[0].stock(hidden)
+        ready = self._ready(hidden, {})
+        if ready is None:
+            return self.runner.inputs[0].stock(hidden)
+        enter, self.context.leaving = ready.does
+        return enter(hidden)
+
+    def end(self, states: Tensor) -> Tensor:
+        """And what its output projection gives."""
+        leave, self.context.leaving = self.context.leaving, None
+        return self.runner.output.stock(states) if leave is None else leave(states)
 
     def see_residual(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the norm in front: its input is what ranks the probe."""
         inputs = self.context.batch
         if inputs is not None and not inputs.decoding:
-            self._residual = (args[0],)
+            inputs.residuals[self._place(inputs)] = args[0]
 
     # One batch.
 
-    def begin_batch(self) -> None:
+    def follow(self) -> None:
         """Before the layers run: follow adapters and checkpointing, which come and go."""
         self.recomputing.attach()
         if self.runner.rebind():
             self.weight_norm.copy_(self.method.weight_norm(self.runner.modules.scored_weight))
 
-    def _prepare(self, hidden: Tensor, given: Arguments) -> bool:
-        """Make the projections ready for a batch: on the choice that is held, or on one that is made now.
+    def _ready(self, hidden: Tensor, given: Arguments) -> Ready | None:
+        """Make ready for a batch: on the choice that is held, or on one that is made now.
 
         Args:
             hidden: (B, S, D) or (B * S, D), entering the block.
             given: the other arguments of the block's module.
 
         Returns:
-            Whether there is a batch; without one the block is the stock one.
+            What the projections do; None where there is no batch, and the block is the stock one.
         """
-        runner, slices, inputs = self.runner, self.runner.slices, self.context.batch
+        runner, inputs = self.runner, self.context.batch
         known = self.recomputing.known(self.block)
         if known is not None:
-            self._prepare_again(hidden, known)
-            return True
+            return self._ready_again(hidden, known)
         if inputs is None:
-            return False
+            return None
         if inputs.decoding:
-            self.expect_decoding()
-            runner.narrow(self.last, slices.hold(self.last))
-            return True
+            conversation = inputs.conversation
+            assert conversation is not None
+            weights = conversation.slice_of(self.number, runner.slices)
+            choice = conversation.choices[self.number]
+            return Ready(runner.narrowed(choice, weights), choice.kept)
         plan = self.plan(inputs)
-        if plan.leaves or slices.held is not None or not slices.is_prepared:
-            slices.prepare(leaves=plan.leaves)
-        (residual,), self._residual = self._residual or (hidden,), ()
+        residual = inputs.residuals.pop(self._place(inputs), hidden)
         source = hidden
         if hidden.dim() != 3:
             source, residual = inputs.as_batch(hidden), inputs.as_batch(residual)
         if plan.shares and not self._mixes_tokens:  # token by token: the probe's states are among the batch's
-            runner.widen(partial(self._choose_late, source, residual, inputs, plan))
-            return True
+            return Ready(runner.widened(partial(self._choose_late, source, residual, inputs, plan)), None)
         ahead = runner.whole_outputs(hidden) if plan.shares else None
         choice = self._choose(source, residual, given, inputs, plan, ahead)
-        weights = slices.of(choice, leaves=plan.leaves, output_alone=plan.shares)
-        if plan.leaves and not torch.compiler.is_compiling():
-            slices.held = weights
-        runner.narrow(choice, weights, ahead)
-        if inputs.remember and self.history is not None:
-            leave = runner.output.does
-            assert leave is not None
-            runner.output.does = partial(self._leave_remembered, leave, inputs, choice.kept)
-        return True
+        weights = self._sliced(choice, inputs, plan)
+        does = runner.narrowed(choice, weights, ahead)
+        does[-1] = self._remembering(does[-1], inputs, choice)
+        return Ready(does, choice.kept)
 
-    def _prepare_again(self, hidden: Tensor, known: Known) -> None:
+    def _sliced(self, choice: Choice, inputs: BatchInputs, plan: ExecutionPlan) -> Slice:
+        """The weights for a batch, left for decoding where it has asked for that."""
+        slices = self.runner.slices
+        if not plan.leaves:
+            return slices.of(choice, inputs.buffer, output_alone=plan.shares)
+        weights = slices.of(choice, inputs.rooms[self._place(inputs)])
+        if inputs.plans is None and inputs.conversation is not None and inputs.conversation.held is not None:
+            inputs.conversation.held[self.number] = weights
+        return weights
+
+    def _ready_again(self, hidden: Tensor, known: Known) -> Ready:
         """The operations of an earlier pass once more, in their order: nothing is chosen, nothing remembered."""
         runner, (choice, shares) = self.runner, known
         if shares and not self._mixes_tokens:
-            runner.widen(partial(self._leave_again, choice))
-            return
+            return Ready(runner.widened(partial(self._leave_again, choice)), None)
         ahead = runner.whole_outputs(hidden) if shares else None
-        runner.narrow(choice, runner.slices.of(choice, output_alone=shares), ahead)
+        return Ready(runner.narrowed(choice, runner.slices.of(choice, output_alone=shares), ahead), choice.kept)
 
     def _leave_again(self, choice: Choice, states: Tensor) -> Tensor:
-        self.runner.narrow(choice, self.runner.slices.of(choice, output_alone=True), output_alone=True)
-        leave = self.runner.output.does
-        assert leave is not None
+        leave = self.runner.leaving(choice, self.runner.slices.of(choice, output_alone=True))
         return leave(states.index_select(-1, choice.kept))
 
     def plan(self, inputs: BatchInputs) -> ExecutionPlan:
         """How a batch is run: the same for all batches of one shape."""
         if inputs.plans is not None:
             return inputs.plans[self.block]
-        leaves = inputs.caching and self.decodes and not torch.is_grad_enabled()
-        leaves = leaves and not wants_rows(self.runner.output.module.weight)
+        leaves = self.key in inputs.rooms and not wants_rows(self.runner.output.module.weight)
         key = (self.runner.keep, self.units.number, leaves)
         return inputs.known_plans.get(key) or inputs.plan(self.method, *key)
+
+    def _place(self, inputs: BatchInputs) -> Any:
+        """Where this block finds, and puts, what is its own."""
+        return self.key if inputs.plans is None else self.block
 
     @torch.no_grad()
     def _choose(
@@ -240,13 +266,8 @@ class PrunedBlock(nn.Module):
         with torch.no_grad():
             probe, whole = self._probe(source, residual, inputs, plan), inputs.as_batch(states)
             choice = self._choice(whole if probe is None else probe.take(whole), probe, inputs, shared=True)
-        runner = self.runner
-        runner.narrow(choice, runner.slices.of(choice, output_alone=True), output_alone=True)
-        leave = runner.output.does
-        assert leave is not None
-        kept = states.index_select(-1, choice.kept)
-        remembers = inputs.remember and self.history is not None
-        return self._leave_remembered(leave, inputs, choice.kept, kept) if remembers else leave(kept)
+        leave = self.runner.leaving(choice, self._sliced(choice, inputs, plan))
+        return self._remembering(leave, inputs, choice)(states.index_select(-1, choice.kept))
 
     def _probe(self, source: Tensor, residual: Tensor, inputs: BatchInputs, plan: ExecutionPlan) -> AnyProbe | None:
         """The part of the batch that runs ahead; None is all of it."""
@@ -256,7 +277,7 @@ class PrunedBlock(nn.Module):
         return self.method.select(residual, source, real, plan.probe_sizes, lots=lots, mixes_tokens=self._mixes_tokens)
 
     def _choice(self, states: Tensor, probe: AnyProbe | None, inputs: BatchInputs, *, shared: bool = False) -> Choice:
-        """The units to keep for this batch, and what the others contribute to it on average. Noted for decoding.
+        """The units to keep for this batch, and what the others contribute to it on average.
 
         Args:
             states: (b, s, C), what reaches the output projection on the probe.
@@ -265,65 +286,75 @@ class PrunedBlock(nn.Module):
             shared: whether probe and batch come from one projection.
         """
         places = inputs.places if inputs.places is None else inputs.places_on(states.device)
-        energy, means = self.method.observe(states, probe, places, self.history, self.mean)
+        history, mean = inputs.states[self._place(inputs)]
+        energy, means = self.method.observe(states, probe, places, history, mean)
         scores = self.method.unit_scores(energy, self.weight_norm, self.units.channels)
         kept = keep_best(scores, self.runner.keep)
         restored = None
         if means is not None:
-            channels = unit_channels(kept, self.units.channels)
-            restored = self.runner.output.restored(means, channels, states.dtype)
-            if self.restored is not None:
-                self.restored.copy_(restored)
-        self.kept.copy_(kept)
+            restored = self.runner.output.restored(means, unit_channels(kept, self.units.channels), states.dtype)
         choice = Choice(kept, restored)
+        inputs.results[self._place(inputs)] = Result(choice)
         self.recomputing.note(self.block, Known(choice, shared))
         return choice
 
-    def _leave_remembered(self, leave: Product, inputs: BatchInputs, kept: Tensor, states: Tensor) -> Tensor:
-        """The output of the kept units, whose states move the history, and the running mean where there is one.
+    def _remembering(self, leave: Product, inputs: BatchInputs, choice: Choice) -> Product:
+        """The output of the kept units, where histories move with a look at what reaches it."""
+        if not inputs.remember or self.history is None:
+            return leave
+        return partial(self._leave_remembered, leave, inputs, choice)
+
+    def _leave_remembered(self, leave: Product, inputs: BatchInputs, choice: Choice, states: Tensor) -> Tensor:
+        """The output of the kept units, whose moments are noted for when the batch is done.
 
         Args:
             leave: the output matrix.
             inputs: of the batch.
-            kept: (K,) int64, units.
+            choice: the kept units.
             states: (B, S, K * w) or (B * S, K * w), the input of the output matrix.
         """
-        history, momentum = self.history, self.method.momentum
-        assert history is not None
         with torch.no_grad():
             seen = states if states.dim() == 3 else inputs.as_batch(states)
-            channels = kept if self.units.channels == 1 else unit_channels(kept, self.units.channels)
             places = inputs.places if inputs.places is None else inputs.places_on(states.device)
             if places is None:
-                update_history_(history, sum_of_squares(seen) / seen.shape[0], channels, momentum, None)
+                moment, present = sum_of_squares(seen) / seen.shape[0], None
             else:
                 moment, count = placed_second_moment(seen, places)
-                update_history_(history, moment, channels, momentum, count > 0)
-            if self.mean is not None:
-                batch_mean = channel_mean(seen, None if places is None else places.real)
-                update_mean_(self.mean, batch_mean, channels, momentum)
+                present = count > 0
+            mean = None if self.mean is None else channel_mean(seen, None if places is None else places.real)
+            inputs.results[self._place(inputs)] = Result(choice, moment, present, mean)
         return leave(states)
 
     def _earlier(self, inputs: BatchInputs) -> Earlier | None:
         """The residual that a parallel probe is taken from."""
         earlier = inputs.middle if self._mixes_tokens else inputs.entered
-        return None if earlier is None else earlier.on(self.kept.device)
+        return None if earlier is None else earlier.on(self.weight_norm.device)
 
-    # Decoding.
+    # Between two batches.
 
-    def expect_decoding(self) -> None:
-        """From now on leave the slices of prompts for the tokens that continue them."""
-        if not self.decodes:  # written once only: graphs would do so for every token
-            self.decodes = True
+    def remember(self, result: Result, finite: Tensor, *, in_place: bool) -> None:
+        """Move the history, and the running mean, by a batch.
 
-    def hold_slices(self) -> None:
-        """Make what decoding runs on now.
-
-        transformers compiles decoding with a cache of fixed size on accelerators, with CUDA graphs: what is made inside
-        of one is gone with the next token.
+        Args:
+            result: of the batch.
+            finite: bool scalar, whether all of the batch is finite; otherwise nothing moves.
+            in_place: False leaves the tensors as they are, for batches that still read them, and makes new ones.
         """
-        self.expect_decoding()
-        self.runner.slices.hold(self.last)
+        history, mean, momentum = self.history, self.mean, self.method.momentum
+        if history is None or result.moment is None:
+            return
+        channels = result.choice.kept
+        if self.units.channels > 1:
+            channels = unit_channels(channels, self.units.channels)
+        finite = finite.to(history.device)
+        if not in_place:
+            history, mean = history.clone(), None if mean is None else mean.clone()
+        present = finite[None] if result.present is None else result.present & finite
+        update_history_(history, result.moment, channels, momentum, present)
+        if mean is not None and result.mean is not None:
+            update_mean_(mean, result.mean, channels, momentum, finite)
+        if not in_place:
+            self.history, self.mean = history, mean
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PrunedBlock":
         """Follow the model to its device, but stay in float32: a history in half precision stalls."""
@@ -331,5 +362,5 @@ class PrunedBlock(nn.Module):
             if buffer is not None:
                 moved = fn(buffer)
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-        self.runner.slices.forget()
+        self.context.held.forget()
         return self

@@ -21,7 +21,6 @@ from pp_lightning.functional.probe import Arguments
 from pp_lightning.interfaces import argument_names, without_head
 from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.runner import BlockRunner
-from pp_lightning.pruned.slices import SliceMemory
 
 _ROWS, _TOKENS = 2, 12
 _HALF = (torch.float16, torch.bfloat16)
@@ -117,7 +116,7 @@ def check_block(modules: BlockModules, shape: ModelShape, unit: AttentionUnit, m
     half = number // 2
     if half == 0:
         return
-    runner = BlockRunner(modules, shape, unit, half, SliceMemory())
+    runner = BlockRunner(modules, shape, unit, half)
     mixed = torch.randperm(number, generator=torch.Generator().manual_seed(0))
     try:
         with _installed(runner):
@@ -132,17 +131,15 @@ def check_block(modules: BlockModules, shape: ModelShape, unit: AttentionUnit, m
 
 def _agrees(runner: BlockRunner, kept: Tensor, met: Meeting) -> bool:
     choice = Choice(kept.to(met.hidden.device))
-    runner.narrow(choice, runner.slices.of(choice))
-    sliced = runner.run(met.hidden, met.given)
-    runner.widen(partial(runner.silenced, choice.kept))
-    masked = runner.run(met.hidden, met.given)
+    sliced = runner.run(met.hidden, met.given, runner.narrowed(choice, runner.slices.of(choice)), choice.kept)
+    masked = runner.run(met.hidden, met.given, runner.widened(partial(runner.silenced, choice.kept)))
     return _agree(_first(sliced), _first(masked))
 
 
 @contextmanager
 def _installed(runner: BlockRunner) -> Iterator[None]:
     was_training = runner.module.training
-    runner.install(None, None)
+    runner.install(None, None, None)
     runner.module.eval()
     try:
         yield

@@ -1,6 +1,7 @@
 """What the pruned blocks of one model share: the batch that runs, and what it is told by hooks of the model."""
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -8,32 +9,52 @@ import torch
 from torch import Tensor, nn
 
 from pp_lightning.errors import UserError
-from pp_lightning.functional.moments import Places
-from pp_lightning.pruned.caches import ChoiceMark, has_fixed_size, is_filled, mark_of, put_mark
-from pp_lightning.pruned.inputs import BatchInputs, Earlier
+from pp_lightning.evidence import fingerprint
+from pp_lightning.functional.moments import Places, all_finite
+from pp_lightning.interfaces import keep_addresses
+from pp_lightning.pruned.choice import Choice
+from pp_lightning.pruned.conversations import (
+    Conversation,
+    HeldSlices,
+    Lock,
+    begin_with,
+    conversation_of,
+    has_fixed_size,
+    is_filled,
+)
+from pp_lightning.pruned.inputs import BatchInputs, Earlier, Result
 from pp_lightning.pruned.lots import Lots
+from pp_lightning.pruned.projection import Product
+from pp_lightning.pruned.skipped import SkippedBatches
 from pp_lightning.pruned.slices import SliceMemory
 from pp_lightning.pruned.streams import SideStream
 
-_PACKED = ("cu_seq_lens_q", "cache")  # arguments of a batch whose rows are several texts one after the other
 _SHAPED = ("input_ids", "inputs_embeds", "hidden_states")  # arguments of a stack that tell the batch's rows and tokens
+_PACKED = ("cu_seq_lens_q", "cache")  # arguments of a batch whose rows are several texts one after the other
 
 
 class ModelContext:
     """Filled in by hooks around the layers before they run, read by their pruned blocks.
+
+    What belongs to one forward pass is the thread's that runs it. A batch chooses by the state of its beginning; states
+    move when it has ended, by all of the batch or, if it fails, by nothing.
 
     Args:
         num_positions: S_max, the positions that histories have; None where no block keeps a history.
         stack_names: of the arguments of the module that loops over the layers.
         layer_names: of a layer's arguments.
         uses_cache: whether the model fills a cache unless it is told not to.
+        held: conversations whose slices are held.
         lots: what probes are drawn with; None where none are.
 
     Attributes:
-        batch: the batch that runs, or ran last.
         memory: for one block's slice.
-        frozen: leave histories as they are.
-        chosen: whether there has been a batch, so that there is a choice.
+        held: see above.
+        frozen: leave states as they are.
+        last: what the last batch was run on, by block; None before the first.
+        num_batches: batches that have moved the states.
+        skipped: counts batches that were not finite.
+        decodes: whether prompts leave their slices for decoding, as some cache was continued.
         overlaps: whether parallel probes may have a stream of their own. Not where CUDA graphs are recorded: these
             share their memory, and must not run side by side.
         blocks: all pruned blocks of the model.
@@ -45,13 +66,17 @@ class ModelContext:
         stack_names: tuple[str, ...],
         layer_names: tuple[str, ...],
         uses_cache: bool,
+        held: HeldSlices,
         lots: Lots | None = None,
     ) -> None:
         self.num_positions = num_positions
-        self.batch: BatchInputs | None = None
         self.memory = SliceMemory()
+        self.held = held
         self.frozen = False
-        self.chosen = False
+        self.last: list[Choice] | None = None
+        self.num_batches = 0
+        self.skipped = SkippedBatches()
+        self.decodes = False
         self.overlaps = True
         self.blocks: list[Any] = []
         self._stack_names = stack_names
@@ -60,15 +85,38 @@ class ModelContext:
         self._side: SideStream | None = None
         self._lots = lots
         self._name = uuid4().hex  # tells this pruning's caches from those of another one of the same model
-        self._mark = ChoiceMark(self._name)
-        self._given: Mapping[str, Any] = {}
-        self._drawn: Tensor | None = None
+        self._maker = uuid4().hex  # and those of this model from its copies'
+        self._kin: set[str] = set()  # copies with the same weights
+        self._weights: str | None = None
+        self._here = threading.local()
+        self._running: list[BatchInputs] = []
+        self._lock = Lock()
+
+    @property
+    def batch(self) -> BatchInputs | None:
+        """The batch that this thread runs."""
+        found: BatchInputs | None = getattr(self._here, "batch", None)
+        return found
+
+    @batch.setter
+    def batch(self, batch: BatchInputs | None) -> None:
+        self._here.batch = batch
+
+    @property
+    def leaving(self) -> Product | None:
+        """What the output projection of a bare block does that this thread is in."""
+        found: Product | None = getattr(self._here, "leaving", None)
+        return found
+
+    @leaving.setter
+    def leaving(self, product: Product | None) -> None:
+        self._here.leaving = product
 
     def begin_batch(self, stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the module that loops over the layers: tell a prompt from what continues it.
 
         Raises:
-            UserError: the cache belongs to another choice, or texts are packed into one row.
+            UserError: the cache belongs to no prompt of this model, or texts are packed into one row.
         """
         given = dict(zip(self._stack_names, args, strict=False)) | dict(kwargs)
         if any(given.get(name) is not None for name in _PACKED):
@@ -76,22 +124,29 @@ class ModelContext:
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() not in (2, 4):
             raise UserError("pruned models need a 2-D attention mask (rows, tokens), to tell padding from text")
-        self._given = given
+        self._leave_batch()
+        self._here.given = given
         if not torch.compiler.is_compiling():
             for block in self.blocks:
-                block.begin_batch()
-        inputs = next((given[name] for name in _SHAPED if given.get(name) is not None), None)
+                block.follow()
         if cache is None or not is_filled(cache):
-            self.batch = None  # until the first layer is reached
-            self._drawn = None if inputs is None else self._draw(inputs.shape[:2], inputs.device)
-            if has_fixed_size(cache):  # made to be continued
-                for block in self.blocks:
-                    block.expect_decoding()
+            use_cache = given.get("use_cache")
+            caching = cache is not None or bool(self._uses_cache if use_cache is None else use_cache)
+            one = Conversation(self._name, self._maker, self.digest()) if caching else None
+            self.batch = BatchInputs(conversation=one, remember=not self.frozen)
+            self.batch.states = {block.key: block.state for block in self.blocks}
+            if not torch.compiler.is_compiling():
+                hidden = next((given[name] for name in _SHAPED if given.get(name) is not None), None)
+                self._begin(self.batch, hidden, to_decode=has_fixed_size(cache))
             return
-        mark = mark_of(cache)
-        if mark is None or mark.pruning != self._name or not mark.stands:
-            raise UserError("this key/value cache belongs to another choice of heads: run its prompt again")
-        self.batch = BatchInputs(torch.Size(), decoding=True)
+        one = conversation_of(cache)
+        if one is None or not self._knows(one):
+            raise UserError(
+                "this key/value cache belongs to another model or pruning, whose heads are others: run its prompt again"
+            )
+        if not torch.compiler.is_compiling():
+            self._hold(one)
+        self.batch = BatchInputs(conversation=one, decoding=True)
 
     def enter_layers(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the first layer: find the shape of a new batch, its real tokens and their positions.
@@ -99,36 +154,133 @@ class ModelContext:
         Raises:
             UserError: a position was never calibrated, or the mask is unreadable.
         """
-        if self.batch is not None:
+        batch = self.batch
+        if batch is None or batch.decoding:
             return
         given = dict(zip(self._layer_names, args, strict=False)) | dict(kwargs)
-        hidden = given[self._layer_names[0]]
-        shape, told = hidden.shape[:2], self._given
-        positions = told.get("position_ids")
+        hidden, told = given[self._layer_names[0]], self._here.given
+        shape, positions = hidden.shape[:2], told.get("position_ids")
         # Without padding no mask is made for the layers, which needed a look at the data: no second one here.
         mask = None if given.get("attention_mask") is None and positions is None else told.get("attention_mask")
-        places = self._places(shape, _real_tokens(mask, shape), positions)
-        use_cache = told.get("use_cache")
-        caching = told.get("past_key_values") is not None or bool(self._uses_cache if use_cache is None else use_cache)
-        lots = self._draw(shape, hidden.device) if self._drawn is None else self._drawn
-        self._mark.stands = False
-        self._mark = ChoiceMark(self._name)
-        self.batch = BatchInputs(shape, places, lots, caching=caching, remember=not self.frozen)
-        self.chosen = True
+        batch.shape, batch.places = shape, self._places(shape, _real_tokens(mask, shape), positions)
+        if batch.lots is None and self._lots is not None and self._lots.are_drawn(*shape):
+            batch.lots = self._late_lots(shape[0], shape[1], hidden.device)
+
+    @torch.compiler.disable(reason="lots are drawn outside of graphs: compile layer by layer, with compile_")
+    def _late_lots(self, rows: int, tokens: int, device: torch.device) -> Tensor | None:
+        """Of a graph of the whole model, which would hold those of one batch; and of images."""
+        assert self._lots is not None
+        if self.batch is None or self.batch not in self._running:  # a graph's batches are counted here alone
+            self.num_batches += 1
+            return self._lots.of_batch(rows, tokens, self.num_batches - 1, device)
+        return self._lots.of_batch(rows, tokens, self.num_batches + len(self._running) - 1, device)
+
+    def _begin(self, batch: BatchInputs, hidden: Tensor | None, *, to_decode: bool) -> None:
+        """What a batch needs that graphs cannot make: memory, and random numbers."""
+        with self._lock.taken():
+            number = self.num_batches + len(self._running)
+            self._running.append(batch)
+        if hidden is not None and self._lots is not None:
+            batch.lots = self._lots.of_batch(hidden.shape[0], hidden.shape[1], number, hidden.device)
+        weights = [block.runner.slices.like for block in self.blocks]
+        like = next((weight for weight in weights if weight is not None), None)
+        batch.buffer = None if like is None else self.memory.take(like)
+        one = batch.conversation
+        if one is not None and (self.decodes or to_decode) and not torch.is_grad_enabled():
+            self._hold(one)
+            batch.rooms = {
+                block.key: memory
+                for block, memory in zip(self.blocks, one.room or (), strict=True)
+                if memory is not None
+            }
 
     def end_batch(self, stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        """Forward hook of the module that loops over the layers: note on its cache which choice it was filled under."""
-        self._given, given = {}, self._given
-        if self.batch is None or self.batch.decoding:
+        """Forward hook of the module that loops over the layers: states move, and the cache is told its choice."""
+        batch, given = self.batch, self._here.given
+        if batch is None or batch.decoding or len(batch.results) < len(self.blocks):
+            self._leave_batch()
             return
-        cache = given.get("past_key_values")
+        results = [batch.results[block.key] for block in self.blocks]
+        choices = [_kept(result.choice) for result in results]
+        if batch.remember:
+            self._remember(batch, results)
+        self.last = choices
+        one, cache = batch.conversation, given.get("past_key_values")
         cache = getattr(output, "past_key_values", None) if cache is None else cache
-        if cache is None:
+        if one is not None and cache is not None:
+            one.choices = choices
+            begin_with(cache, one)
+            if has_fixed_size(cache) and not torch.compiler.is_compiling():
+                # decoded with in graphs: what is made inside of one is gone with the next token
+                self._hold(one)
+                for block in self.blocks:
+                    keep_addresses(one.slice_of(block.number, block.runner.slices).values())
+        self._leave_batch()
+
+    def _remember(self, batch: BatchInputs, results: Sequence[Result]) -> None:
+        """Move all states by one batch, if it is finite."""
+        moments = [result.moment for result in results if result.moment is not None]
+        finite = all_finite(moments) if moments else None
+        with self._lock.taken():
+            alone = torch.compiler.is_compiling() or all(other is batch for other in self._running)
+            if finite is not None:
+                for block, result in zip(self.blocks, results, strict=True):
+                    block.remember(result, finite, in_place=alone)
+            if not torch.compiler.is_compiling():
+                self.num_batches += 1
+                if batch in self._running:  # so that the next batch's number is not this one's again
+                    self._running.remove(batch)
+        if finite is not None and not torch.compiler.is_compiling():
+            self.skipped.add(finite)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Histories and running means by name: ``history.3.mlp``."""
+        return {
+            f"{kind}.{block.index}.{block.block.value}": tensor
+            for block in self.blocks
+            for kind, tensor in block.state._asdict().items()
+            if tensor is not None
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], num_batches: int) -> None:
+        """Put what :meth:`tensors` gave, or copies of it, into place."""
+        with self._lock.taken():
+            for name, own in self.tensors().items():
+                own.copy_(tensors[name])
+            self.num_batches = num_batches
+
+    def _leave_batch(self) -> None:
+        """Forget this thread's batch: it has ended, or failed."""
+        batch, self.batch, self.leaving = self.batch, None, None
+        self._here.given = {}
+        if batch is None or torch.compiler.is_compiling():
             return
-        put_mark(cache, self._mark)
-        if has_fixed_size(cache):
-            for block in self.blocks:
-                block.hold_slices()
+        self.memory.give_back(batch.buffer)
+        with self._lock.taken():
+            if batch in self._running:
+                self._running.remove(batch)
+
+    def _hold(self, one: Conversation) -> None:
+        self.decodes = True
+        self.held.use(one, [block.runner.slices for block in self.blocks])
+
+    def _knows(self, one: Conversation) -> bool:
+        """Whether a conversation was begun by this model, or by a copy that has the same weights."""
+        if one.pruning != self._name:
+            return False
+        if one.maker == self._maker or one.maker in self._kin:
+            return True
+        if torch.compiler.is_compiling() or one.weights != self.digest():
+            return False
+        self._kin.add(one.maker)
+        return True
+
+    def digest(self) -> str:
+        """Of the weights of the layers that are pruned, as they were when first asked for."""
+        if self._weights is None:
+            layers = {id(layer): layer for layer in (block.runner.modules.layer for block in self.blocks)}
+            self._weights = ".".join(fingerprint(layer) for layer in layers.values())
+        return self._weights
 
     def enter_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of a layer under parallel probing: its residual is what the MLP's probe is taken from."""
@@ -150,11 +302,12 @@ class ModelContext:
         return self._side
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies, which begin between two batches: an event of a stream cannot be copied."""
-        return {**self.__dict__, "batch": None, "_given": {}, "_drawn": None}
+        """For copies, which begin between two batches."""
+        return {**self.__dict__, "_here": None, "_running": [], "_weights": None, "_maker": uuid4().hex, "_kin": set()}
 
-    def _draw(self, shape: torch.Size, device: torch.device) -> Tensor | None:
-        return None if self._lots is None else self._lots.of_batch(shape[0], shape[1], device)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._here = threading.local()
 
     def _earlier(self, residual: Tensor) -> Earlier:
         side = self.side_stream(residual.device)
@@ -202,3 +355,11 @@ def _real_tokens(mask: Any, shape: torch.Size) -> Tensor | None:
         return None if mask is None else mask.bool()
     allowed = mask if mask.dtype == torch.bool else mask >= 0  # additive: 0 may be attended, the lowest number not
     return allowed[:, 0, :, : shape[1]].diagonal(dim1=1, dim2=2).expand(shape)
+
+
+def _kept(choice: Choice) -> Choice:
+    """A choice that outlives inference mode, for those who go on outside of it."""
+    if torch.compiler.is_compiling() or not choice.kept.is_inference():
+        return choice
+    with torch.inference_mode(False):
+        return Choice(choice.kept.clone(), None if choice.restored is None else choice.restored.clone())

@@ -1,7 +1,7 @@
 """What the blocks of a model know of the batch that runs, and the part of it that a probe sees."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from pp_lightning.blocks import Block
 from pp_lightning.functional.budget import one_projection_is_cheaper
 from pp_lightning.functional.moments import Places
 from pp_lightning.methods.dynamic import DynamicMethod
-from pp_lightning.pruned.choice import ExecutionPlan
+from pp_lightning.pruned.choice import Choice, ExecutionPlan
+from pp_lightning.pruned.conversations import Conversation
 
 
 class Earlier(NamedTuple):
@@ -29,18 +30,54 @@ class Earlier(NamedTuple):
         return self if self.residual.device == device else Earlier(self.residual.to(device), None)
 
 
+class Result(NamedTuple):
+    """What one block leaves of a batch.
+
+    Attributes:
+        choice: what it ran on.
+        moment: (P, K * w) float32, second moment of the kept channels by position; None leaves the history alone.
+        present: (P,) bool, positions that had a real token; None means all.
+        mean: (K * w,) float32, of the kept channels; None where no running mean is kept.
+    """
+
+    choice: Choice
+    moment: Tensor | None = None
+    present: Tensor | None = None
+    mean: Tensor | None = None
+
+
+class State(NamedTuple):
+    """What a block remembers, as it was when a batch began.
+
+    Attributes:
+        history: (P_max, C) float32, or None for methods without.
+        mean: (C,) float32, or None for methods without.
+    """
+
+    history: Tensor | None
+    mean: Tensor | None
+
+
 class BatchInputs:
     """One forward pass, as every block of the model sees it. Tensors and constants only, so that it traces.
 
+    What belongs to a block is found by :data:`BlockKey`; in a graph of one layer by :class:`Block`, as layers of one
+    shape share it.
+
     Args:
-        shape: (B, S).
+        shape: (B, S); known when the batch enters the layers, and never of a token that continues a cache.
         places: positions of the batch; None where columns are positions and nothing is padding.
         lots: (L, 2, M) float32, uniform numbers to draw the probes of attention and MLP with; None draws none.
+        conversation: of the cache that is being filled; None without one.
         decoding: the batch continues a filled cache, so the choice is held.
-        caching: a cache is being filled.
         remember: whether histories move.
 
     Attributes:
+        states: what each block remembers.
+        results: what each block has left.
+        buffer: memory for one slice at a time; None takes fresh memory.
+        rooms: memory for the slices that are left for decoding, by block; empty where none are.
+        residuals: what entered the norm in front of a block.
         entered: the residual that entered the current layer, for parallel probing.
         middle: the residual between the blocks of the layer in front, for parallel probing; None where there is none.
         plans: how the current layer's blocks run, by block; None where that is asked of :attr:`known_plans`.
@@ -49,20 +86,25 @@ class BatchInputs:
 
     def __init__(
         self,
-        shape: torch.Size,
+        shape: torch.Size | None = None,
         places: Places | None = None,
         lots: Tensor | None = None,
         *,
+        conversation: Conversation | None = None,
         decoding: bool = False,
-        caching: bool = False,
         remember: bool = True,
     ) -> None:
-        self.shape = shape
+        self.shape = torch.Size() if shape is None else shape
         self.places = places
         self.lots = lots
+        self.conversation = conversation
         self.decoding = decoding
-        self.caching = caching
         self.remember = remember
+        self.states: dict[Any, State] = {}
+        self.results: dict[Any, Result] = {}
+        self.buffer: Tensor | None = None
+        self.rooms: dict[Any, Tensor] = {}
+        self.residuals: dict[Any, Tensor] = {}
         self.entered: Earlier | None = None
         self.middle: Earlier | None = None
         self.plans: Mapping[Block, ExecutionPlan] | None = None
@@ -71,11 +113,16 @@ class BatchInputs:
     def of_layer(self, index: int, plans: Mapping[Block, ExecutionPlan]) -> "BatchInputs":
         """The same for one layer, without its number: layers of one shape then share a graph."""
         lots = None if self.lots is None else self.lots[index]
-        one = BatchInputs(
-            self.shape, self.places, lots, decoding=self.decoding, caching=self.caching, remember=self.remember
-        )
-        one.entered, one.middle, one.plans = self.entered, self.middle, plans
+        one = BatchInputs(self.shape, self.places, lots, decoding=self.decoding, remember=self.remember)
+        one.entered, one.middle, one.plans, one.buffer = self.entered, self.middle, plans, self.buffer
+        one.states = {block: self.states[index, block] for block in plans}
+        one.rooms = {block: self.rooms[index, block] for block in plans if plans[block].leaves}
         return one
+
+    def take_results(self, index: int, one: "BatchInputs") -> None:
+        """What a graph of one layer has left."""
+        self.middle = one.middle
+        self.results |= {(index, block): result for block, result in one.results.items()}
 
     def plan(self, method: DynamicMethod, keep: int, number: int, leaves: bool) -> ExecutionPlan:
         """How blocks that keep so many units of so many run this batch: worked out once, then :attr:`known_plans`."""

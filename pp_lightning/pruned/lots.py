@@ -8,7 +8,7 @@ from pp_lightning.methods.dynamic import DynamicMethod
 
 
 class Lots:
-    """Draws for one model under one method, and counts the batches.
+    """Draws for one model under one method.
 
     The number of a batch must not be seen by a graph, which would hold for that batch alone: drawing stays outside.
 
@@ -20,20 +20,20 @@ class Lots:
     def __init__(self, method: DynamicMethod, num_layers: int) -> None:
         self._method = method
         self._num_layers = num_layers
-        self._batch = 0
 
-    def of_batch(self, num_rows: int, num_tokens: int, device: torch.device) -> Tensor | None:
+    def are_drawn(self, num_rows: int, num_tokens: int) -> bool:
+        """Whether a (B, S) batch needs any."""
+        return self._method.lots_needed(num_rows, num_tokens) > 0
+
+    def of_batch(self, num_rows: int, num_tokens: int, batch: int, device: torch.device) -> Tensor | None:
         """Lots for the attention and the MLP probe of every layer in the next (B, S) batch, (L, 2, M) float32.
 
         They depend on the seed and the batch's number alone. None where probes are not drawn.
         """
         number = self._method.lots_needed(num_rows, num_tokens)
-        return self._drawn(number, device) if number else None
-
-    @torch.compiler.disable(reason="lots are drawn outside of graphs: compile layer by layer, with compile_")
-    def _drawn(self, number: int, device: torch.device) -> Tensor:
-        lots = draw_lots((self._num_layers, 2, number), self._method.seed, self._batch)
-        self._batch += 1
+        if not number:
+            return None
+        lots = draw_lots((self._num_layers, 2, number), self._method.seed, batch)
         if device.type == "cuda":
             lots = lots.pin_memory()
         return lots.to(device, non_blocking=True)  # the host does not wait for them to arrive

@@ -20,10 +20,11 @@ from pp_lightning.interfaces import (
     unfused_on_cpus,
 )
 from pp_lightning.pruned.choice import Choice
+from pp_lightning.pruned.conversations import Lock
 from pp_lightning.pruned.heads import HeadFields
 from pp_lightning.pruned.projection import Product, PrunedProjection
 from pp_lightning.pruned.recomputing import evaluating
-from pp_lightning.pruned.slices import BlockSlices, Slice, SliceMemory
+from pp_lightning.pruned.slices import BlockSlices, Slice
 
 
 class BlockRunner:
@@ -34,7 +35,6 @@ class BlockRunner:
         shape: the dense model's sizes.
         unit: what is pruned in attention.
         keep: K, how many units slices have.
-        memory: for slices, shared by the blocks of the model.
 
     Attributes:
         modules: see above.
@@ -47,11 +47,10 @@ class BlockRunner:
         output: the one that leaves it.
         slices: of these.
         fields: what else fixes the number of heads; None where nothing does.
+        lock: of the block's modules, which run in one way at a time.
     """
 
-    def __init__(
-        self, modules: BlockModules, shape: ModelShape, unit: AttentionUnit, keep: int, memory: SliceMemory
-    ) -> None:
+    def __init__(self, modules: BlockModules, shape: ModelShape, unit: AttentionUnit, keep: int) -> None:
         self.modules = modules
         self.units = units_of(shape, modules.block, unit)
         self.keep = keep
@@ -59,27 +58,27 @@ class BlockRunner:
         self.names = argument_names(self.module)
         self._bare = modules.activation if modules.is_bare else None
         self._displaced = None if modules.is_bare else displaced_forward(self.module)
-        self._memory = memory
         self._head_size = shape.head_size
         # Single query heads of a group each get their own key and value; a fused projection has one for all of them.
         attention = modules.block is Block.ATTENTION
         self._shared = attention and shape.grouped and unit is AttentionUnit.QUERY_HEAD
         self._repeats = shape.queries_per_key if self._shared and not modules.is_fused else 1
         self.fields = self._fields_of(shape) if attention else None
-        self._kept: Tensor | None = None
+        self.lock = Lock()
         self._bind()
 
     # Standing around the stock code.
 
-    def install(self, forward: Callable[..., Any] | None, begin: Callable[[Tensor], Tensor] | None) -> None:
+    def install(self, forward: Callable[..., Any] | None, begin: Product | None, end: Product | None) -> None:
         """Stand around the projections, and in front of the block.
 
         Args:
-            forward: stands in for that of the block's module.
+            forward: stands in for that of the block's module; None leaves it.
             begin: the same for a block without one: stands in for that of its first projection.
+            end: for that of its output projection.
         """
         if self._bare is not None:
-            self.inputs[0].idle = begin
+            self.inputs[0].idle, self.output.idle = begin, end
         elif forward is not None:
             replace_forward(self.module, forward)
         self._wrap()
@@ -99,10 +98,10 @@ class BlockRunner:
         """Follow adapters, which put other modules in the place of projections. Whether there was any to follow."""
         if not self._has_moved():
             return False
-        idle = self.inputs[0].idle
+        idle = self.inputs[0].idle, self.output.idle
         self._unwrap()
         self._bind()
-        self.inputs[0].idle = idle
+        self.inputs[0].idle, self.output.idle = idle
         self._wrap()
         return True
 
@@ -122,7 +121,7 @@ class BlockRunner:
         )
         self.projections = (*self.inputs, self.output)
         sliced = [(one.name, one.module, one.rows) for one in self.projections if one.is_sliced]
-        self.slices = BlockSlices(sliced, name, self.keep, self._memory)
+        self.slices = BlockSlices(sliced, name, self.keep)
 
     def _wrap(self) -> None:
         for one in self.projections:
@@ -189,90 +188,84 @@ class BlockRunner:
             states: Tensor = self._bare(self.inputs[0].whole()(part))
             return states
         seen: list[Tensor] = []
-        self.widen(partial(_caught, seen), ahead)
+        does = self.widened(partial(_caught, seen), ahead)
         mask = given.get("attention_mask")
         if self.module.training or not (mask is None or isinstance(mask, Tensor)):
-            with evaluating(self.module), unfused_on_cpus(mask):
-                self.run(part, given)
+            with self.lock.taken(), evaluating(self.module), unfused_on_cpus(mask):
+                self.run(part, given, does)
         else:
-            self.run(part, given)
+            self.run(part, given, does)
         return seen[0]
 
-    def narrow(
-        self,
-        choice: Choice,
-        weights: Slice,
-        ahead: dict[str, Tensor] | None = None,
-        *,
-        output_alone: bool = False,
-    ) -> None:
-        """Let the projections run on the kept units for the next :meth:`run`.
+    def narrowed(self, choice: Choice, weights: Slice, ahead: dict[str, Tensor] | None = None) -> list[Product]:
+        """What the projections do on the kept units.
 
         Args:
             choice: these, and what is restored for the others.
             weights: slices of them.
             ahead: outputs of all units by projection, where they are there already.
-            output_alone: the output projection and no other.
         """
-        self._kept = choice.kept
-        for one in self.projections[-1:] if output_alone else self.projections:
-            if ahead is not None and not one.is_output:
-                one.does = partial(_there, one.of_units(ahead[one.name], choice.kept))
+        does: list[Product] = []
+        for one in self.inputs:
+            if ahead is not None:
+                does.append(partial(_there, one.of_units(ahead[one.name], choice.kept)))
             elif one.is_sliced:
                 weight, bias = weights[one.name]
-                one.does = partial(linear, weight=weight, bias=bias)
+                does.append(partial(linear, weight=weight, bias=bias))
             else:
-                one.does = partial(one.spread if one.is_output else one.narrowed, choice)
+                does.append(partial(one.narrowed, choice))
+        does.append(self.leaving(choice, weights))
+        return does
 
-    def widen(self, then: Product, ahead: dict[str, Tensor] | None = None) -> None:
-        """Let the projections run on all units for the next :meth:`run`, up to the output projection.
+    def leaving(self, choice: Choice, weights: Slice) -> Product:
+        """What the output projection does on the kept units."""
+        if not self.output.is_sliced:
+            return partial(self.output.spread, choice)
+        weight, bias = weights[self.output.name]
+        return partial(linear, weight=weight, bias=bias)
+
+    def widened(self, then: Product, ahead: dict[str, Tensor] | None = None) -> list[Product]:
+        """What the projections do on all units, up to the output projection.
 
         Args:
             then: what that does with the states that reach it.
             ahead: see :meth:`states`.
         """
-        self._kept = None
+        does: list[Product] = []
         for one in self.inputs:
             if ahead is not None:
-                one.does = partial(_there, ahead[one.name])
+                does.append(partial(_there, ahead[one.name]))
             elif one.is_plain:
-                one.does = partial(linear, weight=one.module.weight, bias=one.module.bias)
+                does.append(partial(linear, weight=one.module.weight, bias=one.module.bias))
             else:
-                one.does = one.whole()
-        self.output.does = then
+                does.append(one.whole())
+        return [*does, then]
 
-    def run(self, hidden: Tensor, given: Arguments) -> Any:
-        """The stock code, with projections as they were made ready.
+    def run(self, hidden: Tensor, given: Arguments, does: Sequence[Product] = (), kept: Tensor | None = None) -> Any:
+        """The stock code. One thread at a time is inside of one block; others are in other blocks.
 
         Args:
             hidden: (B, S, D) or (B * S, D), entering the block.
             given: the other arguments of its module.
+            does: what its projections do, the output last; without, what their modules compute.
+            kept: (K,) int64, the units that they do it on; None is all.
         """
-        fields = self.fields
-        try:
-            if self._bare is not None:
-                return self.output.forward(self._bare(self.inputs[0].forward(hidden)))
-            if fields is not None and self._kept is not None:
-                fields.narrow(self._kept)
-            return self.stock(hidden, given)
-        finally:
-            for one in self.inputs:
-                one.does = None
-            self.output.does = None
-            if fields is not None:
-                fields.widen()
-
-    def begin(self, hidden: Tensor) -> Tensor:
-        """The same for a block without a module of its own: what its first projection gives. The output ends it."""
-        (first,), output = self.inputs, self.output
-        enter, leave = first.does, output.does
-        assert enter is not None and leave is not None
-        first.does, output.does = None, partial(self._end, leave)
-        return enter(hidden)
-
-    def _end(self, leave: Product, states: Tensor) -> Tensor:
-        self.output.does = None
-        return leave(states)
+        if self._bare is not None:
+            enter, leave = does
+            return leave(self._bare(enter(hidden)))
+        fields = self.fields if kept is not None else None
+        with self.lock.taken():
+            try:
+                for one, product in zip(self.projections, does, strict=False):
+                    one.does = product
+                if fields is not None:
+                    fields.narrow(kept)
+                return self.stock(hidden, given)
+            finally:
+                for one in self.projections:
+                    one.does = None
+                if fields is not None:
+                    fields.widen()
 
     def whole_outputs(self, hidden: Tensor) -> dict[str, Tensor]:
         """The outputs of all units of every projection into the block, by name."""

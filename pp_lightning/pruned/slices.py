@@ -1,6 +1,7 @@
 """The weights of one block reduced to its kept units, and the memory that they are in."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,34 +65,40 @@ Slice = dict[str, Matrix]
 
 
 class SliceMemory:
-    """Memory for one slice at a time, used again and again, shared by the blocks of a model.
+    """Memory for one slice at a time, used again and again by the blocks of a model: one piece a running batch.
 
     Fresh memory for every slice costs more than the copy itself where the system hands out pages that it has to clear
-    first, as for a CPU; on an accelerator torch keeps freed memory at hand itself. The buffer has the size of the
-    largest block's slice.
+    first, as for a CPU; on an accelerator torch keeps freed memory at hand itself. A piece has the size of the largest
+    block's slice.
     """
 
     def __init__(self) -> None:
-        self.buffer: Tensor | None = None
+        self._free: list[Tensor] = []
         self._size = 0
 
     def reserve(self, size: int) -> None:
         """Tell that there will be slices of ``size`` elements. All blocks do so before the first slice is made."""
         self._size = max(self._size, size)
 
-    def prepare(self, like: Tensor) -> None:
-        """Make the buffer for slices of ``like``, unless there is one or fresh memory is as good."""
-        buffer = self.buffer
-        fits = buffer is not None and buffer.dtype == like.dtype and buffer.numel() >= self._size
-        if like.device.type != "cpu":
-            self.buffer = None
-        elif not fits:
-            self.buffer = None  # before the next one is made
-            self.buffer = new_memory(self._size, like)
+    def take(self, like: Tensor) -> Tensor | None:
+        """Memory for slices of ``like``; None where fresh memory is as good, or is needed for gradients."""
+        if like.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        with suppress(IndexError):  # another thread may take the last one
+            while True:
+                buffer = self._free.pop()
+                if buffer.dtype == like.dtype and buffer.numel() >= self._size:
+                    return buffer
+        return new_memory(self._size, like)
+
+    def give_back(self, buffer: Tensor | None) -> None:
+        """Take back what :meth:`take` gave. What is never given back is freed."""
+        if buffer is not None:
+            self._free.append(buffer)
 
     def __getstate__(self) -> dict[str, object]:
-        """Copies of a model start without a buffer."""
-        return {**self.__dict__, "buffer": None}
+        """Copies of a model start without."""
+        return {**self.__dict__, "_free": []}
 
 
 def new_memory(size: int, like: Tensor) -> Tensor:
@@ -126,63 +133,48 @@ class Sliceable:
 
 
 class BlockSlices:
-    """Slices the projections of one block, and keeps the slice that tokens after a prompt run on.
-
-    A slice is in fresh memory while gradients are recorded, in memory that all blocks share for a batch on a CPU, and
-    in memory of its own while its choice is held: CUDA graphs of decoding read everything where it was.
+    """Slices the projections of one block: into fresh memory, or where it is told.
 
     Args:
         projections: name, module, and the rows that belong to units (of the output, the last: of its columns).
         output: name of the projection that leaves the block.
         keep: K, how many units a slice has.
-        memory: shared by the blocks of the model.
 
     Attributes:
-        is_prepared: whether :meth:`prepare` has nothing to do for a batch that leaves nothing.
-        held: what tokens that continue the last batch run on; None where that was not asked for.
+        size: elements of a slice.
     """
 
-    def __init__(
-        self, projections: Sequence[tuple[str, Any, tuple[Rows, ...]]], output: str, keep: int, memory: SliceMemory
-    ) -> None:
-        self.held: Slice | None = None
-        self.is_prepared = False
-        self._memory = memory
-        self._own: Tensor | None = None
+    def __init__(self, projections: Sequence[tuple[str, Any, tuple[Rows, ...]]], output: str, keep: int) -> None:
         self._layout: list[Sliceable] = []
-        size = 0
+        self.size = 0
         for name, module, rows in projections:
             number = sum(part.width * keep if part.width else part.number for part in rows)
             width = module.weight.shape[name != output]
-            bias_start = size + number * width
+            bias_start = self.size + number * width
             # an output may get a bias that it has not, for what is restored
             end = bias_start + (width if name == output else 0 if module.bias is None else number)
-            self._layout.append(Sliceable(name, module, rows, name == output, (number, width), size, bias_start, end))
-            size = end
-        self._size = size
-        memory.reserve(size)
+            self._layout.append(
+                Sliceable(name, module, rows, name == output, (number, width), self.size, bias_start, end)
+            )
+            self.size = end
 
-    def prepare(self, *, leaves: bool) -> None:
-        """Before a batch, and outside of graphs: let go of what was held, and have memory for the next slice."""
-        self.held = None
-        if not self._layout or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return
-        if leaves:
-            self._make_own()
-        else:
-            self._memory.prepare(self._layout[-1].module.weight)
-        self.is_prepared = not leaves
+    @property
+    def like(self) -> Tensor | None:
+        """A weight that is sliced; None where none is."""
+        return self._layout[-1].module.weight if self._layout else None
 
-    def of(self, choice: Choice, *, leaves: bool = False, output_alone: bool = False) -> Slice:
+    def of(self, choice: Choice, buffer: Tensor | None = None, *, output_alone: bool = False) -> Slice:
         """The projections reduced to the kept units.
 
         Args:
             choice: the kept units, and what the output's bias is to restore.
-            leaves: write where :meth:`hold_left` finds it.
+            buffer: where to write; memory of another type or device is left alone.
             output_alone: nothing but the output's projection.
         """
-        buffer = self._own if leaves else self._memory.buffer
-        if torch.is_grad_enabled() or (torch.compiler.is_exporting() and not leaves):  # graphs plan their own memory
+        like = self.like
+        if like is None or (buffer is not None and (buffer.dtype != like.dtype or buffer.device != like.device)):
+            buffer = None
+        if torch.is_grad_enabled():
             buffer = None
         found = {}
         for one in self._layout[-1:] if output_alone else self._layout:
@@ -191,7 +183,7 @@ class BlockSlices:
             if one.is_output:
                 rows = gathered(weight.t(), choice.kept, one.rows[0].width, place).t()
                 if choice.restored is not None:
-                    bias = _restored(choice.restored, bias, weight.dtype, self._bias_place(one, buffer))
+                    bias = _restored(choice.restored, bias, weight.dtype, _bias_place(one, buffer))
             else:
                 alone = one.rows[0].width if len(one.rows) == 1 else 0
                 rows = (
@@ -200,48 +192,31 @@ class BlockSlices:
                     else _rows_of(weight, one.rows, choice.kept, place)
                 )
                 if bias is not None:
-                    bias = _rows_of(bias, one.rows, choice.kept, self._bias_place(one, buffer))
+                    bias = _rows_of(bias, one.rows, choice.kept, _bias_place(one, buffer))
             found[one.name] = Matrix(rows, bias)
         return found
 
-    def hold(self, choice: Choice) -> Slice:
-        """What tokens after the last batch run on, sliced at the first of them."""
-        if self.held is None:
-            if self._layout and not torch.is_grad_enabled():
-                self._make_own()
-            found = self.of(choice, leaves=True)
-            for one in self._layout[-1:]:
-                if one.is_output and wants_rows(one.module.weight):
-                    found[one.name] = Matrix(found[one.name].weight.contiguous(), found[one.name].bias)
-            self.held = found
-        return self.held
+    def to_hold(self, choice: Choice, room: Tensor | None) -> Slice:
+        """What tokens after a prompt run on, laid out for products with few tokens."""
+        found = self.of(choice, room)
+        for one in self._layout[-1:]:
+            if one.is_output and wants_rows(one.module.weight):
+                found[one.name] = Matrix(found[one.name].weight.contiguous(), found[one.name].bias)
+        return found
 
-    def hold_left(self, choice: Choice) -> None:
-        """Hold what a graph has left of the last batch, run on ``choice``."""
-        assert self._own is not None
-        self.held = {}
+    def written(self, choice: Choice, room: Tensor) -> Slice:
+        """What a graph has written into ``room``: the slice for ``choice``."""
+        found = {}
         for one in self._layout:
-            weight, bias = self._own[one.start : one.bias_start].view(one.shape), one.module.bias
+            weight, bias = room[one.start : one.bias_start].view(one.shape), one.module.bias
             if bias is not None if not one.is_output else choice.restored is not None:
-                bias = self._bias_place(one, self._own)
-            self.held[one.name] = Matrix(weight.t() if one.is_output else weight, bias)
+                bias = _bias_place(one, room)
+            found[one.name] = Matrix(weight.t() if one.is_output else weight, bias)
+        return found
 
-    def forget(self) -> None:
-        """Let go of all slices: the weights have changed."""
-        self.held = self._own = None
-        self.is_prepared = False
 
-    def __getstate__(self) -> dict[str, object]:
-        """Copies of a model make slices of their own."""
-        return {**self.__dict__, "held": None, "_own": None, "is_prepared": False}
-
-    def _make_own(self) -> None:
-        like = self._layout[-1].module.weight
-        if self._own is None or self._own.dtype != like.dtype:
-            self._own = new_memory(self._size, like)
-
-    def _bias_place(self, one: Sliceable, buffer: Tensor | None) -> Tensor | None:
-        return None if buffer is None else buffer[one.bias_start : one.end]
+def _bias_place(one: Sliceable, buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None else buffer[one.bias_start : one.end]
 
 
 def _rows_of(whole: Tensor, rows: tuple[Rows, ...], kept: Tensor, place: Tensor | None) -> Tensor:

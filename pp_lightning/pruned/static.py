@@ -15,7 +15,6 @@ from pp_lightning.functional.selection import take_columns, take_unit_rows
 from pp_lightning.methods.base import StaticChoice
 from pp_lightning.pruned.projection import PrunedProjection
 from pp_lightning.pruned.runner import BlockRunner
-from pp_lightning.pruned.slices import SliceMemory
 
 
 class TakeHeads:
@@ -86,7 +85,7 @@ def slice_block(modules: BlockModules, shape: ModelShape, unit: AttentionUnit, c
         What :func:`restore_block` needs.
     """
     kept = choice.kept
-    runner = BlockRunner(modules, shape, unit, len(kept), SliceMemory())
+    runner = BlockRunner(modules, shape, unit, len(kept))
     sliced = SlicedBlock(runner, {one.name: one.module for one in runner.projections})
     module, like = modules.module, runner.output.module
     for one in runner.inputs:

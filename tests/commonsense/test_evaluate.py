@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from pp_lightning import UserError, calibrate, prune_
-from pp_lightning.commonsense import TASK_NAMES, CommonsenseData, Histories, evaluate_tasks
+from pp_lightning import UserError, calibrate, prune_, pruning_state
+from pp_lightning.commonsense import TASK_NAMES, CommonsenseData, evaluate_tasks
 from pp_lightning.data import Embedded
 from pp_lightning.methods import FLAP, ProbePruning
+from pp_lightning.state import digest_of
 from tests.commonsense.samples import ROWS, data_of, tiny_model, write_samples
 from tests.commonsense.tokenizers import TEXT, tokenizer_of
 
@@ -76,16 +77,16 @@ def test_an_interrupted_evaluation_goes_on_at_its_task(after: str, tmp_path: Pat
 
 def test_an_interrupted_model_is_left_as_it_was(tmp_path: Path) -> None:
     data, model = data_of(write_samples(tmp_path), "metaspace"), pruned().train()
-    start = Histories(model).digest()
+    start = digest_of(pruning_state(model))
 
     def interrupt(task: str, done: int, _: int) -> None:
         if done == 1:
-            assert Histories(model).digest() != start  # negative control: batches do move the histories
+            assert digest_of(pruning_state(model)) != start  # negative control: batches do move the histories
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         evaluate_tasks(model, data, progress=interrupt)
-    assert Histories(model).digest() == start and model.training
+    assert digest_of(pruning_state(model)) == start and model.training
 
 
 def test_tasks_do_not_depend_on_one_another(tmp_path: Path) -> None:

@@ -11,7 +11,20 @@ from pp_lightning.functional.probe import Probe
 from pp_lightning.functional.selection import unit_channels
 from pp_lightning.methods import ProbePruning
 from pp_lightning.pruned.choice import Choice
-from tests.models import MODELS, PRUNED, SETTINGS, choices, ids, logits, pruned_blocks, ragged, statistics, tiny
+from pp_lightning.pruning import last_choices
+from tests.models import (
+    MODELS,
+    PRUNED,
+    SETTINGS,
+    choices,
+    held_by,
+    ids,
+    logits,
+    pruned_blocks,
+    ragged,
+    statistics,
+    tiny,
+)
 from tests.recording import RecordingProbePruning
 
 WHOLE = {"row_ratio": 1.0, "token_ratio": 1.0}
@@ -67,8 +80,9 @@ def test_running_means_move_where_channels_are_kept():
     model = pruned("llama", ProbePruning(compensation="history", momentum=0.5))
     before = {key: block.mean.clone() for key, block in pruned_blocks(model).items()}
     logits(model, ids())
+    kept = last_choices(model)
     for (_, name), block in pruned_blocks(model).items():
-        channels = unit_channels(block.kept, block.units.channels)
+        channels = unit_channels(kept[_, name].kept, block.units.channels)
         moved = block.mean != before[_, name]
         assert moved[channels].all()
         assert moved.sum() == len(channels)
@@ -192,9 +206,10 @@ def test_a_held_choice_holds_what_it_restores():
     with torch.no_grad():
         filled = model(input_ids=text, use_cache=True).past_key_values
         model(input_ids=text[:, :1], past_key_values=filled, use_cache=True)
-    for block in pruned_blocks(model).values():
-        assert block.restored.abs().sum() > 0
-        torch.testing.assert_close(block.runner.slices.held[block.runner.modules.output].bias, block.restored)
+    chosen = filled.pruning_choice.choices
+    for block, choice, held in zip(pruned_blocks(model).values(), chosen, held_by(filled), strict=True):
+        assert choice.restored.abs().sum() > 0
+        torch.testing.assert_close(held[block.runner.modules.output].bias, choice.restored)
 
 
 def test_bias_of_the_output_matrix_stays():

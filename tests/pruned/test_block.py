@@ -7,14 +7,15 @@ from pp_lightning import calibrate, kept_units, prune_, unprune_
 from pp_lightning.functional import linear as linear_module
 from pp_lightning.methods import FullBatchProbing, ProbePruning
 from pp_lightning.pruned.choice import Choice
-from pp_lightning.pruned.slices import SliceMemory
-from pp_lightning.pruning import pruning_of
+from pp_lightning.pruned.slices import BlockSlices, SliceMemory
+from pp_lightning.pruning import last_choices, pruning_of
 from tests.models import (
     MODELS,
     PRUNED,
     SETTINGS,
     calibration_batches,
     choices,
+    held_by,
     ids,
     logits,
     masked_dense,
@@ -54,23 +55,27 @@ def test_a_dense_block_is_not_laid_out():
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("unit", [None, "query_head"])
-def test_one_slice_at_a_time_in_one_buffer(name, unit):
-    model = pruned(name, lambda: ProbePruning(attention_unit=unit))
+def test_one_slice_at_a_time_in_one_buffer(name, unit, monkeypatch):
+    model, buffers = pruned(name, lambda: ProbePruning(attention_unit=unit)), []
+    real = BlockSlices.of
+    monkeypatch.setattr(
+        BlockSlices,
+        "of",
+        lambda one, choice, buffer=None, **k: buffers.append(buffer) or real(one, choice, buffer, **k),
+    )
     logits(model, ids())
-    memory = pruning_of(model).context.memory
-    address, size = memory.buffer.data_ptr(), memory.buffer.numel()
     logits(model, ids(seed=2))
-    assert (memory.buffer.data_ptr(), memory.buffer.numel()) == (address, size)
-    largest = max(sum(tensor.numel() for tensor in slice_of(block)) for block in blocks_of(model))
-    assert largest <= size < 1.1 * largest
-    # nothing is held between batches but that
-    assert all(block.runner.slices.held is None for block in blocks_of(model))
+    assert len({buffer.data_ptr() for buffer in buffers}) == 1
+    monkeypatch.undo()
+    choice = last_choices(model)
+    largest = max(sum(t.numel() for t in slice_of(block, choice[block.key])) for block in blocks_of(model))
+    assert largest <= buffers[0].numel() < 1.1 * largest
+    assert pruning_of(model).context.held.nbytes == 0  # nothing is held between batches
 
 
-def slice_of(block):
+def slice_of(block, choice):
     """The tensors of a block's slice, in memory of their own."""
-    found = block.runner.slices.of(block.last)  # gradients are on: fresh memory
-    return [tensor for matrix in found.values() for tensor in matrix if tensor is not None]
+    return [tensor for matrix in block.runner.slices.of(choice).values() for tensor in matrix if tensor is not None]
 
 
 @torch.no_grad()
@@ -79,13 +84,13 @@ def test_slices_in_one_buffer_do_not_overlap():
     model = pruned("opt")
     logits(model, ids())
     for block in blocks_of(model):
-        shared = block.runner.slices.of(block.last)
-        with torch.enable_grad():
-            fresh = block.runner.slices.of(block.last)
+        slices, kept = block.runner.slices, last_choices(model)[block.key].kept
+        buffer = torch.empty(slices.size)
+        shared, fresh = slices.of(Choice(kept), buffer), slices.of(Choice(kept))
         for name, matrix in fresh.items():
             assert torch.equal(shared[name].weight, matrix.weight)
             assert torch.equal(shared[name].bias, matrix.bias)
-        other = block.runner.slices.of(Choice((block.kept + 1) % block.units.number))
+        other = slices.of(Choice((kept + 1) % block.units.number), buffer)
         assert other[block.runner.output.name].weight.data_ptr() == shared[block.runner.output.name].weight.data_ptr()
 
 
@@ -93,20 +98,23 @@ def test_slices_in_one_buffer_do_not_overlap():
 def test_memory_follows_the_weights_type_and_the_largest_slice():
     memory, like = SliceMemory(), torch.zeros(4, 4)
     memory.reserve(6)
-    memory.prepare(like)
-    assert (memory.buffer.dtype, memory.buffer.numel()) == (torch.float32, 6)
-    memory.prepare(like.half())
-    assert memory.buffer.dtype == torch.float16
+    first = memory.take(like)
+    assert (first.dtype, first.numel()) == (torch.float32, 6)
+    assert memory.take(like).data_ptr() != first.data_ptr()  # another batch runs at the same time
+    memory.give_back(first)
+    assert memory.take(like).data_ptr() == first.data_ptr()
+    memory.give_back(first)
+    assert memory.take(like.half()).dtype == torch.float16
+    memory.give_back(first)
     memory.reserve(12)
-    memory.prepare(like.half())
-    assert memory.buffer.numel() == 12
+    assert memory.take(like).numel() == 12
 
 
 def test_an_accelerator_keeps_freed_memory_at_hand_itself():
     memory = SliceMemory()
     memory.reserve(10)
-    memory.prepare(torch.zeros(4, 4, device="meta"))
-    assert memory.buffer is None
+    with torch.no_grad():
+        assert memory.take(torch.zeros(4, 4, device="meta")) is None
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_gqa", "opt"])
@@ -143,24 +151,10 @@ def test_scores_constant_is_computed_once():
     assert [block.weight_norm.data_ptr() for block in blocks_of(model)] == before
 
 
-def test_a_held_slice_is_let_go_by_the_next_prompt():
-    model = pruned()
-    with torch.no_grad():
-        cache = model(input_ids=ids(), use_cache=True).past_key_values
-        model(input_ids=ids(4, 1), past_key_values=cache, use_cache=True)
-        assert all(block.runner.slices.held is not None for block in blocks_of(model))
-        model(input_ids=ids(seed=2), use_cache=False)
-    assert all(block.runner.slices.held is None for block in blocks_of(model))
-
-
-def held_at(block):
-    return [matrix.weight.data_ptr() for matrix in block.runner.slices.hold(block.last).values()]
-
-
 @torch.no_grad()
 def decoded(model, prompt, token):
     cache = model(input_ids=prompt, use_cache=True).past_key_values
-    return model(input_ids=token, past_key_values=cache, use_cache=True).logits
+    return model(input_ids=token, past_key_values=cache, use_cache=True).logits, cache
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -170,52 +164,56 @@ def test_once_a_model_decodes_its_prompts_leave_the_slices_for_it(name, rows):
     model, fresh = (pruned(name) for _ in range(2))
     first, second, token = ids(rows), ids(rows, seed=2), ids(rows, 1, seed=3)
     with torch.no_grad():
-        model(input_ids=first, use_cache=True)
-    assert all(block.runner.slices.held is None for block in blocks_of(model)), (
-        "nobody knows yet that this model decodes"
-    )
+        cache = model(input_ids=first, use_cache=True).past_key_values
+    assert held_by(cache) is None, "nobody knows yet that this model decodes"
     logits(fresh, first)  # moves its history as well
-    decoded(model, first, token)
-    memory = [held_at(block) for block in blocks_of(model)]
+    _, cache = decoded(model, first, token)
+    memory = addresses(cache)
+    del cache
     logits(model, first)
     logits(fresh, first)
-    assert all(block.runner.slices.held is None for block in blocks_of(model))
     logits(fresh, first)
     with torch.no_grad():
         cache = model(input_ids=second, use_cache=True).past_key_values
-    left = [block.runner.slices.held for block in blocks_of(model)]
-    assert all(held is not None for held in left)
+    left = list(held_by(cache))
+    assert None not in left
     with torch.no_grad():
         found = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-    assert all(block.runner.slices.held is one for block, one in zip(blocks_of(model), left, strict=True))
-    assert [held_at(block) for block in blocks_of(model)] == memory
-    expected = decoded(fresh, second, token)
+    assert all(now is before for now, before in zip(held_by(cache), left, strict=True))
+    assert addresses(cache) == memory  # that of the conversation that is gone
+    expected, _ = decoded(fresh, second, token)
     assert choices(kept_units(model)) == choices(kept_units(fresh))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def addresses(cache):
+    return [matrix.weight.data_ptr() for one in held_by(cache) for matrix in one.values()]
+
+
+def outputs_by_rows(model, cache):
+    blocks = zip(blocks_of(model), held_by(cache), strict=True)
+    return [held[block.runner.output.name].weight.is_contiguous() for block, held in blocks]
 
 
 def test_where_products_want_rows_slices_are_held_by_rows(monkeypatch):
     model, plain = (pruned() for _ in range(2))
     expected = [decoded(plain, ids(seed=seed), ids(4, 1)) for seed in (1, 2)]
-    assert not any(
-        block.runner.slices.held[block.runner.output.name].weight.is_contiguous() for block in blocks_of(plain)
-    )
+    assert not any(outputs_by_rows(plain, expected[-1][1]))
     monkeypatch.setattr(linear_module, "_NATIVE", {torch.float32: False})  # as half precision on many a laptop
     found = [decoded(model, ids(seed=seed), ids(4, 1)) for seed in (1, 2)]
-    assert all(block.runner.slices.held[block.runner.output.name].weight.is_contiguous() for block in blocks_of(model))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert all(outputs_by_rows(model, found[-1][1]))
+    for (one, _), (other, _) in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_what_is_left_is_what_a_copy_would_be():
     model = pruned()
     decoded(model, ids(), ids(4, 1))
-    model(input_ids=ids(seed=2), use_cache=True)
-    for block in blocks_of(model):
-        left = block.runner.slices.held
-        with torch.enable_grad():  # in memory of its own
-            copied = block.runner.slices.of(block.last)
-            other = block.runner.slices.of(Choice((block.kept + 1) % block.units.number), output_alone=True)
+    cache = model(input_ids=ids(seed=2), use_cache=True).past_key_values
+    for block, left, choice in zip(blocks_of(model), held_by(cache), cache.pruning_choice.choices, strict=True):
+        copied = block.runner.slices.of(choice)
+        other = block.runner.slices.of(Choice((choice.kept + 1) % block.units.number), output_alone=True)
         for name, matrix in copied.items():
             assert torch.equal(left[name].weight, matrix.weight), name
         output = block.runner.output.name

@@ -15,6 +15,8 @@ from pp_lightning.methods import ProbePruning
 from pp_lightning.pruned import streams
 from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.context import ModelContext
+from pp_lightning.pruned.conversations import HeldSlices
+from pp_lightning.pruned.inputs import BatchInputs, Earlier
 from pp_lightning.pruned.streams import SideStream
 from pp_lightning.pruning import pruning_of
 from tests.models import SETTINGS, choices, histories, ids, logits, padded, statistics, tiny
@@ -118,20 +120,19 @@ def test_a_graph_holds_its_probes(monkeypatch):
 
 
 def test_a_copy_is_made_without_what_cannot_be_copied():
-    """On an accelerator an earlier residual comes with an event."""
-    model = pruned()
-    logits(model, ids())
-    batch = pruning_of(model).context.batch
-    assert batch.middle is not None
-    batch.middle = batch.middle._replace(since=torch.Event("cpu"))
+    """On an accelerator an earlier residual comes with an event; a batch that failed leaves one behind."""
+    model, context = pruned(), None
+    context = pruning_of(model).context
+    context.batch = BatchInputs(torch.Size((1, 1)))
+    context.batch.middle = Earlier(torch.zeros(1, 1, 4), torch.Event("cpu"))
     with pytest.raises(TypeError, match="Event"):
-        copy.deepcopy(batch.middle)
+        copy.deepcopy(context.batch.middle)
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin, ids(seed=2)), logits(model, ids(seed=2)))
 
 
 def test_a_cpu_has_no_side_stream():
-    assert ModelContext(None, (), (), uses_cache=False).side_stream(torch.device("cpu")) is None
+    assert ModelContext(None, (), (), uses_cache=False, held=HeldSlices(1)).side_stream(torch.device("cpu")) is None
 
 
 def test_the_side_waits_for_what_it_reads_and_is_waited_for(monkeypatch):
