@@ -137,7 +137,7 @@ class _Collector:
             count = placed_count(self.places)
         else:
             self.places = None
-            count = torch.full((tokens,), float(rows), device=device)
+            count = torch.full((tokens,), float(rows), dtype=torch.float32, device=device)
         statistics = self.statistics
         statistics.counts = _add_rows(statistics.counts.to(device), count)
 

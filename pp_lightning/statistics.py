@@ -47,7 +47,7 @@ class Statistics(Evidence):
     form: ClassVar[str] = "pp-lightning statistics 2"
 
     model: str
-    counts: Tensor = field(default_factory=lambda: torch.zeros(0))
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32))
     sums: dict[BlockKey, BlockSums] = field(default_factory=dict)
     residuals: dict[BlockKey, Tensor] = field(default_factory=dict)
     num_batches: int = 0

@@ -43,7 +43,7 @@ class ScatteredProbe:
 def draw_lots(shape: tuple[int, ...], seed: int, batch: int) -> Tensor:
     """Uniform numbers in [0, 1), float32 on the CPU: a function of seed and batch number alone."""
     generator = torch.Generator().manual_seed(seed * _MOST_BATCHES + batch)  # of a seed 32 bits are used
-    return torch.rand(shape, generator=generator)
+    return torch.rand(shape, generator=generator, dtype=torch.float32)
 
 
 def lots_needed(num_rows: int, num_tokens: int, row_count: int, token_count: int) -> int:

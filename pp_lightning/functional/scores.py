@@ -90,7 +90,7 @@ def sum_over_units(columns: Tensor, channels_per_unit: int) -> Tensor:
 
 def _column_sums(weight: Tensor, power: int) -> Tensor:
     """``sum_i |W_ic|^power`` of a weight (D, C) of any dtype: (C,) float32, without a float32 copy of the weight."""
-    total = torch.zeros(weight.shape[1], device=weight.device)
+    total = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
     for rows in weight.detach().split(_ROWS_AT_ONCE):
         total += rows.float().abs().pow(power).sum(0)
     return total
