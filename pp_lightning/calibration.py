@@ -24,6 +24,7 @@ from pp_lightning.pruning import is_pruned
 from pp_lightning.statistics import BlockSums, Statistics, fingerprint
 
 
+@torch.inference_mode(False)  # what is kept is used outside, and changed in place there
 @torch.no_grad()
 def calibrate(
     model: PreTrainedModel,

@@ -4,8 +4,8 @@ import torch
 from pp_lightning import Statistics, UserError, calibrate, prune_
 from pp_lightning.blocks import Block
 from pp_lightning.families import blocks_of
-from pp_lightning.methods import FullBatchProbing
-from tests.models import LAYERS, MODELS, calibration_batches, ids, padded, ragged, tiny
+from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning
+from tests.models import LAYERS, MODELS, calibration_batches, ids, logits, padded, ragged, statistics, tiny
 
 
 def assert_same(found: Statistics, expected: Statistics) -> None:
@@ -253,3 +253,22 @@ def test_overflow_in_half_precision():
         model.model.layers[4].mlp.up_proj.weight.mul_(1e5)
     with pytest.raises(UserError, match=r"mlp block of layer 4 are not finite: .*use float32 or bfloat16"):
         calibrate(model, calibration_batches(1), progress=False)
+
+
+@pytest.mark.parametrize("method", [ProbePruning, lambda: ProbePruning(compensation="history"), FLAP])
+def test_inference_mode_ends_with_the_call(method):
+    """Calibrated and pruned inside of it, a model runs outside, with gradients too."""
+    model = tiny("llama")
+    with torch.inference_mode():
+        batches = [{"input_ids": batch["input_ids"].clone()} for batch in calibration_batches()]
+        stats = calibrate(model, batches, progress=False)
+    for sums in stats.sums.values():
+        assert not sums.squares.is_inference() and not sums.values.is_inference()
+    assert_same(stats, calibrate(tiny("llama"), calibration_batches(), progress=False))
+    with torch.inference_mode():
+        prune_(model, method(), stats, pruning_ratio=0.4, skip_layers=(0, 1), round_to=16, release_stats=True)
+    outside = tiny("llama")
+    prune_(outside, method(), statistics("llama"), pruning_ratio=0.4, skip_layers=(0, 1), round_to=16)
+    assert torch.equal(logits(model, ids()), logits(outside, ids()))
+    model(input_ids=ids(), labels=ids(), use_cache=False).loss.backward()
+    assert model.model.embed_tokens.weight.grad.isfinite().all()
