@@ -1,7 +1,9 @@
+import copy
+
 import pytest
 import torch
 
-from pp_lightning import Statistics, UserError, calibrate, prune_
+from pp_lightning import Statistics, UserError, calibrate, kept_units, prune_
 from pp_lightning.blocks import Block
 from pp_lightning.families import blocks_of
 from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning
@@ -20,6 +22,8 @@ def assert_same(found: Statistics, expected: Statistics) -> None:
     for key, sums in expected.sums.items():
         assert torch.equal(found.sums[key].squares, sums.squares), key
         assert torch.equal(found.sums[key].values, sums.values), key
+        assert torch.equal(found.sums[key].shift, sums.shift), key
+        assert torch.equal(found.sums[key].spread, sums.spread), key
         assert torch.equal(found.residuals[key], expected.residuals[key]), key
 
 
@@ -74,6 +78,61 @@ def test_equals_naive_loops(name):
         torch.testing.assert_close(found.sums[layer, block].squares, squares[:, :width].float(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.sums[layer, block].values, values[:, :width].float(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.residuals[layer, block], energy.float(), rtol=1e-5, atol=1e-5)
+
+
+def offset(by: float):
+    """OPT whose MLP channels have means of so many standard deviations, and the batches that tell."""
+    model, batches = tiny("opt"), [*calibration_batches(4), ragged([20, 9, 31], "left"), ragged([12, 40], "right")]
+    for layer in model.model.decoder.layers:
+        inputs = []
+        hook = layer.fc1.register_forward_hook(lambda _, __, output, inputs=inputs: inputs.append(output))
+        logits(model, batches[0]["input_ids"])
+        hook.remove()
+        spread = inputs[0].flatten(0, -2).std(0)
+        with torch.no_grad():
+            layer.fc1.bias += by * spread - inputs[0].flatten(0, -2).mean(0)
+            layer.fc2.bias -= layer.fc2.weight @ (by * spread)
+    return model, batches
+
+
+def exactly(model, batches, layer):
+    """States (N, C) of an MLP's real tokens, and their positions (N,): float64."""
+    states, positions = [], []
+    for batch in batches:
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        states.append(states_of(model, batch, layer, Block.MLP)[mask].double())
+        positions.append((mask.long().cumsum(1) - 1)[mask])
+    return torch.cat(states), torch.cat(positions)
+
+
+@pytest.mark.parametrize("by", [0.0, 30.0, 100.0, 1000.0])
+def test_deviations_from_a_mean_that_is_far_from_zero(by):
+    model, batches = offset(by)
+    found = calibrate(model, batches, progress=False)
+    for layer in range(LAYERS):
+        states, positions = exactly(model, batches, layer)
+        variance = states.var(0, unbiased=False)
+        if by:
+            assert (states.mean(0).abs() / variance.sqrt()).median() > by / 4
+        torch.testing.assert_close(found.variance(layer, Block.MLP), variance.float(), rtol=1e-4, atol=1e-8)
+        deviations = (states - states.mean(0)).square()
+        expected = torch.zeros(40, states.shape[1]).double().index_add(0, positions, deviations)
+        expected /= found.counts[:, None]
+        error = (found.deviations(layer, Block.MLP) - expected) / variance  # a position with one token may have any
+        assert error.abs().max() < 3e-4
+
+
+@pytest.mark.parametrize("by", [30.0, 100.0, 1000.0])
+def test_choices_about_such_a_mean_are_those_of_float64(by):
+    model, batches = offset(by)
+    stats, dense = calibrate(model, batches, progress=False), copy.deepcopy(model)
+    settings = {"pruning_ratio": 0.4, "skip_layers": (0, 1), "round_to": 1}
+    prune_(model, FLAP(blocks=("mlp",), uniform=True), stats, **settings)
+    for layer, kept in kept_units(model).items():
+        states, _ = exactly(dense, batches, layer)
+        weight = blocks_of(dense)[layer, Block.MLP].output_weight.double()
+        scores = states.var(0, unbiased=False) * weight.square().sum(0)
+        assert kept.mlp.tolist() == scores.topk(len(kept.mlp)).indices.sort().values.tolist()
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "opt"])

@@ -55,6 +55,17 @@ def sum_of_squares(states: Tensor) -> Tensor:
     return total
 
 
+def sum_of_squares_about(states: Tensor, centre: Tensor) -> Tensor:
+    """Sum over rows of (X - m)^2: (B, S, C) of any dtype, m (C,) float32, to (S, C) float32."""
+    if states.device.type != "cpu":
+        return (states.float() - centre).square().sum(0)
+    total = torch.zeros(states.shape[1:], dtype=torch.float32, device=states.device)
+    for row in states:  # see above
+        moved = row.float() - centre
+        total.addcmul_(moved, moved)
+    return total
+
+
 def _at_once(states: Tensor) -> Tensor:
     """In one pass, which an accelerator is asked for once."""
     exact = states.float() if states.dtype == torch.float64 else states

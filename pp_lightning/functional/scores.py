@@ -64,15 +64,13 @@ def wanda_column_scores(weight: Tensor, energy: Tensor) -> Tensor:
     return _column_sums(weight, 1) * energy.sqrt()
 
 
-def flap_column_scores(weight: Tensor, mean: Tensor, second_moment: Tensor) -> Tensor:
+def flap_column_scores(weight: Tensor, variance: Tensor) -> Tensor:
     """FLAP's fluctuation metric WIFV: ``Var[x_c] * sum_i W_ic^2`` (02-baselines, 4.1).
 
     Args:
         weight: output matrix (D, C) of any dtype.
-        mean: E[x] over all real tokens, (C,) float32.
-        second_moment: E[x^2] over all real tokens, (C,) float32.
+        variance: Var[x] over all real tokens, (C,) float32.
     """
-    variance = (second_moment - mean.square()).clamp(min=0.0)
     return variance * _column_sums(weight, 2)
 
 
