@@ -205,7 +205,8 @@ def kept_units(model: PreTrainedModel) -> dict[int, KeptUnits]:
     pruning = pruning_of(model)
     if pruning.context is not None and not pruning.context.chosen:
         return {}
-    kept = dict(pruning.choices) | {key: block.kept.clone() for key, block in pruning.pruners.items()}
+    known = pruning.choices | {key: block.kept for key, block in pruning.pruners.items()}
+    kept = {key: units.clone() for key, units in known.items()}
     nothing = torch.empty(0, dtype=torch.long)
     layers = sorted({layer for layer, _ in kept})
     return {i: KeptUnits(kept.get((i, Block.ATTENTION), nothing), kept.get((i, Block.MLP), nothing)) for i in layers}
