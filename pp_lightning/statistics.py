@@ -34,7 +34,7 @@ class BlockSums:
     spread: Tensor | None = None
 
 
-@dataclass
+@dataclass(repr=False)  # in a notebook, all tensors would be shown
 class Statistics(Evidence):
     """What one dense pass over a calibration set leaves behind.
 
@@ -57,6 +57,12 @@ class Statistics(Evidence):
     residuals: dict[BlockKey, Tensor] = field(default_factory=dict)
     num_batches: int = 0
     batches_digest: str = ""
+
+    def __repr__(self) -> str:
+        """In one line: what was collected."""
+        tokens, means = int(self.counts.sum()), any(sums.values is not None for sums in self.sums.values())
+        sizes = f"batches={self.num_batches}, tokens={tokens}, positions={self.num_positions}"
+        return f"Statistics({sizes}, blocks={len(self.sums)}, means={means})"
 
     @property
     def num_positions(self) -> int:
