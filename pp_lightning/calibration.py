@@ -18,7 +18,7 @@ from pp_lightning.families import BlockModules, blocks_of, layers_of
 from pp_lightning.functional.compensation import channel_mean
 from pp_lightning.functional.moments import Places, placed_count, placed_sum, sum_of_squares, sum_of_squares_about
 from pp_lightning.functional.probe import token_norms
-from pp_lightning.interfaces import INPUTS, first_argument, model_inputs, without_head
+from pp_lightning.interfaces import INPUTS, argument_names, first_argument, model_inputs, without_head
 from pp_lightning.progress import shown
 from pp_lightning.pruned.check import Meeting, meetings
 from pp_lightning.pruning import is_pruned
@@ -46,7 +46,8 @@ def calibrate(
 
     Args:
         model: a dense causal language model. It is run in evaluation mode and left as it was.
-        batches: dictionaries with ``input_ids`` (B, S) and optionally ``attention_mask`` (B, S), 1 at real tokens.
+        batches: dictionaries with ``input_ids`` (B, S) and optionally ``attention_mask`` (B, S), 1 at real tokens, and
+            ``position_ids`` (B or 1, S), where tokens are not at the positions that the mask gives them.
         means: collect sums and deviations from the mean beside sums of squares; FLAP needs them. Without them the
             statistics are a third as large.
         layers: only these layers; None takes all.
@@ -55,11 +56,11 @@ def calibrate(
         progress: show a progress bar; lines where there is no terminal.
 
     Raises:
-        UserError: no batches, activations that are not finite, a pruned or unknown model, layers that it has not, or a
-            ``save_to`` that holds the statistics of another model, other batches or other layers, or no means.
+        UserError: no batches, something else in their place, one without a real token, activations that are not finite,
+            a pruned or unknown model, layers that it has not, or a ``save_to`` that holds the statistics of another
+            model, other batches or other layers, or no means.
     """
-    if is_pruned(model):
-        raise UserError("calibrate runs the dense model: unprune_ it first")
+    _check_asked(model, batches)
     number = len(layers_of(model))
     wanted = range(number) if layers is None else layers
     _check_layers(wanted, number)
@@ -79,6 +80,7 @@ def calibrate(
     try:
         for batch in shown(batches, "calibrating", "batch", progress):
             seen += 1
+            _check_batch(model, batch, seen)
             digest = _chained_digest(digest, batch)
             if seen < done:
                 continue
@@ -87,7 +89,7 @@ def calibrate(
                 continue
             hooks = hooks or collector.attach(blocks, meetings(model, everything))
             inputs = model_inputs(model, batch)
-            collector.begin(inputs.get("attention_mask"))
+            collector.begin(inputs.get("attention_mask"), inputs.get("position_ids"))
             without_head(model)(**inputs)
             statistics.num_batches, statistics.batches_digest = seen, digest
             if save_to is not None and seen % save_every == 0:
@@ -109,6 +111,7 @@ class _Collector:
         self.statistics = statistics
         self.means = means
         self.mask: Tensor | None = None
+        self.position_ids: Tensor | None = None
         self.shape = torch.Size()
         self.places: Places | None = None
 
@@ -124,9 +127,12 @@ class _Collector:
             hooks.append(output.register_forward_pre_hook(partial(self._add, key)))
         return hooks
 
-    def begin(self, mask: Tensor | None) -> None:
-        """Take a batch's attention mask (B, S); None where everything is real."""
-        self.mask = mask
+    def begin(self, mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Take a batch's attention mask (B, S) and position ids (B or 1, S).
+
+        None where everything is real, and where positions follow from what is.
+        """
+        self.mask, self.position_ids = mask, position_ids
 
     def _count(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Find the real tokens of a batch and count them."""
@@ -134,10 +140,11 @@ class _Collector:
         self.shape, device = hidden.shape[:2], hidden.device
         rows, tokens = self.shape
         padded = mask is not None and not bool(mask.all())
-        if padded:
-            assert mask is not None
-            real = mask.bool().to(device)
-            self.places = Places(real.long().cumsum(1) - 1, real, max(1, int(real.sum(1).max())))
+        if padded or self.position_ids is not None:
+            real = hidden.new_ones(self.shape, dtype=torch.bool) if mask is None else mask.bool().to(device)
+            given = self.position_ids
+            positions = real.long().cumsum(1) - 1 if given is None else given.to(device).expand(self.shape)
+            self.places = Places(positions, real, 1 + int(positions.masked_fill(~real, 0).max()))
             count = placed_count(self.places)
         else:
             self.places = None
@@ -201,10 +208,36 @@ def _start(model: PreTrainedModel, save_to: str | os.PathLike[str] | None) -> St
     return statistics
 
 
+def _check_asked(model: PreTrainedModel, batches: object) -> None:
+    if isinstance(batches, (str, bytes, Tensor, Mapping)):
+        raise UserError(f"calibration batches are a list of dictionaries, not one {type(batches).__name__}")
+    if is_pruned(model):
+        raise UserError("calibrate runs the dense model: unprune_ it first")
+
+
 def _check_layers(layers: Sequence[int], number: int) -> None:
     for layer in layers:
         if not 0 <= layer < number:
             raise UserError(f"layers names layer {layer}, but the model has layers 0 to {number - 1}")
+
+
+def _check_batch(model: PreTrainedModel, batch: Any, number: int) -> None:
+    """Refuse what is no batch, or has no real token, before the model runs."""
+    name = model.main_input_name
+    if not isinstance(batch, Mapping):
+        raise UserError(f"calibration batches are dictionaries with {name}, not {type(batch).__name__}")
+    if name not in batch:
+        raise UserError(f"calibration batch {number} has no {name}")
+    mask, position_ids = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is not None and not bool(mask.any()):
+        raise UserError(f"calibration batch {number} is padding alone: leave it out")
+    if position_ids is None:
+        return
+    if "position_ids" not in argument_names(without_head(model)):
+        raise UserError(f"{model.config.model_type} takes no position_ids: leave them out of the calibration batches")
+    rows, tokens = batch[name].shape[:2]
+    if tuple(position_ids.shape) not in ((rows, tokens), (1, tokens)) or bool((position_ids < 0).any()):
+        raise UserError(f"position_ids of calibration batch {number} are not one number from 0 a token")
 
 
 def _chained_digest(previous: str, batch: Mapping[str, Tensor]) -> str:

@@ -285,6 +285,71 @@ def test_layers_that_are_not_there(layer):
         calibrate(tiny("llama"), calibration_batches(1), layers=(3, layer), progress=False)
 
 
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (ids(2, 8), "^calibration batches are a list of dictionaries, not one Tensor$"),
+        ("some text", "^calibration batches are a list of dictionaries, not one str$"),
+        ({"input_ids": ids(2, 8)}, "^calibration batches are a list of dictionaries, not one dict$"),
+        ([ids(2, 8)], "^calibration batches are dictionaries with input_ids, not Tensor$"),
+        (["some text"], "^calibration batches are dictionaries with input_ids, not str$"),
+        ([{"ids": ids(2, 8)}], "^calibration batch 1 has no input_ids$"),
+    ],
+)
+def test_what_is_no_batch(batches, message):
+    with pytest.raises(UserError, match=message):
+        calibrate(tiny("llama"), batches, progress=False)
+
+
+def test_a_batch_of_padding_alone_is_refused(tmp_path):
+    nothing = {"input_ids": ids(2, 8), "attention_mask": torch.zeros(2, 8, dtype=torch.long)}
+    model, batches = tiny("llama"), [*calibration_batches(1), nothing]
+    with pytest.raises(UserError, match=r"^calibration batch 2 is padding alone: leave it out$"):
+        calibrate(model, batches, save_to=tmp_path / "stats", save_every=1, progress=False)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert Statistics.load(tmp_path / "stats").num_batches == 1
+    nothing["attention_mask"][1, 3] = 1
+    assert calibrate(model, batches, progress=False).counts[:2].tolist() == [5.0, 4.0]
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("shape", [(3, 8), (1, 8)], ids=["each", "shared"])
+def test_statistics_are_at_the_position_ids(name, shape):
+    """Of tokens that the model is run at those positions."""
+    model, places = tiny(name), (torch.arange(8) + 5).expand(shape)
+    batch = {"input_ids": ids(3, 8), "position_ids": places}
+    found = calibrate(model, [batch], progress=False)
+    assert found.counts.tolist() == [0.0] * 5 + [3.0] * 8
+    for key, sums in found.sums.items():
+        states = states_of(model, batch, *key)
+        torch.testing.assert_close(sums.values[5:], states.sum(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sums.squares[5:], states.square().sum(0), rtol=1e-4, atol=1e-5)
+        assert not sums.squares[:5].any()
+    plain = calibrate(model, [{"input_ids": ids(3, 8)}], progress=False)
+    same = calibrate(model, [batch | {"position_ids": torch.arange(8)[None]}], progress=False)
+    assert torch.equal(same.counts, plain.counts)
+    for key, sums in plain.sums.items():
+        torch.testing.assert_close(same.sums[key].squares, sums.squares)
+
+
+def test_positions_of_padded_rows_may_be_given(tmp_path):
+    batch = ragged([9, 4], "left")
+    positions = batch | {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+    found, expected = (calibrate(tiny("llama"), [one], progress=False) for one in (positions, batch))
+    assert torch.equal(found.counts, expected.counts)
+    for key, sums in expected.sums.items():
+        torch.testing.assert_close(found.sums[key].values, sums.values, rtol=1e-3, atol=1e-4)
+    calibrate(tiny("llama"), [batch], save_to=tmp_path / "stats", progress=False)
+    with pytest.raises(UserError, match="was collected from other batches"):
+        calibrate(tiny("llama"), [positions], save_to=tmp_path / "stats", progress=False)
+
+
+@pytest.mark.parametrize("positions", [torch.zeros(2, 7, dtype=torch.long), torch.full((2, 8), -1), torch.arange(8)])
+def test_position_ids_that_do_not_fit(positions):
+    with pytest.raises(UserError, match=r"^position_ids of calibration batch 1 are not one number from 0 a token$"):
+        calibrate(tiny("llama"), [{"input_ids": ids(2, 8), "position_ids": positions}], progress=False)
+
+
 def test_no_batches():
     with pytest.raises(UserError, match="no calibration batches"):
         calibrate(tiny("llama"), [], progress=False)
