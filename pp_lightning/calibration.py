@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def calibrate(
     Everything is summed in float32, squares a second time about a number near each channel's mean. Interrupted and
     called again with the same ``save_to`` and batches, it goes on where the file stands and ends with the same
     statistics, bit for bit; where batches are padded, on accelerators up to rounding: sums by position have no order
-    there.
+    there. Batches may end it by raising ``SystemExit``: the file then has all of those before.
 
     Args:
         model: a dense causal language model. It is run in evaluation mode and left as it was.
@@ -78,7 +78,7 @@ def calibrate(
     model.eval()
     hooks: list[RemovableHandle] = []
     try:
-        for batch in shown(batches, "calibrating", "batch", progress):
+        for batch in _saved_at_the_end(shown(batches, "calibrating", "batch", progress), statistics, save_to):
             seen += 1
             _check_batch(model, batch, seen)
             digest = _chained_digest(digest, batch)
@@ -102,6 +102,18 @@ def calibrate(
     if save_to is not None and seen > done:
         statistics.save(save_to)
     return statistics
+
+
+def _saved_at_the_end(
+    batches: Iterable[Mapping[str, Any]], statistics: Statistics, path: str | os.PathLike[str] | None
+) -> Iterator[Mapping[str, Any]]:
+    """The batches. Where the program is told to end between two of them, what it has so far is saved first."""
+    try:
+        yield from batches
+    except SystemExit:  # of what gives the batches; inside of a batch, sums are not complete
+        if path is not None and statistics.num_batches:
+            statistics.save(path)
+        raise
 
 
 class _Collector:

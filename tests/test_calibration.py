@@ -216,6 +216,39 @@ def test_resumed_bit_for_bit(tmp_path, killed_at):
     assert_same(Statistics.load(path), uninterrupted)
 
 
+def test_what_is_told_to_end_between_batches_has_saved_them(tmp_path):
+    """Not so in the middle of one, see above."""
+    batches = calibration_batches(5)
+
+    def ended(number):
+        yield from batches[:number]
+        raise SystemExit
+
+    for number in (0, 1, 3):
+        with pytest.raises(SystemExit):
+            calibrate(tiny("llama"), ended(number), save_to=tmp_path / "stats", progress=False)
+        assert (tmp_path / "stats").exists() == (number > 0)
+        assert number == 0 or Statistics.load(tmp_path / "stats").num_batches == number
+    resumed = calibrate(tiny("llama"), batches, save_to=tmp_path / "stats", progress=False)
+    assert_same(resumed, calibrate(tiny("llama"), batches, progress=False))
+
+
+def test_ended_inside_of_a_batch_the_file_is_as_it_was(tmp_path):
+    model, calls = tiny("llama"), []
+
+    def end(*_):
+        calls.append(1)
+        if len(calls) == 4:
+            raise SystemExit
+
+    model.model.layers[3].register_forward_pre_hook(end)
+    with pytest.raises(SystemExit):
+        calibrate(model, calibration_batches(5), save_to=tmp_path / "stats", save_every=2, progress=False)
+    assert Statistics.load(tmp_path / "stats").num_batches == 2
+    resumed = calibrate(tiny("llama"), calibration_batches(5), save_to=tmp_path / "stats", progress=False)
+    assert_same(resumed, calibrate(tiny("llama"), calibration_batches(5), progress=False))
+
+
 def test_a_finished_file_is_not_collected_again(tmp_path):
     batches = calibration_batches()
     first = calibrate(tiny("llama"), batches, save_to=tmp_path / "stats", progress=False)
