@@ -113,7 +113,8 @@ def flops_of(shape: ModelShape, layers: tuple[Widths, ...], tokens: int) -> int:
     """FLOPs of one row in a model with these widths, vocabulary projection included."""
     attention = sum(attention_flops(shape, 1, tokens, w.heads, w.groups) for w in layers if w.heads)
     dense = dense_flops(shape, 1, tokens)
-    return attention + sum(mlp_flops(shape, 1, tokens, w.channels) for w in layers) + dense.other + dense.vocabulary
+    mlps = sum(mlp_flops(shape, 1, tokens, w.channels) for w in layers)
+    return attention + mlps + dense.other + dense.outer + dense.vocabulary
 
 
 def _key_heads(model: PreTrainedModel) -> dict[int, Tensor]:

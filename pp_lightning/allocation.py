@@ -148,10 +148,10 @@ def _removable(
     plan: BlockPlan, cost: int, floor: float, key: BlockKey, evidence: Evidence, statistics: Statistics
 ) -> Removable:
     weight = evidence.output_weights[key]
+    lost = statistics.deviations(*key) if evidence.restores_means else statistics.second_moment(*key)
     losses = relative_output_losses(
         weight,
-        statistics.second_moment(*key).to(weight.device),
-        statistics.means(*key).to(weight.device) if evidence.restores_means else None,
+        lost.to(weight.device),
         statistics.residual_energy(*key).to(weight.device),
         statistics.counts.to(weight.device),
         plan.units.channels,

@@ -43,6 +43,8 @@ class ModelShape:
         mlp_width: F.
         gated: whether the MLP has a gate beside its up projection.
         vocabulary: rows of the output projection; 0 where there is none.
+        vocabulary_inputs: its columns; D, or fewer where embeddings are narrower than the layers.
+        outer_weights: weights of the matrices between embeddings and layers, as there are where these differ in width.
         query_rows: rows of the query projection in one head; d, or 2 d where it also makes a gate.
         without: by block, layers that have no such block, but something else in its place.
         unknown: where layers have parts beside these blocks, or blocks that no formula here is for: makes the model
@@ -58,12 +60,16 @@ class ModelShape:
     gated: bool
     vocabulary: int
     query_rows: int = 0
+    vocabulary_inputs: int = 0
+    outer_weights: int = 0
     without: Mapping[Block, frozenset[int]] = field(default_factory=dict)
     unknown: Callable[[], nn.Module] | None = None
 
     def __post_init__(self) -> None:
         if not self.query_rows:
             object.__setattr__(self, "query_rows", self.head_size)
+        if not self.vocabulary_inputs:
+            object.__setattr__(self, "vocabulary_inputs", self.hidden_size)
 
     @property
     def grouped(self) -> bool:

@@ -480,6 +480,8 @@ def shape_of_model(model: PreTrainedModel) -> ModelShape:
         mlp_width=widths[0] if widths else 0,
         gated=bool(widths[1]) if widths else False,
         vocabulary=0 if vocabulary is None else vocabulary.weight.shape[0],
+        vocabulary_inputs=0 if vocabulary is None else _features(vocabulary)[1],
+        outer_weights=sum(one.weight.numel() for one in stack_of(model).children() if isinstance(one, nn.Linear)),
         without={Block.ATTENTION: _missing(model, attention), Block.MLP: _missing(model, mlps)},
         unknown=None if _has_formulas(model, blocks) else Recipe.of(model.config, type(model)),
     )

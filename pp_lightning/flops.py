@@ -27,22 +27,24 @@ class Flops:
         probe: of all probes, with putting back the means that they show.
         vocabulary: of the projection to the vocabulary.
         other: of all that is in layers beside these blocks.
+        outer: of the matrices in front of the layers and behind them, where embeddings have another width.
     """
 
     blocks: Mapping[BlockKey, int]
     probe: int
     vocabulary: int
     other: int = 0
+    outer: int = 0
 
     @property
     def layers(self) -> int:
-        """All layers, probes included, without the vocabulary projection (``flops_layers``)."""
+        """All layers, probes included, without what is around them (``flops_layers``)."""
         return sum(self.blocks.values()) + self.probe + self.other
 
     @property
     def model(self) -> int:
         """The whole model, probes included (``flops_model``)."""
-        return self.layers + self.vocabulary
+        return self.layers + self.outer + self.vocabulary
 
 
 def dense_flops(shape: ModelShape, rows: int, tokens: int) -> Flops:
@@ -53,7 +55,8 @@ def dense_flops(shape: ModelShape, rows: int, tokens: int) -> Flops:
     }
     blocks = {key: whole[key[1]] for key in shape.keys}
     other = 0 if shape.unknown is None else counted_flops(shape.unknown, rows, tokens) - sum(blocks.values())
-    return Flops(blocks, 0, vocabulary=2 * rows * tokens * shape.hidden_size * shape.vocabulary, other=other)
+    vocabulary = _linear(rows * tokens, shape.vocabulary_inputs, shape.vocabulary)
+    return Flops(blocks, 0, vocabulary, other, outer=2 * rows * tokens * shape.outer_weights)
 
 
 def pruned_flops(shape: ModelShape, pruning: Pruning, rows: int, tokens: int, *, sliced_anyway: bool = False) -> Flops:
@@ -82,7 +85,7 @@ def pruned_flops(shape: ModelShape, pruning: Pruning, rows: int, tokens: int, *,
                 shape, block, pruning.method, pruning.plan.unit, keep, rows, tokens, sliced_anyway=sliced_anyway
             )
             probe += compensation_flops(shape, block) if pruning.method.restores_means else 0
-    return Flops(blocks, probe, dense.vocabulary, dense.other)
+    return Flops(blocks, probe, dense.vocabulary, dense.other, dense.outer)
 
 
 def attention_flops(shape: ModelShape, rows: int, tokens: int, heads: int, keys: int) -> int:
@@ -174,7 +177,8 @@ def _linear(rows: int, inputs: int, outputs: int) -> int:
 
 def decoding_flops(shape: ModelShape, pruning: Pruning | None, rows: int, past: int) -> int:
     """One decoded token a row after ``past`` others, all layers, vocabulary projection included, no probe."""
-    total = _decoding_blocks(shape, pruning, rows, past) + 2 * rows * shape.hidden_size * shape.vocabulary
+    around = _linear(rows, shape.vocabulary_inputs, shape.vocabulary) + 2 * rows * shape.outer_weights
+    total = _decoding_blocks(shape, pruning, rows, past) + around
     if shape.unknown is None:
         return total
     return total + counted_flops(shape.unknown, rows, 1, past) - _decoding_blocks(shape, None, rows, past)

@@ -23,7 +23,7 @@ def choice_for(model: PreTrainedModel, batch: Mapping[str, Any]) -> FrozenOnText
 
     Args:
         model: pruned by a dynamic method; its history stays as it is.
-        batch: ``input_ids`` (B, S) and optionally ``attention_mask`` (B, S).
+        batch: ``input_ids`` (B, S) and optionally ``attention_mask`` and ``position_ids`` (B, S).
 
     Raises:
         UserError: the model is not pruned by a dynamic method.

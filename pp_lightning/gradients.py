@@ -22,6 +22,8 @@ from pp_lightning.families import OUTPUT, blocks_of, layers_of
 from pp_lightning.functional.taylor import Taylor, taylor_importance
 from pp_lightning.importances import Importances, by_role
 from pp_lightning.interfaces import current_forward, replace_forward, restore_forward
+from pp_lightning.methods.llm_pruner import TaylorName
+from pp_lightning.methods.options import checked
 from pp_lightning.progress import shown
 from pp_lightning.pruning import is_pruned
 
@@ -33,7 +35,7 @@ Projection = tuple[BlockKey, str]  # block and role
 def taylor_importances(
     model: PreTrainedModel,
     batches: Sequence[Batch],
-    taylor: Taylor = Taylor.PARAM_FIRST,
+    taylor: Taylor | TaylorName = Taylor.PARAM_FIRST,
     *,
     layers: Sequence[int] | None = None,
     progress: bool = True,
@@ -46,13 +48,15 @@ def taylor_importances(
         model: a dense causal language model. It is run in evaluation mode and left as it was.
         batches: dictionaries with ``input_ids`` (B, S) and optionally ``attention_mask`` (B, S), 1 at real tokens, and
             ``labels`` (B, S), -100 where nothing is predicted. One batch takes the least memory.
-        taylor: the variant. ``param_second`` takes one pass a row; ``param_mix`` one more, and keeps the squares.
+        taylor: the variant, by itself or by name, as :class:`~pp_lightning.methods.LLMPruner` has it. ``param_second``
+            takes one pass a row; ``param_mix`` one more, and keeps the squares.
         layers: only these layers; None takes all.
         progress: show a progress bar; lines where there is no terminal.
 
     Raises:
-        UserError: no batches, a pruned or unknown model, or a loss or gradients that are not finite.
+        UserError: no batches, a pruned or unknown model, no such variant, or a loss or gradients that are not finite.
     """
+    taylor = Taylor(checked("taylor", taylor, [variant.value for variant in Taylor]))
     if is_pruned(model):
         raise UserError("importances are collected on the dense model: unprune_ it first")
     if not batches:

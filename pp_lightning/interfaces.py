@@ -57,7 +57,8 @@ def without_head(model: Any) -> nn.Module:
     return base if model.main_input_name in argument_names(base) else model
 
 
-INPUTS = ("input_ids", "attention_mask", "pixel_values")  # of a batch, that a model without its head is called with
+# Of a batch, that a model without its head is called with.
+INPUTS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         model: a transformers model.
-        batch: ``input_ids`` (B, S) or ``pixel_values``, and optionally ``attention_mask`` (B, S).
+        batch: ``input_ids`` (B, S) or ``pixel_values``, and optionally ``attention_mask`` and ``position_ids`` (B, S).
     """
     given = {name: batch[name].to(model.device) for name in INPUTS if name in batch}
     if getattr(model.config, "use_cache", None) is not None and "input_ids" in given:

@@ -23,13 +23,18 @@ class BlockSums:
     Attributes:
         squares: sum of X^2, (P, C) float32.
         values: sum of X, (P, C) float32; None where only second moments were asked for.
+        shift: (C,) float32, some number near the mean of each channel; None is zero.
+        spread: sum of (X - shift)^2, (P, C) float32; None is ``squares``. Where a mean is many standard deviations from
+            zero, nothing is left of the deviations in float32 sums of X^2.
     """
 
     squares: Tensor
     values: Tensor | None
+    shift: Tensor | None = None
+    spread: Tensor | None = None
 
 
-@dataclass
+@dataclass(repr=False)  # in a notebook, all tensors would be shown
 class Statistics(Evidence):
     """What one dense pass over a calibration set leaves behind.
 
@@ -44,14 +49,20 @@ class Statistics(Evidence):
 
     called: ClassVar[str] = "statistics"
     verb: ClassVar[str] = "calibrate"
-    form: ClassVar[str] = "pp-lightning statistics 2"
+    form: ClassVar[str] = "pp-lightning statistics 3"
 
     model: str
-    counts: Tensor = field(default_factory=lambda: torch.zeros(0))
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32))
     sums: dict[BlockKey, BlockSums] = field(default_factory=dict)
     residuals: dict[BlockKey, Tensor] = field(default_factory=dict)
     num_batches: int = 0
     batches_digest: str = ""
+
+    def __repr__(self) -> str:
+        """In one line: what was collected."""
+        tokens, means = int(self.counts.sum()), any(sums.values is not None for sums in self.sums.values())
+        sizes = f"batches={self.num_batches}, tokens={tokens}, positions={self.num_positions}"
+        return f"Statistics({sizes}, blocks={len(self.sums)}, means={means})"
 
     @property
     def num_positions(self) -> int:
@@ -78,11 +89,33 @@ class Statistics(Evidence):
         Raises:
             UserError: the statistics were collected without means.
         """
-        sums = self._of(layer, block)
-        if sums.values is None:
-            raise UserError(_NO_MEANS)
-        tokens = self.counts.sum().to(sums.squares.device)
-        return sums.values.sum(0) / tokens, sums.squares.sum(0) / tokens
+        sums, values = self._with_means(layer, block)
+        tokens = self.counts.sum().to(values.device)
+        return values.sum(0) / tokens, sums.squares.sum(0) / tokens
+
+    def variance(self, layer: int, block: Block) -> Tensor:
+        """E[(x - E[x])^2] of each channel over all real tokens: (C,) float32.
+
+        Raises:
+            UserError: the statistics were collected without means.
+        """
+        sums, values = self._with_means(layer, block)
+        spread, tokens = _spread(sums), self.counts.sum().to(values.device)
+        from_shift = _from_shift(sums, values, tokens)
+        return (spread.sum(0, dtype=torch.float64) / tokens - from_shift.square()).clamp(min=0.0).float()
+
+    def deviations(self, layer: int, block: Block) -> Tensor:
+        """E[(x - m)^2] by position, m the channel's mean over all real tokens: (P, C) float32, zero at others.
+
+        Raises:
+            UserError: the statistics were collected without means.
+        """
+        sums, values = self._with_means(layer, block)
+        rows = self.counts.to(values.device)[:, None]
+        from_shift = _from_shift(sums, values, self.counts.sum().to(values.device)).float()
+        moved = values if sums.shift is None else values - rows * sums.shift
+        about = _spread(sums) - from_shift * (2 * moved - rows * from_shift)
+        return about.clamp(min=0.0) / rows.clamp(min=1.0)
 
     def means(self, layer: int, block: Block) -> Tensor:
         """E[x] by position: (P, C) float32, zero at positions never seen.
@@ -90,9 +123,7 @@ class Statistics(Evidence):
         Raises:
             UserError: the statistics were collected without means.
         """
-        values = self._of(layer, block).values
-        if values is None:
-            raise UserError(_NO_MEANS)
+        values = self._with_means(layer, block)[1]
         return values / self._rows_at(values)[:, None]
 
     def residual_energy(self, layer: int, block: Block) -> Tensor:
@@ -111,8 +142,9 @@ class Statistics(Evidence):
         tensors = {"counts": self.counts}
         for (layer, block), sums in self.sums.items():
             tensors[f"{layer}.{block.value}.squares"] = sums.squares
-            if sums.values is not None:
-                tensors[f"{layer}.{block.value}.values"] = sums.values
+            for name, tensor in (("values", sums.values), ("shift", sums.shift), ("spread", sums.spread)):
+                if tensor is not None:
+                    tensors[f"{layer}.{block.value}.{name}"] = tensor
             tensors[f"{layer}.{block.value}.residual"] = self.residuals[layer, block]
         header = {"model": self.model, "num_batches": self.num_batches, "batches_digest": self.batches_digest}
         self._write(path, header, tensors)
@@ -128,8 +160,8 @@ class Statistics(Evidence):
         statistics = cls(counts=tensors.pop("counts"), **header)
         for key in [key for key in tensors if key.endswith(".squares")]:
             layer, block, _ = key.split(".")
-            sums = BlockSums(tensors[key], tensors.get(f"{layer}.{block}.values"))
-            statistics.sums[int(layer), Block(block)] = sums
+            more = (tensors.get(f"{layer}.{block}.{name}") for name in ("values", "shift", "spread"))
+            statistics.sums[int(layer), Block(block)] = BlockSums(tensors[key], *more)
             statistics.residuals[int(layer), Block(block)] = tensors[f"{layer}.{block}.residual"]
         return statistics
 
@@ -137,8 +169,24 @@ class Statistics(Evidence):
         """Rows seen at each position, at least 1, where a layer's sums are: layers may be on several devices."""
         return self.counts.clamp(min=1.0).to(sums.device)
 
+    def _with_means(self, layer: int, block: Block) -> tuple[BlockSums, Tensor]:
+        sums = self._of(layer, block)
+        if sums.values is None:
+            raise UserError(_NO_MEANS)
+        return sums, sums.values
+
     def _of(self, layer: int, block: Block) -> BlockSums:
         try:
             return self.sums[layer, block]
         except KeyError:
             raise UserError(f"these statistics do not cover the {block.value} block of layer {layer}") from None
+
+
+def _spread(sums: BlockSums) -> Tensor:
+    return sums.squares if sums.spread is None else sums.spread
+
+
+def _from_shift(sums: BlockSums, values: Tensor, tokens: Tensor) -> Tensor:
+    """How far the mean of each channel is from its shift: (C,) float64, as both may be large."""
+    mean = values.sum(0, dtype=torch.float64) / tokens
+    return mean if sums.shift is None else mean - sums.shift

@@ -207,9 +207,18 @@ def spread(name: str, method: DynamicMethod) -> Findings:
 def _statistics_of_the_second_device() -> None:
     """What was summed up there, with the counts of the first device."""
     key, second = (4, Block.MLP), torch.device(DEVICE, 1)
-    sums = BlockSums(torch.ones(24, 8, device=second), torch.ones(24, 8, device=second))
+    squares, values, shift, spread = (torch.ones(*shape, device=second) for shape in ((24, 8), (24, 8), (8,), (24, 8)))
+    sums = BlockSums(squares, values, shift, spread)
     found = Statistics("", torch.ones(24, device=DEVICE), {key: sums}, {key: torch.ones(24, device=second)})
-    for look in (found.second_moment, found.channel_moments, found.means, found.residual_energy, found.energy):
+    for look in (
+        found.second_moment,
+        found.channel_moments,
+        found.means,
+        found.variance,
+        found.deviations,
+        found.residual_energy,
+        found.energy,
+    ):
         look(*key)
     found.second_moment(*key, release=True)
 

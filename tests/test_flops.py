@@ -8,13 +8,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig
 
-from pp_lightning import UserError, prune_, unprune_
+from pp_lightning import UserError, calibrate, prune_, unprune_
 from pp_lightning.blocks import Block
 from pp_lightning.families import Recipe, shape_of, shape_of_model
 from pp_lightning.flops import decoding_flops, dense_flops, probe_flops, pruned_flops
 from pp_lightning.methods import FullBatchProbing, ProbePruning, WandaSP
 from pp_lightning.pruning import pruning_of
-from tests.models import FAMILIES, MODELS, SETTINGS, config, ids, statistics, tiny
+from tests.models import FAMILIES, MODELS, SETTINGS, calibration_batches, config, ids, statistics, tiny
 
 PUBLISHED = {
     "llama-2-7b": LlamaConfig(),
@@ -91,6 +91,23 @@ def test_pruned_families_agree_with_the_counter(name):
         if isinstance(method, WandaSP):
             assert expected.model < dense.model
         unprune_(model)
+
+
+@pytest.mark.parametrize("width", [24, 96])
+def test_embeddings_of_another_width_agree_with_the_counter(width):
+    """OPT brings them to the width of its layers and back."""
+    model = tiny("opt", attn_implementation="eager", word_embed_proj_dim=width)
+    shape, text = shape_of(model.config), ids(ROWS, TOKENS)
+    assert counted(model, text) == dense_flops(shape, ROWS, TOKENS).model
+    same = dense_flops(shape_of(tiny("opt").config), ROWS, TOKENS)
+    assert dense_flops(shape, ROWS, TOKENS).layers == same.layers
+    stats = calibrate(model, calibration_batches(), progress=False)
+    prune_(model, ProbePruning(), stats, **SETTINGS)
+    assert counted(model, text) == pruned_flops(shape, pruning_of(model), ROWS, TOKENS).model
+    with torch.no_grad():
+        cache = model(input_ids=text[:, :12], use_cache=True).past_key_values
+    decoding = decoding_flops(shape, pruning_of(model), ROWS, 12)
+    assert counted(model, text[:, :1], use_cache=True, cache=cache) == decoding
 
 
 def restoring(attention_unit):

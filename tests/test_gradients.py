@@ -5,7 +5,7 @@ from pp_lightning import UserError, prune_, taylor_importances
 from pp_lightning.blocks import Block
 from pp_lightning.families import blocks_of
 from pp_lightning.functional.taylor import Taylor
-from pp_lightning.methods import WandaSP
+from pp_lightning.methods import LLMPruner, WandaSP
 from tests.models import MODELS, SETTINGS, ids, ragged, statistics, tiny
 
 LAYER = 3
@@ -121,3 +121,24 @@ class TestMistakes:
         )
         with pytest.raises(UserError, match=r"gradients in the .* block of layer [012] are not finite"):
             taylor_importances(model, [{"input_ids": ids()}], progress=False)
+
+
+@pytest.mark.parametrize("taylor", ["vectorize", "param_first", "param_second", "param_mix"])
+def test_a_variant_by_its_name(taylor):
+    """As the method has it."""
+    batches = [{"input_ids": ids(2, 12)}]
+    found = taylor_importances(tiny("llama"), batches, taylor, progress=False)
+    expected = taylor_importances(tiny("llama"), batches, Taylor(taylor), progress=False)
+    assert found.kind == LLMPruner(taylor=taylor).kind == taylor
+    for key, members in expected.members.items():
+        assert all(torch.equal(found.members[key][role], vector) for role, vector in members.items())
+
+
+def test_a_variant_that_is_not_there():
+    expected = "^taylor must be vectorize, param_first, param_second or param_mix, not 'third'$"
+    with pytest.raises(UserError, match=expected):
+        taylor_importances(tiny("llama"), [{"input_ids": ids(2, 12)}], "third", progress=False)
+    with pytest.raises(UserError, match=expected):
+        LLMPruner(taylor="third")
+    with pytest.raises(UserError, match=r"^reduction must be sum, mean, max or prod, not 'least'$"):
+        LLMPruner(reduction="least")

@@ -192,6 +192,16 @@ class TestStaticPruning:
         logits(model, ids())
         assert choices(kept_units(model)) == first
 
+    def test_kept_units_are_copies(self):
+        model = pruned("llama", WandaSP)
+        first = choices(kept_units(model))
+        for units in kept_units(model).values():
+            units.attention.zero_()
+            units.mlp.zero_()
+        assert choices(kept_units(model)) == first
+        unprune_(model)
+        assert_stock(model, tiny("llama"))
+
     def test_slices_are_made_once(self):
         model = pruned("llama", WandaSP)
         before = {name: weight.data_ptr() for name, weight in model.named_parameters()}

@@ -29,6 +29,12 @@ def test_moments():
     assert result.residual_energy(3, Block.MLP).tolist() == [5.0, 7.0, 0.0]
 
 
+def test_is_shown_in_one_short_line():
+    assert repr(small()) == "Statistics(batches=1, tokens=3, positions=3, blocks=1, means=True)"
+    found = repr(calibrate(tiny("llama"), calibration_batches(2), means=False, progress=False))
+    assert found == "Statistics(batches=2, tokens=256, positions=32, blocks=10, means=False)"
+
+
 def test_release_gives_the_sums_up():
     result = small()
     kept = result.second_moment(3, Block.MLP)

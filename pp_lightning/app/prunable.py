@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from pp_lightning.allocation import settled_floors
 from pp_lightning.app.evidence import importances_for
+from pp_lightning.app.stopping import UntilTerminated
 from pp_lightning.calibration import calibrate
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import first_batch
@@ -303,7 +304,7 @@ class PrunableModule(L.LightningModule):
         plan = make_plan(shape_of(self.model.config), method, **self.amounts(self.pruning_ratio))
         statistics = calibrate(
             self.model,
-            data.calibration_batches(),
+            UntilTerminated(data.calibration_batches(), self.trainer),
             means=shared or method.needs_means,
             layers=None if shared or self._ranks_globally(method) else plan.layers,
             save_to=self.statistics_file if self.trainer.is_global_zero else None,

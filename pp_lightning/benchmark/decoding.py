@@ -178,4 +178,4 @@ def _prompt_flops(shape: ModelShape, pruning: Pruning | None, rows: int) -> int:
     size = rows, PROMPT_TOKENS
     dense = dense_flops(shape, *size)
     flops = dense if pruning is None else pruned_flops(shape, pruning, *size, sliced_anyway=True)
-    return flops.layers + dense.vocabulary // PROMPT_TOKENS
+    return flops.layers + flops.outer + flops.vocabulary // PROMPT_TOKENS

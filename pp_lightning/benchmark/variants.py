@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pp_lightning.errors import UserError
+from pp_lightning.families import layers_of
 from pp_lightning.methods import FullBatchProbing, ProbePruning, PruningMethod, StaticPPsp
 from pp_lightning.pruning import prune_
 from pp_lightning.statistics import Statistics
@@ -82,9 +83,9 @@ def pruned_copy(
     copied = sharing_copy(model)
     if variant.method is None:
         return copied
-    for module in copied.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.weight = torch.nn.Parameter(module.weight.data, requires_grad=False)
+    matrices = (one for layer in layers_of(copied) for one in layer.modules() if isinstance(one, torch.nn.Linear))
+    for module in matrices:  # none outside of layers: one that is tied to the embeddings must stay so
+        module.weight = torch.nn.Parameter(module.weight.data, requires_grad=False)
     needed = statistics if variant.method.needs_statistics else None
     prune_(
         copied,

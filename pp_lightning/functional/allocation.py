@@ -85,7 +85,7 @@ def _price(offer: _Offer) -> tuple[float, int]:
 
 
 def relative_output_losses(
-    weight: Tensor, squares: Tensor, values: Tensor | None, residual: Tensor, counts: Tensor, channels_per_unit: int
+    weight: Tensor, lost: Tensor, residual: Tensor, counts: Tensor, channels_per_unit: int
 ) -> Tensor:
     """What losing each unit adds to the block's output, in squares relative to the residual: (U,) float32.
 
@@ -97,16 +97,11 @@ def relative_output_losses(
 
     Args:
         weight: output matrix (D, C) of any dtype.
-        squares: E[x^2] by position, (P, C) float32.
-        values: E[x] by position, (P, C) float32, where means are put back; None where they are not.
+        lost: E[e^2] by position, (P, C) float32.
         residual: E[||R||^2] by position, (P,) float32.
         counts: tokens seen at each position, (P,) float32.
         channels_per_unit: channels in a unit.
     """
-    lost = squares
-    if values is not None:
-        mean = (counts[:, None] * values).sum(0) / counts.sum()
-        lost = (squares - 2 * mean * values + mean.square()).clamp(min=0.0)
     share = torch.where(residual > 0, counts / counts.sum() / residual, 0.0)
     columns = (share[:, None] * lost).sum(0) * weight.detach().float().square().sum(0)
     return columns.view(-1, channels_per_unit).sum(1)

@@ -19,6 +19,7 @@ Draw = Callable[[Tensor, int, Tensor | None, Tensor | None], tuple[Tensor, Tenso
 
 
 _MOST_BATCHES = 1_000_003  # with one seed before the lots of another come up
+_LOT_STEPS = 2**24  # a lot is a multiple of one over this
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ScatteredProbe:
 def draw_lots(shape: tuple[int, ...], seed: int, batch: int) -> Tensor:
     """Uniform numbers in [0, 1), float32 on the CPU: a function of seed and batch number alone."""
     generator = torch.Generator().manual_seed(seed * _MOST_BATCHES + batch)  # of a seed 32 bits are used
-    return torch.rand(shape, generator=generator)
+    return torch.rand(shape, generator=generator, dtype=torch.float32)
 
 
 def lots_needed(num_rows: int, num_tokens: int, row_count: int, token_count: int) -> int:
@@ -87,7 +88,7 @@ def drawn_probe(
 
 
 def scattered_probe(lots: Tensor, shape: torch.Size, real: Tensor | None, count: int) -> ScatteredProbe:
-    """Single tokens, one from each of ``count`` equal stretches of the batch read row by row.
+    """Single tokens, one from each of ``count`` equal stretches of the batch read row by row, each equally likely.
 
     Args:
         lots: (count or more,) float32 in [0, 1).
@@ -121,7 +122,12 @@ def at_random(
 def one_a_stratum(
     lots: Tensor, count: int, eligible: Tensor | None, valid_count: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """A :data:`Draw`: one place from each of ``count`` equal stretches, so that no part of the batch is left out."""
+    """A :data:`Draw`: one place from each of ``count`` equal stretches, so that no part of the batch is left out.
+
+    Every place is equally likely. Where ``count`` does not divide the number of places, stretches differ by one place
+    in length, and places in shorter ones would come up more often: then the first stretch begins anywhere, and the
+    places are a circle.
+    """
     return _strata(lots[:count], len(lots), eligible, valid_count)
 
 
@@ -131,15 +137,21 @@ def _strata(
     count = len(lots)
     edges = torch.arange(count + 1, device=lots.device)
     if eligible is None or valid_count is None:
-        return _within(edges * num_places // count, lots), None
-    edges = edges * eligible.sum() // valid_count.clamp(min=1)
+        return _within(edges * num_places // count, lots, num_places).sort().values, None
+    number = eligible.sum().clamp(min=1)
+    edges = edges * number // valid_count.clamp(min=1)
     in_use = torch.arange(count, device=lots.device) < valid_count
     eligible_first = (~eligible).int().argsort(stable=True)
-    places = eligible_first[_within(edges, lots).clamp(max=num_places - 1)]
-    return torch.where(in_use, places, num_places - 1), in_use
+    places = eligible_first[_within(edges, lots, number)]
+    ascending = torch.where(in_use, places, num_places).sort().values
+    return ascending.clamp(max=num_places - 1), in_use
 
 
-def _within(edges: Tensor, lots: Tensor) -> Tensor:
-    """One whole number from each stretch between edges (count + 1,), as its lot (count,) says."""
+def _within(edges: Tensor, lots: Tensor, number: Tensor | int) -> Tensor:
+    """One whole number below ``number`` from each stretch between edges (count + 1,), as its lot (count,) says."""
     sizes = edges.diff()
-    return edges[:-1] + (lots * sizes).long()
+    inside = edges[:-1] + (lots * sizes).long()
+    # The fraction of a sum of lots is independent of each of them, so that none is needed for the beginning alone.
+    beginning = (lots * _LOT_STEPS).long().sum() % _LOT_STEPS * number // _LOT_STEPS
+    uneven = sizes.amax() > sizes.amin()
+    return (inside + torch.where(uneven, beginning, 0)) % number

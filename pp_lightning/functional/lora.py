@@ -48,7 +48,7 @@ def lora_importance(
         (out,) or (in,) float32.
     """
     down, up, down_gradient, up_gradient = (t.detach().float() for t in (down, up, down_gradient, up_gradient))
-    rows, total = [], torch.zeros(weight.shape[1], device=weight.device)
+    rows, total = [], torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
     for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
         some = slice(start, start + _ROWS_AT_ONCE)
         whole = weight[some].detach().float() + scale * (up[some] @ down)

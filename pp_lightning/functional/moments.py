@@ -49,10 +49,21 @@ def sum_of_squares(states: Tensor) -> Tensor:
         return _at_once(states)
     # Row by row: no float32 copy of the states, which can be the largest tensor of a block, and on a CPU many times
     # faster than a norm or a sum over the first dimension.
-    total = torch.zeros(states.shape[1:], device=states.device)
+    total = torch.zeros(states.shape[1:], dtype=torch.float32, device=states.device)
     for row in states:
         wide = row.float()
         total.addcmul_(wide, wide)
+    return total
+
+
+def sum_of_squares_about(states: Tensor, centre: Tensor) -> Tensor:
+    """Sum over rows of (X - m)^2: (B, S, C) of any dtype, m (C,) float32, to (S, C) float32."""
+    if states.device.type != "cpu":
+        return (states.float() - centre).square().sum(0)
+    total = torch.zeros(states.shape[1:], dtype=torch.float32, device=states.device)
+    for row in states:  # see above
+        moved = row.float() - centre
+        total.addcmul_(moved, moved)
     return total
 
 
@@ -86,7 +97,8 @@ def placed_sum(values: Tensor, places: Places) -> Tensor:
 def placed_count(places: Places) -> Tensor:
     """Number of real tokens at each position: (P,) float32."""
     real, index = _flat(places)
-    return torch.zeros(places.num_positions, device=real.device).index_add(0, index, real.float())
+    summands = real.float()
+    return summands.new_zeros(places.num_positions).index_add(0, index, summands)
 
 
 def _flat(places: Places) -> tuple[Tensor, Tensor]:

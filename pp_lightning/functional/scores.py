@@ -64,15 +64,13 @@ def wanda_column_scores(weight: Tensor, energy: Tensor) -> Tensor:
     return _column_sums(weight, 1) * energy.sqrt()
 
 
-def flap_column_scores(weight: Tensor, mean: Tensor, second_moment: Tensor) -> Tensor:
+def flap_column_scores(weight: Tensor, variance: Tensor) -> Tensor:
     """FLAP's fluctuation metric WIFV: ``Var[x_c] * sum_i W_ic^2`` (02-baselines, 4.1).
 
     Args:
         weight: output matrix (D, C) of any dtype.
-        mean: E[x] over all real tokens, (C,) float32.
-        second_moment: E[x^2] over all real tokens, (C,) float32.
+        variance: Var[x] over all real tokens, (C,) float32.
     """
-    variance = (second_moment - mean.square()).clamp(min=0.0)
     return variance * _column_sums(weight, 2)
 
 
@@ -90,7 +88,7 @@ def sum_over_units(columns: Tensor, channels_per_unit: int) -> Tensor:
 
 def _column_sums(weight: Tensor, power: int) -> Tensor:
     """``sum_i |W_ic|^power`` of a weight (D, C) of any dtype: (C,) float32, without a float32 copy of the weight."""
-    total = torch.zeros(weight.shape[1], device=weight.device)
+    total = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
     for rows in weight.detach().split(_ROWS_AT_ONCE):
         total += rows.float().abs().pow(power).sum(0)
     return total

@@ -49,7 +49,7 @@ def taylor_importance(
     Returns:
         (out,) or (in,) float32.
     """
-    rows, total = [], torch.zeros(weight.shape[1], device=weight.device)
+    rows, total = [], torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
     for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
         some = slice(start, start + _ROWS_AT_ONCE)
         elements = _elements(

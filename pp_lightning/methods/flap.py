@@ -79,8 +79,7 @@ class FLAP(StaticMethod[Statistics]):
 
     def unit_scores(self, block: BlockToPrune, evidence: Statistics) -> Tensor:
         """Standardised scores (U,) float32, comparable between blocks."""
-        mean, second = (moment.to(block.weight.device) for moment in evidence.channel_moments(*block.key))
-        columns = flap_column_scores(block.weight, mean, second)
+        columns = flap_column_scores(block.weight, evidence.variance(*block.key).to(block.weight.device))
         if block.plan.block is Block.ATTENTION:
             columns = columns.square()
         width = block.units.channels

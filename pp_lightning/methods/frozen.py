@@ -90,4 +90,6 @@ class FrozenOnText(FrozenMethod):
             raise UserError(
                 f"the frozen choice does not fit layer {block.layer}: prune with the ratios it was made with"
             )
-        return torch.zeros(block.units.number).index_fill(0, kept.cpu(), 1.0).to(block.weight.device)
+        return (
+            torch.zeros(block.units.number, dtype=torch.float32).index_fill(0, kept.cpu(), 1.0).to(block.weight.device)
+        )

@@ -14,6 +14,7 @@ from pp_lightning.functional.taylor import Taylor
 from pp_lightning.importances import Importances
 from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, BlockToPrune, StaticChoice, UnitName
 from pp_lightning.methods.gradient import GradientMethod
+from pp_lightning.methods.options import checked
 
 TaylorName = Literal["vectorize", "param_first", "param_second", "param_mix"]
 ReductionName = Literal["sum", "mean", "max", "prod"]
@@ -57,8 +58,8 @@ class LLMPruner(GradientMethod):
         for name, layers in (("attention_layers", attention_layers), ("mlp_layers", mlp_layers)):
             if layers is not None and not 0 <= layers[0] < layers[1]:
                 raise UserError(f"{name} must be a first layer and a later one to stop before, not {list(layers)}")
-        self.taylor = Taylor(taylor)
-        self.reduction = Reduction(reduction)
+        self.taylor = Taylor(checked("taylor", taylor, [variant.value for variant in Taylor]))
+        self.reduction = Reduction(checked("reduction", reduction, [way.value for way in Reduction]))
         self.global_ranking = global_ranking
         self.attention_layers = attention_layers
         self.mlp_layers = mlp_layers

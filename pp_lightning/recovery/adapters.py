@@ -1,6 +1,7 @@
 """LoRA adapters on a transformers model, by peft. The model keeps its class; its projections are wrapped in place."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Adapters:
         self.config = peft.LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=endings, task_type="CAUSAL_LM"
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _float32_by_default():  # a seed's A is the same everywhere
             torch.manual_seed(seed)
             peft.get_peft_model(model, self.config)
 
@@ -163,6 +164,16 @@ def _merged(layer: Any) -> nn.Linear:
     if base.bias is not None:
         linear.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
     return linear.train(base.training)
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _depth(model: PreTrainedModel) -> int:

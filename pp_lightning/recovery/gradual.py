@@ -42,8 +42,10 @@ class GradualPruning:
         self.blocks = list(blocks)
         self.method = method
         self.total_steps = total_steps
-        self.masks = {b.key: torch.ones(b.units.number, device=b.weight.device) for b in blocks}
-        self.averages = {b.key: torch.zeros(b.units.number, device=b.weight.device) for b in blocks}
+        self.masks = {b.key: torch.ones(b.units.number, dtype=torch.float32, device=b.weight.device) for b in blocks}
+        self.averages = {
+            b.key: torch.zeros(b.units.number, dtype=torch.float32, device=b.weight.device) for b in blocks
+        }
         layers = dict(adapters.layers())
         self._hooks = [
             layers[b.key, OUTPUT].register_forward_pre_hook(partial(self._hide, b.key, b.units.channels))

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,14 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from pp_lightning import Statistics, calibration
 from pp_lightning.app.cli import COMMANDS, main
 from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.benchmark import BenchmarkSettings
 from pp_lightning.benchmark.variants import chosen_variants
 from pp_lightning.commonsense import TASK_NAMES, evaluate
 from pp_lightning.data.train_tokenizer import train_tokenizer
+from pp_lightning.interfaces import model_inputs
 from tests.commonsense.samples import write_samples
 from tests.models import tiny
 
@@ -449,6 +453,29 @@ def test_unknown_method_in_compare(type_in, arguments, tmp_path, capsys):
     assert type_in("compare", arguments, extra=["--methods", "[pp,magic]", "--out", tmp_path / "out"]) == 2
     assert "unknown method 'magic': choose from full_batch, pp, ppsp, flap, wanda_sp" in refused(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_sigterm_ends_a_calibration_that_can_go_on(type_in, arguments, tmp_path, monkeypatch):
+    given = {**arguments, "--model.method": "WandaSP", "--data.batch_size": 1}
+    assert type_in("test", given, extra=["--model.statistics", tmp_path / "whole", "--out", tmp_path / "one"]) == 0
+    extra, saw = ["--model.statistics", tmp_path / "halves", "--out", tmp_path / "two"], []
+
+    def told_to_end(model, batch):
+        saw.append(batch)
+        if len(saw) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return model_inputs(model, batch)
+
+    monkeypatch.setattr(calibration, "model_inputs", told_to_end)
+    type_in("test", given, extra=extra)
+    assert len(saw) == 3
+    assert not list((tmp_path / "two").glob("results*"))
+    assert Statistics.load(tmp_path / "halves").num_batches == 3
+    assert type_in("test", given, extra=extra) == 0
+    assert len(saw) == 8, "it went on where it was"
+    assert load_file(tmp_path / "halves").keys() == load_file(tmp_path / "whole").keys()
+    for name, tensor in load_file(tmp_path / "whole").items():
+        assert torch.equal(load_file(tmp_path / "halves")[name], tensor)
 
 
 def test_statistics_of_another_model(type_in, arguments, tmp_path, capsys):

@@ -3,17 +3,19 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from pp_lightning import UserError
-from pp_lightning.benchmark import BenchmarkSettings, Case, run_benchmark
+from pp_lightning.benchmark import BenchmarkSettings, Case, ModelChoice, run_benchmark
 from pp_lightning.benchmark.rows import Row, comma_separated, markdown, paired_ratio
 from pp_lightning.benchmark.subject import Subject
 from pp_lightning.benchmark.timing import interleaved
 from pp_lightning.benchmark.variants import VARIANTS, chosen_variants, pruned_copy, reference_of
 from pp_lightning.benchmark.write import write_results
+from pp_lightning.checkpoints import EMBEDDED_MODEL
 from pp_lightning.functional import linear
 from tests.models import SETTINGS, ids, logits, statistics, tiny
 
@@ -103,6 +105,21 @@ def test_variants_share_what_they_can_with_each_other(measured):
         subject.model, VARIANTS["PP"], subject.statistics, pruning_ratio=0.4, skip_layers=(), round_to=16
     )
     assert torch.equal(logits(models["PP, compiled"], ids()), logits(expected, ids()))
+
+
+def test_the_embedded_model_on_text(measured, monkeypatch):
+    """Its embeddings are tied, as those of many checkpoints are."""
+    eager(monkeypatch)
+    text = Path(__file__).parents[2] / "README.md"
+    measured.model, measured.text = ModelChoice(path=str(EMBEDDED_MODEL)), str(text)
+    measured.cases, measured.decode, measured.variants, measured.repeats = [Case(2, 16)], [1], ["all"], 1
+    rows = run_benchmark(measured, tell=lambda _: None)
+    perplexity = {row.variant: row.perplexity for row in rows if row.part == "model"}
+    assert perplexity.keys() == {name for name in VARIANTS if not name.endswith("compiled")}
+    assert all(value > perplexity["dense"] for name, value in perplexity.items() if name != "dense")
+    subject = Subject(measured, "float32", 0.4)
+    copied = subject.variant(VARIANTS["PP"])
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight is subject.model.lm_head.weight
 
 
 def test_what_was_measured_stays_if_a_later_case_fails(measured, monkeypatch):

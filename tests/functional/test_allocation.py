@@ -74,15 +74,14 @@ def test_relative_losses_equal_the_loop_over_tokens(centred):
     rows, positions, channels, width = 5, 3, 6, 2
     states, residual = torch.randn(rows, positions, channels).double() + 1, torch.rand(rows, positions).double() + 0.5
     weight = torch.randn(4, channels)
+    mean = states.mean((0, 1)) if centred else torch.zeros(channels)
     found = relative_output_losses(
         weight,
-        states.square().mean(0).float(),
-        states.mean(0).float() if centred else None,
+        (states - mean).square().mean(0).float(),
         residual.mean(0).float(),
         torch.full((positions,), float(rows)),
         width,
     )
-    mean = states.mean((0, 1)) if centred else torch.zeros(channels)
     expected = torch.zeros(channels // width, dtype=torch.float64)
     for t in range(positions):
         for b in range(rows):
@@ -94,5 +93,5 @@ def test_relative_losses_equal_the_loop_over_tokens(centred):
 
 def test_a_position_never_seen_counts_for_nothing():
     squares, residual, counts = torch.rand(3, 4), torch.tensor([2.0, 0.0, 4.0]), torch.tensor([5.0, 0.0, 5.0])
-    losses = relative_output_losses(torch.ones(2, 4), squares, None, residual, counts, 1)
+    losses = relative_output_losses(torch.ones(2, 4), squares, residual, counts, 1)
     torch.testing.assert_close(losses, 2 * (squares[0] / 2 + squares[2] / 4) / 2)

@@ -119,3 +119,31 @@ def test_traces_into_one_graph(draw, real):
 
     compiled = torch.compile(both, fullgraph=True, backend="eager")
     assert all(torch.equal(a, b) for a, b in zip(both(lots(0)), compiled(lots(0)), strict=True))
+
+
+@pytest.mark.parametrize(("places", "count"), [(7, 2), (10, 3), (10, 7), (64, 60), (20, 3)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_place_is_as_likely_as_any_other_where_stretches_are_uneven(places, count, padded):
+    """4000 draws; a place comes up within five standard deviations of its share, whatever the stretch it is in."""
+    real = torch.ones(places + 2 * padded, dtype=torch.bool)
+    if padded:
+        real[[0, 5]] = False
+    times = torch.zeros(len(real))
+    for seed in range(4000):
+        lot = draw_lots((len(real),), seed, 0)
+        given = (real, torch.tensor(count)) if padded else (None, None)
+        drawn, _ = one_a_stratum(lot, count, *given)
+        assert (drawn.diff() > 0).all()
+        times[drawn] += 1
+    share = count / places
+    assert times[~real].sum() == 0
+    assert (times[real] - 4000 * share).abs().max() < 5 * (4000 * share * (1 - share)) ** 0.5
+
+
+def test_every_scattered_token_is_as_likely_as_any_other():
+    times = torch.zeros(5, 7)
+    for seed in range(4000):
+        probe = scattered_probe(draw_lots((12,), seed, 0), torch.Size((5, 7)), None, 12)
+        times[probe.rows, probe.tokens] += 1
+    share = 12 / 35
+    assert (times - 4000 * share).abs().max() < 5 * (4000 * share * (1 - share)) ** 0.5

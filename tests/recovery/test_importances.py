@@ -42,6 +42,18 @@ def test_first_gradient_equals_the_formula(name):
     assert found.kind == "lora"
 
 
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float64], ids=str)
+def test_torchs_default_dtype_makes_no_difference(other):
+    expected, model = lora_importances(tiny("llama"), BATCHES, seed=7, progress=False), tiny("llama")
+    torch.set_default_dtype(other)
+    found = lora_importances(model, BATCHES, seed=7, progress=False)
+    assert torch.get_default_dtype() == other
+    for key, members in expected.members.items():
+        for role, vector in members.items():
+            assert found.members[key][role].dtype == torch.float32
+            torch.testing.assert_close(found.members[key][role], vector, rtol=1e-3, atol=1e-6)
+
+
 def rank_correlation(one, other):
     ranks = torch.stack([one.argsort().argsort().double(), other.argsort().argsort().double()])
     return float(torch.corrcoef(ranks)[0, 1])
