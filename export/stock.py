@@ -65,8 +65,9 @@ def _holding(
         more = _built(kind, counted | {name: True}) if missing else None
         if more is not None and missing & tensors_of(more).keys():
             model, counted = more, counted | {name: True}
-    shape = replace(sizes.shape, num_heads=widths.heads, num_key_value_heads=widths.groups, mlp_width=widths.channels)
-    if model is not None and shape_of_model(model) == shape:
+    wanted = replace(sizes.shape, num_heads=widths.heads, num_key_value_heads=widths.groups, mlp_width=widths.channels)
+    # how a model is made anew, where its layers have parts that are not pruned, tells its own widths
+    if model is not None and replace(shape_of_model(model), unknown=None) == replace(wanted, unknown=None):
         yield model
 
 

@@ -200,4 +200,4 @@ def all_finite(moments: Sequence[Tensor]) -> Tensor:
         moments: (P, K) float32 each, of any device.
     """
     device = moments[0].device
-    return torch.stack([moment.amax().to(device, non_blocking=True) for moment in moments]).isfinite().all()
+    return torch.stack([moment.flatten().amax(0).to(device, non_blocking=True) for moment in moments]).isfinite().all()
