@@ -46,8 +46,8 @@ def measure(variant: str, rows: int, tokens: int, ratio: float) -> dict[str, flo
         run(model, batch(model, rows, tokens))
     if variant == "pp":
         context = pruning_of(model).context
-        assert context is not None and context.memory.buffer is not None
-        sizes["slice"] = context.memory.buffer.nbytes / MEGA
+        assert context is not None
+        sizes["slice"] = context.memory.nbytes / MEGA
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGA
     return {"peak": peak, **sizes}
 

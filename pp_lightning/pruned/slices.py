@@ -91,6 +91,11 @@ class SliceMemory:
                     return buffer
         return new_memory(self._size, like)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that wait for the next batch."""
+        return sum(buffer.nbytes for buffer in self._free)
+
     def give_back(self, buffer: Tensor | None) -> None:
         """Take back what :meth:`take` gave. What is never given back is freed."""
         if buffer is not None:
