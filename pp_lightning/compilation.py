@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pp_lightning.errors import UserError
 from pp_lightning.families import layers_of, stack_of
+from pp_lightning.functional.tracing import is_traced
 from pp_lightning.interfaces import (
     compilations,
     dynamo_settings,
@@ -180,7 +181,7 @@ def _begin_step(decoder: nn.Module, inputs: object) -> None:
     Without a word from us, every call of a compiled function begins one, and may reuse the memory of what earlier calls
     returned. But here a layer's output is the next layer's input.
     """
-    if not torch.compiler.is_compiling():  # a graph of the whole model is a step of its own
+    if not is_traced():  # a graph of the whole model is a step of its own
         torch.compiler.cudagraph_mark_step_begin()
 
 
@@ -201,13 +202,12 @@ class _TwoGraphs:
         self._dynamic = torch.compile(dynamic, fullgraph=True, dynamic=True, mode=torch_mode(unrecorded))
         self._compilation = compilation
         self._seen: set[object] = set()
-        self._first: object = None
+        self._first: dict[None, object] = {}
 
     def __call__(self, widths: tuple[int, ...], layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the function; ``widths`` tell layers apart that do not have the same shape."""
         sizes = (widths, hidden.shape)
-        self._first = self._first or sizes
-        run = self._exact if sizes == self._first else self._dynamic
+        run = self._exact if self._first.setdefault(None, sizes) == sizes else self._dynamic  # one for all threads
         with dynamo_settings(**_DYNAMO):
             result = run(layer, hidden, *args, **kwargs)
         if sizes not in self._seen:
@@ -261,7 +261,7 @@ class _CompiledLayer:
         batch = None if context is None else context.batch
         name = next((name for name in _CACHES if kwargs.get(name) is not None), None)
         cache = None if name is None else kwargs[name]
-        stays_eager = torch.compiler.is_compiling() or (batch is not None and batch.decoding)
+        stays_eager = is_traced() or (batch is not None and batch.decoding)
         stays_eager = stays_eager or (context is not None and is_checkpointed(self._layer))  # run again in no graph
         if stays_eager or (cache is not None and not self._begins(cache)):
             return run_stock(self._layer, hidden_states, *args, **kwargs)

@@ -195,7 +195,7 @@ def unfused_on_cpus(mask: Any) -> AbstractContextManager[object]:
     Args:
         mask: what attention is given; flex attention gets a ``BlockMask``.
     """
-    if isinstance(mask, (Tensor, type(None))) or torch.compiler.is_compiling():
+    if isinstance(mask, (Tensor, type(None))) or torch.compiler.is_dynamo_compiling():
         return nullcontext()
     on_cpu = mask.kv_indices.device.type == "cpu"
     stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager") if on_cpu else nullcontext()

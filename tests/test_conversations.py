@@ -231,8 +231,9 @@ class TestThreads:
         self.check(pruned(name, held_slices=2), 4, work)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["llama_gqa", "opt", "gemma3_text", "stablelm", "gpt_neox"])
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize(
+        ("name", "method"), [("llama_gqa", "paper"), ("opt", "best"), ("gemma3_text", "best"), ("stablelm", "paper")]
+    )
     @pytest.mark.parametrize("work", [forwards(50), generations(5)])
     def test_eight(self, name, method, work):
         self.check(pruned(name, METHODS[method], held_slices=2), 8, work)

@@ -147,9 +147,12 @@ def test_equals_masked_dense_at_the_real_tokens_of_ragged_rows(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_padding_changes_nothing_at_the_real_tokens(name):
-    """Full-batch probing sees all real tokens: pads change the choice as little as they change the stock model."""
-    plain, found, stock = pruned(name, FullBatchProbing), pruned(name, FullBatchProbing), tiny(name)
-    expected, dense = logits(plain, ids(tokens=20)).flatten(0, 1), logits(stock, ids(tokens=20)).flatten(0, 1)
+    """Full-batch probing sees all real tokens: pads change no choice, and else what they change in the stock model
+    whose dropped units are silent."""
+    plain, found = pruned(name, FullBatchProbing), pruned(name, FullBatchProbing)
+    expected = logits(plain, ids(tokens=20)).flatten(0, 1)
+    stock = silenced(plain, name)
+    dense = logits(stock, ids(tokens=20)).flatten(0, 1)
     for left, right in ((4, 0), (0, 4)):
         batch = padded(ids(tokens=20), left=left, right=right)
         real = batch["attention_mask"].bool()
@@ -315,7 +318,13 @@ def test_compiled_layers_are_full_graphs_that_equal_eager_ones(only_traced, name
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3_text", "cohere2", "phi3", "gpt_neox", "qwen3_5_text", "gpt_oss"])
 def test_compiled_for_the_machine_equals_eager(name):
-    eager, compiled = pruned(name), pruned(name)
+    """As far as compiling leaves the stock model's own numbers: recurrences carry rounding on."""
+    eager, compiled, dense, stock = pruned(name), pruned(name), tiny(name), tiny(name)
     compile_(compiled)
+    compile_(stock)
     for seed in (1, 2):
-        close(logits(compiled, ids(seed=seed)), logits(eager, ids(seed=seed)))
+        moved = (logits(stock, ids(seed=seed)) - logits(dense, ids(seed=seed))).abs().max()
+        assert moved < 1e-3
+        difference = (logits(compiled, ids(seed=seed)) - logits(eager, ids(seed=seed))).abs().max()
+        assert difference <= max(1e-5, 2 * moved)
+        assert choices(kept_units(compiled)) == choices(kept_units(eager))

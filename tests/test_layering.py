@@ -23,7 +23,7 @@ LAYERS = [
     {"allocation"},
     {"pruned"},
     {"pruning"},
-    {"freezing"},
+    {"state", "freezing"},
     {"calibration", "gradients"},
     {"compilation", "counting"},
     {"flops", "checkpoints"},

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from pp_lightning.functional.tracing import is_traced
+
 # Up to so many tokens oneDNN multiplies float32 matrices faster than torch does by default on a CPU: by a quarter at
 # 32 tokens. A probe is that thin.
 THIN = 64
@@ -44,7 +46,7 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     thin = states.dtype == weight.dtype == torch.float32 and states.numel() <= THIN * states.shape[-1]
     if not (thin and _ONEDNN) or torch.is_grad_enabled() or not weight.is_contiguous():
         return F.linear(states, weight, bias)
-    if torch.compiler.is_compiling():
+    if is_traced():
         product: Tensor = thin_linear(states, weight, bias)
     else:
         product = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pp_lightning.functional.draws import ScatteredProbe
 from pp_lightning.functional.probe import Probe
+from pp_lightning.functional.tracing import is_traced
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def second_moment(states: Tensor) -> Tensor:
 
 def sum_of_squares(states: Tensor) -> Tensor:
     """Sum over rows of X^2: (B, S, C) of any dtype to (S, C) float32."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return states.float().square().sum(0)  # fused into one loop: no temporary
     if states.device.type != "cpu":
         return _at_once(states)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import fingerprint
 from pp_lightning.functional.moments import Places, all_finite
+from pp_lightning.functional.tracing import is_traced
 from pp_lightning.interfaces import keep_addresses
 from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.conversations import (
@@ -126,7 +127,7 @@ class ModelContext:
             raise UserError("pruned models need a 2-D attention mask (rows, tokens), to tell padding from text")
         self._leave_batch()
         self._here.given = given
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             for block in self.blocks:
                 block.follow()
         if cache is None or not is_filled(cache):
@@ -135,7 +136,7 @@ class ModelContext:
             one = Conversation(self._name, self._maker, self.digest()) if caching else None
             self.batch = BatchInputs(conversation=one, remember=not self.frozen)
             self.batch.states = {block.key: block.state for block in self.blocks}
-            if not torch.compiler.is_compiling():
+            if not is_traced():
                 hidden = next((given[name] for name in _SHAPED if given.get(name) is not None), None)
                 self._begin(self.batch, hidden, to_decode=has_fixed_size(cache))
             return
@@ -144,7 +145,7 @@ class ModelContext:
             raise UserError(
                 "this key/value cache belongs to another model or pruning, whose heads are others: run its prompt again"
             )
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             self._hold(one)
         self.batch = BatchInputs(conversation=one, decoding=True)
 
@@ -170,15 +171,21 @@ class ModelContext:
     def _late_lots(self, rows: int, tokens: int, device: torch.device) -> Tensor | None:
         """Of a graph of the whole model, which would hold those of one batch; and of images."""
         assert self._lots is not None
-        if self.batch is None or self.batch not in self._running:  # a graph's batches are counted here alone
+        batch = self.batch
+        number = 0 if batch is None else self._number_of(batch)
+        if batch is not None and batch.remember and batch not in self._running:  # a graph's are counted here alone
             self.num_batches += 1
-            return self._lots.of_batch(rows, tokens, self.num_batches - 1, device)
-        return self._lots.of_batch(rows, tokens, self.num_batches + len(self._running) - 1, device)
+        return self._lots.of_batch(rows, tokens, number, device)
+
+    def _number_of(self, batch: BatchInputs) -> int:
+        """What its random samples are drawn by. Batches that leave no trace are not counted."""
+        others = sum(other.remember for other in self._running if other is not batch)
+        return self.num_batches + (others if batch.remember else 0)
 
     def _begin(self, batch: BatchInputs, hidden: Tensor | None, *, to_decode: bool) -> None:
         """What a batch needs that graphs cannot make: memory, and random numbers."""
         with self._lock.taken():
-            number = self.num_batches + len(self._running)
+            number = self._number_of(batch)
             self._running.append(batch)
         if hidden is not None and self._lots is not None:
             batch.lots = self._lots.of_batch(hidden.shape[0], hidden.shape[1], number, hidden.device)
@@ -210,7 +217,7 @@ class ModelContext:
         if one is not None and cache is not None:
             one.choices = choices
             begin_with(cache, one)
-            if has_fixed_size(cache) and not torch.compiler.is_compiling():
+            if has_fixed_size(cache) and not is_traced():
                 # decoded with in graphs: what is made inside of one is gone with the next token
                 self._hold(one)
                 for block in self.blocks:
@@ -222,15 +229,15 @@ class ModelContext:
         moments = [result.moment for result in results if result.moment is not None]
         finite = all_finite(moments) if moments else None
         with self._lock.taken():
-            alone = torch.compiler.is_compiling() or all(other is batch for other in self._running)
+            alone = is_traced() or all(other is batch for other in self._running)
             if finite is not None:
                 for block, result in zip(self.blocks, results, strict=True):
                     block.remember(result, finite, in_place=alone)
-            if not torch.compiler.is_compiling():
+            if not is_traced():
                 self.num_batches += 1
                 if batch in self._running:  # so that the next batch's number is not this one's again
                     self._running.remove(batch)
-        if finite is not None and not torch.compiler.is_compiling():
+        if finite is not None and not is_traced():
             self.skipped.add(finite)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -253,7 +260,7 @@ class ModelContext:
         """Forget this thread's batch: it has ended, or failed."""
         batch, self.batch, self.leaving = self.batch, None, None
         self._here.given = {}
-        if batch is None or torch.compiler.is_compiling():
+        if batch is None or is_traced():
             return
         self.memory.give_back(batch.buffer)
         with self._lock.taken():
@@ -270,7 +277,7 @@ class ModelContext:
             return False
         if one.maker == self._maker or one.maker in self._kin:
             return True
-        if torch.compiler.is_compiling() or one.weights != self.digest():
+        if is_traced() or one.weights != self.digest():
             return False
         self._kin.add(one.maker)
         return True
@@ -295,7 +302,7 @@ class ModelContext:
 
     def side_stream(self, device: torch.device) -> SideStream | None:
         """The stream of parallel probes; None where there is nothing to gain from one."""
-        if device.type == "cpu" or not self.overlaps or torch.compiler.is_compiling():
+        if device.type == "cpu" or not self.overlaps or is_traced():
             return None
         if self._side is None or self._side.device != device:
             self._side = SideStream(device)
@@ -359,7 +366,7 @@ def _real_tokens(mask: Any, shape: torch.Size) -> Tensor | None:
 
 def _kept(choice: Choice) -> Choice:
     """A choice that outlives inference mode, for those who go on outside of it."""
-    if torch.compiler.is_compiling() or not choice.kept.is_inference():
+    if is_traced() or not choice.kept.is_inference():
         return choice
     with torch.inference_mode(False):
         return Choice(choice.kept.clone(), None if choice.restored is None else choice.restored.clone())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pp_lightning.errors import UserError
+from pp_lightning.functional.tracing import is_traced
 from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.slices import BlockSlices, Slice, new_memory
 
@@ -25,7 +26,7 @@ class Lock:
 
     def taken(self) -> AbstractContextManager[object]:
         """Within this context by one thread at a time. Graphs are made by one thread at a time anyway."""
-        return nullcontext() if torch.compiler.is_compiling() else self._lock
+        return nullcontext() if is_traced() else self._lock
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
@@ -68,7 +69,7 @@ class Conversation:
         held = self.held
         found = None if held is None else held[number]
         if found is None:
-            room = None if self.room is None or torch.compiler.is_compiling() else self.room[number]
+            room = None if self.room is None or is_traced() else self.room[number]
             found = slices.to_hold(self.choices[number], room)
             if held is not None and not torch.is_grad_enabled():
                 held[number] = found

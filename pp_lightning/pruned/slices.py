@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pp_lightning.functional.linear import wants_rows
 from pp_lightning.functional.selection import Rows, take_rows
+from pp_lightning.functional.tracing import is_traced
 from pp_lightning.pruned.choice import Choice
 
 
@@ -41,7 +42,7 @@ def gather_units_into_(out: Tensor, whole: Tensor, kept: Tensor, width: int) -> 
 
 def gathered(whole: Tensor, kept: Tensor, width: int, out: Tensor | None) -> Tensor:
     """Rows of the kept units by the fastest way there is: see :func:`take_rows`."""
-    if not torch.compiler.is_compiling() or whole.dim() == 1 or whole.device.type != "cpu" or torch.is_grad_enabled():
+    if not is_traced() or whole.dim() == 1 or whole.device.type != "cpu" or torch.is_grad_enabled():
         units = whole.view(-1, width, *whole.shape[1:])
         if out is None:
             return units.index_select(0, kept).flatten(0, 1)
@@ -82,7 +83,7 @@ class SliceMemory:
 
     def take(self, like: Tensor) -> Tensor | None:
         """Memory for slices of ``like``; None where fresh memory is as good, or is needed for gradients."""
-        if like.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if like.device.type != "cpu" or torch.is_grad_enabled() or is_traced():
             return None
         with suppress(IndexError):  # another thread may take the last one
             while True:

@@ -32,6 +32,8 @@ def test_restores_exactly_what_constant_channels_contribute():
 
 
 def test_running_mean_moves_in_kept_channels_only():
-    mean = torch.tensor([1.0, 2.0, 3.0])
-    update_mean_(mean, torch.tensor([5.0, 7.0]), torch.tensor([0, 2]), momentum=0.75)
+    mean, batch = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([5.0, 7.0])
+    update_mean_(mean, batch * float("nan"), torch.tensor([0, 2]), momentum=0.75, finite=torch.tensor(False))
+    assert mean.tolist() == [1.0, 2.0, 3.0]
+    update_mean_(mean, batch, torch.tensor([0, 2]), momentum=0.75, finite=torch.tensor(True))
     assert mean.tolist() == [2.0, 2.0, 4.0]
