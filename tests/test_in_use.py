@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pp_lightning import UserError, kept_units, prune_, unprune_
+from pp_lightning import UserError, calibrate, kept_units, prune_, unprune_
 from pp_lightning.methods import ProbePruning, WandaSP
 from tests.models import (
     HEADS,
     PRUNED,
     SETTINGS,
+    calibration_batches,
     choices,
     histories,
     ids,
@@ -91,6 +92,25 @@ def test_attention_backends(name, attention, when):
     found, wanted = (logits(m, batch["input_ids"], attention_mask=batch["attention_mask"]) for m in (model, expected))
     close(found[real], wanted[real])
     assert choices(kept_units(model)) == choices(kept_units(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_flex_attention(when):
+    """It wants heads of 16 at least. On a CPU probes run as it is written, the batch compiled."""
+    model, expected = (tiny("llama", head_dim=16) for _ in range(2))
+    stats = calibrate(expected, calibration_batches(), progress=False)
+    if when == "before":
+        model.set_attn_implementation("flex_attention")
+    for one in (model, expected):
+        prune_(one, ProbePruning(row_ratio=0.3), stats, **SETTINGS)
+    if when == "after":
+        model.set_attn_implementation("flex_attention")
+    batch = ragged([24, 3, 17, 9], "left")
+    for given in ({"text": ids()}, {"text": batch["input_ids"], "attention_mask": batch["attention_mask"]}):
+        real = given.get("attention_mask", torch.ones_like(given["text"])).bool()
+        close(logits(model, **given)[real], logits(expected, **given)[real])
+        assert choices(kept_units(model)) == choices(kept_units(expected))
 
 
 def training(model):

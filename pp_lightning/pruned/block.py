@@ -57,6 +57,7 @@ class PrunedBlock(nn.Module):
 
     Attributes:
         block: attention or MLP.
+        key: layer and block.
         units: of the block.
     """
 
@@ -80,6 +81,7 @@ class PrunedBlock(nn.Module):
         self.runner = runner
         self.block = runner.modules.block
         self.index = index
+        self.key: BlockKey = (index, self.block)
         self.number = number
         self.units = runner.units
         self.method = method
@@ -96,11 +98,6 @@ class PrunedBlock(nn.Module):
     def norm(self) -> nn.Module | None:
         """The norm in front."""
         return self._norm[0]
-
-    @property
-    def key(self) -> BlockKey:
-        """Layer and block."""
-        return self.index, self.block
 
     @property
     def state(self) -> State:
@@ -286,7 +283,8 @@ class PrunedBlock(nn.Module):
             shared: whether probe and batch come from one projection.
         """
         places = inputs.places if inputs.places is None else inputs.places_on(states.device)
-        history, mean = inputs.states[self._place(inputs)]
+        place = self._place(inputs)
+        history, mean = inputs.states[place]
         energy, means = self.method.observe(states, probe, places, history, mean)
         scores = self.method.unit_scores(energy, self.weight_norm, self.units.channels)
         kept = keep_best(scores, self.runner.keep)
@@ -294,7 +292,7 @@ class PrunedBlock(nn.Module):
         if means is not None:
             restored = self.runner.output.restored(means, unit_channels(kept, self.units.channels), states.dtype)
         choice = Choice(kept, restored)
-        inputs.results[self._place(inputs)] = Result(choice)
+        inputs.results[place] = Result(choice)
         self.recomputing.note(self.block, Known(choice, shared))
         return choice
 

@@ -26,7 +26,7 @@ class Lock:
 
     def taken(self) -> AbstractContextManager[object]:
         """Within this context by one thread at a time. Graphs are made by one thread at a time anyway."""
-        return nullcontext() if is_traced() else self._lock
+        return nullcontext() if torch.compiler.is_dynamo_compiling() else self._lock
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
-from pp_lightning.functional.tracing import is_traced
 from pp_lightning.interfaces import in_backward, is_checkpointed, restore_checkpointing, stand_around_checkpointing
 from pp_lightning.pruned.choice import Choice
 
@@ -83,7 +83,7 @@ class Recomputing:
         Raises:
             UserError: the layer is run again by other means than transformers' checkpointing.
         """
-        if is_traced():
+        if torch.compiler.is_dynamo_compiling():
             return None
         if self._current is None:
             if in_backward():
@@ -96,14 +96,14 @@ class Recomputing:
 
     def note(self, block: Block, known: Known) -> None:
         """Remember how a block runs this pass."""
-        if not is_traced() and self._current is not None:
+        if not torch.compiler.is_dynamo_compiling() and self._current is not None:
             self._current.known[block] = known
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """No dropout inside: what a probe shows must not depend on chance, nor take random numbers from the batch."""
-    if not module.training or is_traced():
+    if not module.training or torch.compiler.is_dynamo_compiling():
         yield
         return
     trained = [one for one in module.modules() if one.training]

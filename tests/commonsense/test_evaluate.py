@@ -99,6 +99,31 @@ def test_tasks_do_not_depend_on_one_another(tmp_path: Path) -> None:
         assert vars(alone.tasks["arc_easy"]) | {"seconds": 0} == vars(both.tasks["arc_easy"]) | {"seconds": 0}
 
 
+METHODS = {
+    "paper": ProbePruning,
+    "best": ProbePruning.best,
+    "history": lambda: ProbePruning(compensation="history"),
+    "random": lambda: ProbePruning(rank_by="random"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_twice_and_interrupted_at_every_task(method: str, tmp_path: Path) -> None:
+    """Histories, running means and the number that random samples are drawn by all start over."""
+    data, model = data_of(write_samples(tmp_path / "data"), "metaspace"), pruned(METHODS[method]())
+    whole = plain(evaluate_tasks(model, data))
+    assert plain(evaluate_tasks(model, data)) == whole
+    for stop in TASK_NAMES:
+
+        def interrupt(task: str, done: int, _: int, stop: str = stop) -> None:
+            if task == stop and done == 1:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_tasks(model, data, progress=interrupt, resume_file=tmp_path / "resume.json")
+    assert plain(evaluate_tasks(model, data, resume_file=tmp_path / "resume.json")) == whole
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
