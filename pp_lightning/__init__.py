@@ -9,7 +9,7 @@ from pp_lightning.errors import UserError
 from pp_lightning.gradients import taylor_importances
 from pp_lightning.importances import Importances
 from pp_lightning.pruning import KeptUnits, frozen_history, kept_units, prune_, unprune_
-from pp_lightning.state import load_pruning_state, pruning_state
+from pp_lightning.state import load_pruning_state, pruning_state, skipped_batches
 from pp_lightning.statistics import Statistics
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "load_pruning_state",
     "prune_",
     "pruning_state",
+    "skipped_batches",
     "taylor_importances",
     "uncompile_",
     "unprune_",

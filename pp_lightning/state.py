@@ -52,6 +52,12 @@ def load_pruning_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> N
         context.load({name: tensor for name, tensor in state.items() if name != _BATCHES}, int(state[_BATCHES]))
 
 
+def skipped_batches(model: PreTrainedModel) -> int:
+    """How many batches were not finite, and moved nothing. Waits for the device, and warns once."""
+    context = pruning_of(model).context if is_pruned(model) else None
+    return 0 if context is None else context.skipped.number
+
+
 @contextmanager
 def kept_state(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     """Within this context batches move the state; afterwards it is what it was, which the context gives."""

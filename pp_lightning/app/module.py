@@ -22,6 +22,7 @@ from pp_lightning.errors import UserError
 from pp_lightning.methods import PruningMethod
 from pp_lightning.methods.base import AllocationName
 from pp_lightning.recovery import Recovered, Recovery
+from pp_lightning.state import skipped_batches
 
 _DEFAULT_RATIO = 0.2
 
@@ -177,6 +178,7 @@ class PrunedLM(PrunableModule):
     def on_test_epoch_end(self) -> None:
         """Sum up, and log the figures that are single numbers."""
         assert self._scoring is not None
+        skipped_batches(self.model)  # on an accelerator nobody has looked yet
         self.evaluation = Evaluation(
             method=self.label,
             pruning_ratio=self.pruning_ratio if self.method else 0.0,

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import uuid4
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class ModelContext:
         self._kin: set[str] = set()  # copies with the same weights
         self._weights: str | None = None
         self._here = threading.local()
-        self._running: list[BatchInputs] = []
+        self._running: WeakSet[BatchInputs] = WeakSet()  # what a thread leaves that dies is not counted for ever
         self._lock = Lock()
 
     @property
@@ -186,7 +187,7 @@ class ModelContext:
         """What a batch needs that graphs cannot make: memory, and random numbers."""
         with self._lock.taken():
             number = self._number_of(batch)
-            self._running.append(batch)
+            self._running.add(batch)
         if hidden is not None and self._lots is not None:
             batch.lots = self._lots.of_batch(hidden.shape[0], hidden.shape[1], number, hidden.device)
         weights = [block.runner.slices.like for block in self.blocks]
@@ -235,8 +236,7 @@ class ModelContext:
                     block.remember(result, finite, in_place=alone)
             if not is_traced():
                 self.num_batches += 1
-                if batch in self._running:  # so that the next batch's number is not this one's again
-                    self._running.remove(batch)
+                self._running.discard(batch)  # so that it is not counted twice
         if finite is not None and not is_traced():
             self.skipped.add(finite)
 
@@ -264,8 +264,7 @@ class ModelContext:
             return
         self.memory.give_back(batch.buffer)
         with self._lock.taken():
-            if batch in self._running:
-                self._running.remove(batch)
+            self._running.discard(batch)
 
     def _hold(self, one: Conversation) -> None:
         self.decodes = True
@@ -310,7 +309,14 @@ class ModelContext:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which begin between two batches."""
-        return {**self.__dict__, "_here": None, "_running": [], "_weights": None, "_maker": uuid4().hex, "_kin": set()}
+        return {
+            **self.__dict__,
+            "_here": None,
+            "_running": WeakSet(),
+            "_weights": None,
+            "_maker": uuid4().hex,
+            "_kin": set(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

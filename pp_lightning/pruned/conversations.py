@@ -228,5 +228,6 @@ class _Reset:
         cache.pruning_choice = None
         type(cache).reset(cache)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Reset":
-        return _Reset(memo[id(self._cache())])
+    def __reduce__(self) -> tuple[type, tuple[Any]]:
+        """A copy of the cache, or one in a file, has its own."""
+        return _Reset, (self._cache(),)

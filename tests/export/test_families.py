@@ -32,7 +32,7 @@ BIASED = {
     "nemotron",
     "seed_oss",
 }
-BIASED |= {"opt", "ernie4_5", "phi", "gpt_neox", "gpt_neox_sequential", "gpt_oss"}
+BIASED |= {"qwen3_moe", "granitemoe", "opt", "ernie4_5", "phi", "gpt_neox", "gpt_neox_sequential", "gpt_oss"}
 BIASED |= {"falcon", "falcon_multi_query", "falcon_classic", "falcon_alibi"}
 UNIFORM = ("gemma3_text", "phi3", "cohere2", "gpt_neox", "stablelm", "glm")
 PER_LAYER = ("llama_gqa", "opt", "gemma3_text", "phi3")
