@@ -39,12 +39,11 @@ def trace_dynamic(model: PreTrainedModel, rows: int, tokens: int) -> Graph:
         raise UserError(f"batches of {tokens} tokens are longer than the {context.num_positions} calibrated positions")
     if pruning.method.lots_needed(rows, tokens):
         raise UserError("a probe that is drawn anew for every batch fits no graph: rank it by residual or input")
-    state = list(context.tensors())
+    state = {label: tensor.clone() for label, tensor in context.tensors().items()}
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=model.device)
-    start = [tensor.clone() for tensor in context.tensors().values()]
     last = context.last
     with attention_for_graphs(model):
-        program = traced(_WithHistory(model, context), (ids, torch.ones_like(ids), start), None)
+        program = traced(_WithHistory(model, context), (ids, torch.ones_like(ids), list(state.values())), None)
     ours = {torch.ops.pp_lightning.gather_units.default: take_rows}
     program = program.run_decompositions(ours)
     context.last = last

@@ -104,12 +104,12 @@ def prune_(
     release_stats: bool = False,
     held_slices: int | str = 1,
 ) -> None:
-    """Prune a causal language model in place. It stays the transformers model it was: same class, same call.
+    """Prune a transformer in place. It stays the transformers model it was: same class, same call.
 
     A dynamic method changes no weight: layers choose for every batch. A static method replaces projections by slices.
 
     Args:
-        model: LLaMA, Mistral, Qwen2, Qwen3 or OPT, with SDPA (or eager) attention.
+        model: dense, of any type whose blocks are found and pass the check, see :mod:`pp_lightning.families`.
         method: one of :mod:`pp_lightning.methods`.
         evidence: what ``method.evidence`` says: statistics from :func:`calibrate` for most methods, importances for
             LLM-Pruner and LoRAPrune; may be None where the method needs none.

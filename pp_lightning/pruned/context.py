@@ -18,13 +18,13 @@ from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.conversations import (
     Conversation,
     HeldSlices,
-    Lock,
     begin_with,
     conversation_of,
     has_fixed_size,
     is_filled,
 )
 from pp_lightning.pruned.inputs import BatchInputs, Earlier, Result
+from pp_lightning.pruned.locks import Lock
 from pp_lightning.pruned.lots import Lots
 from pp_lightning.pruned.projection import Product
 from pp_lightning.pruned.skipped import SkippedBatches
@@ -190,7 +190,7 @@ class ModelContext:
             self._running.add(batch)
         if hidden is not None and self._lots is not None:
             batch.lots = self._lots.of_batch(hidden.shape[0], hidden.shape[1], number, hidden.device)
-        weights = [block.runner.slices.like for block in self.blocks]
+        weights = (block.runner.slices.like for block in self.blocks)
         like = next((weight for weight in weights if weight is not None), None)
         batch.buffer = None if like is None else self.memory.take(like)
         one = batch.conversation

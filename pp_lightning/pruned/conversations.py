@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from threading import RLock
 from typing import Any, Self
 from weakref import ref
 
@@ -13,23 +11,10 @@ from torch import Tensor
 from pp_lightning.errors import UserError
 from pp_lightning.functional.tracing import is_traced
 from pp_lightning.pruned.choice import Choice
+from pp_lightning.pruned.locks import Lock
 from pp_lightning.pruned.slices import BlockSlices, Slice, new_memory
 
 Room = Sequence[Tensor | None]  # memory for the slices of all blocks of one conversation
-
-
-class Lock:
-    """A lock that copies of a model do not share."""
-
-    def __init__(self) -> None:
-        self._lock = RLock()
-
-    def taken(self) -> AbstractContextManager[object]:
-        """Within this context by one thread at a time. Graphs are made by one thread at a time anyway."""
-        return nullcontext() if torch.compiler.is_dynamo_compiling() else self._lock
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(self), ()
 
 
 class Conversation:

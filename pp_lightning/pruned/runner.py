@@ -20,8 +20,8 @@ from pp_lightning.interfaces import (
     unfused_on_cpus,
 )
 from pp_lightning.pruned.choice import Choice
-from pp_lightning.pruned.conversations import Lock
 from pp_lightning.pruned.heads import HeadFields
+from pp_lightning.pruned.locks import Lock
 from pp_lightning.pruned.projection import Product, PrunedProjection
 from pp_lightning.pruned.recomputing import evaluating
 from pp_lightning.pruned.slices import BlockSlices, Slice

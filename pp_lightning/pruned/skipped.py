@@ -22,7 +22,7 @@ class SkippedBatches:
         """
         if finite.device.type == "cpu":
             self._number += not finite
-            self._report()
+            self._report(self._number)
             return
         with torch.inference_mode(False):
             if self._on_device is None or self._on_device.device != finite.device:
@@ -36,8 +36,8 @@ class SkippedBatches:
         self._report(found)
         return found
 
-    def _report(self, found: int | None = None) -> None:
-        if not self._reported and (self._number if found is None else found):
+    def _report(self, found: int) -> None:
+        if found and not self._reported:
             self._reported = True
             warnings.warn(
                 "a batch was not finite: it moved no history, and later batches choose as if it had not been",
