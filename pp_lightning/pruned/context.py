@@ -312,7 +312,7 @@ class ModelContext:
         return {
             **self.__dict__,
             "_here": None,
-            "_running": WeakSet(),
+            "_running": None,
             "_weights": None,
             "_maker": uuid4().hex,
             "_kin": set(),
@@ -321,6 +321,7 @@ class ModelContext:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._here = threading.local()
+        self._running = WeakSet()
 
     def _earlier(self, residual: Tensor) -> Earlier:
         side = self.side_stream(residual.device)
