@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from pp_lightning.interfaces import argument_names
 from pp_lightning.methods.base import AllocationName, BlockToPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import Plan, make_plan
+from pp_lightning.prefill import Prefill, checked_refresh, dense_below
 from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruned.check import Meeting, check_block, kinds_of, meetings
 from pp_lightning.pruned.choice import Choice
@@ -103,6 +105,8 @@ def prune_(
     keep_dense: bool = True,
     release_stats: bool = False,
     held_slices: int | str = 1,
+    prefill: Prefill | None = None,
+    refresh: int | None = None,
 ) -> None:
     """Prune a transformer in place. It stays the transformers model it was: same class, same call.
 
@@ -127,6 +131,12 @@ def prune_(
         release_stats: empty a dynamic method's statistics while pruning, so that a history never exists twice.
         held_slices: conversations (key/value caches) whose sliced weights a dynamic method holds while decoding, or
             their bytes: ``"2GB"``. The least recently used are let go, and sliced again when they go on.
+        prefill: how a dynamic method runs a prompt, which is a batch that fills a cache: ``probe``, pruned like any
+            batch; ``dense``, on all units, where its own states choose for the tokens that follow; ``auto``, dense where
+            it has too few tokens for a probe to pay, or below a number of tokens (rows x length); None takes the
+            method's own.
+        refresh: decoded tokens after which a dynamic method chooses MLP channels again, by what they show. Heads stay:
+            those that were dropped have no keys for these tokens. None holds the prompt's choice.
 
     Raises:
         UserError: the model is not supported or already pruned, the ratios leave nothing, or ``evidence`` is missing,
@@ -148,13 +158,17 @@ def prune_(
         round_to=round_to,
     )
     _check_evidence(model, method, evidence)
+    if isinstance(method, StaticMethod) and (prefill, refresh) != (None, None):
+        raise UserError(f"{type(method).__name__} has chosen before any prompt: leave prefill and refresh out")
     stats = evidence if isinstance(evidence, Statistics) else None
     weights = {key: block.scored_weight for key, block in blocks.items()}
     plan, keep = spread(plan, method, weights, stats, allocation, floor)
     met = _checked(model, blocks, shape, plan, keep)
     surgery = _Surgery(model, blocks, shape, plan, keep, met)
     if isinstance(method, DynamicMethod):
-        pruning = _prune_dynamic(surgery, method, stats, release_stats, held_slices)
+        below = dense_below(method.prefill if prefill is None else prefill, model.device)
+        serving = _Serving(HeldSlices(held_slices), below, checked_refresh(refresh))
+        pruning = _prune_dynamic(surgery, method, stats, release_stats, serving)
     else:
         assert isinstance(method, StaticMethod)
         found = Statistics(model="") if evidence is None else evidence
@@ -360,8 +374,16 @@ class _Surgery:
         return {key: torch.arange(number) for key, number in self.keep.items() if number == numbers[key[1]]}
 
 
+class _Serving(NamedTuple):
+    """How conversations are served: see :func:`prune_`."""
+
+    held: HeldSlices
+    dense_below: float
+    refresh: int | None
+
+
 def _prune_dynamic(
-    surgery: _Surgery, method: DynamicMethod, stats: Statistics | None, release: bool, held_slices: int | str
+    surgery: _Surgery, method: DynamicMethod, stats: Statistics | None, release: bool, serving: _Serving
 ) -> Pruning:
     model, plan = surgery.model, surgery.plan
     histories = stats if method.keeps_history else None
@@ -371,7 +393,7 @@ def _prune_dynamic(
         argument_names(stack),
         argument_names(layers[0]),
         bool(getattr(model.config, "use_cache", False)),
-        HeldSlices(held_slices),
+        *serving,
         Lots(method, len(layers)),
     )
     whole = surgery.whole()

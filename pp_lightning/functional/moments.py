@@ -137,7 +137,11 @@ def fuse(probe: Tensor, history: Tensor, fusion_weight: float | None) -> Tensor:
 
 
 def fused_energy(
-    states: Tensor, probe: Probe | ScatteredProbe, places: Places | None, history: Tensor, fusion_weight: float | None
+    states: Tensor,
+    probe: Probe | ScatteredProbe | None,
+    places: Places | None,
+    history: Tensor,
+    fusion_weight: float | None,
 ) -> tuple[Tensor, Tensor | int]:
     """The probe's second moment fused with the history at the probe's positions, summed over them (01-method, step 4).
 
@@ -145,7 +149,7 @@ def fused_energy(
 
     Args:
         states: the probe's states, (b, s, C).
-        probe: where in the batch they come from.
+        probe: where in the batch they come from; None where they are the whole batch's.
         places: positions of the whole batch; None where columns are positions and nothing is padding.
         history: (P_max, C) float32.
         fusion_weight: weight of the probe; None scales by importance.
@@ -154,9 +158,13 @@ def fused_energy(
         The sum (C,) float32, and how many positions were summed.
     """
     if places is None:
-        return fuse(sum_of_squares(states) / states.shape[0], history[probe.tokens], fusion_weight).sum(0), len(
-            probe.tokens
-        )
+        here = history[: states.shape[1]] if probe is None else history[probe.tokens]
+        return fuse(second_moment(states), here, fusion_weight).sum(0), states.shape[1]
+    if probe is None:
+        moment, count = placed_second_moment(states, places)
+        held = count > 0
+        fused = fuse(moment, history[: places.num_positions], fusion_weight)
+        return torch.where(held[:, None], fused, 0.0).sum(0), held.sum()
     assert probe.real is not None
     positions = probe.take(places.positions)
     if isinstance(probe, ScatteredProbe):

@@ -7,6 +7,7 @@ from pp_lightning.methods.base import PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.methods.flap import FLAP
 from pp_lightning.methods.full_batch_probing import FullBatchProbing
+from pp_lightning.methods.griffin import Griffin
 from pp_lightning.methods.llm_pruner import LLMPruner
 from pp_lightning.methods.lora_prune import LoRAPrune
 from pp_lightning.methods.probe_pruning import ProbePruning
@@ -14,7 +15,8 @@ from pp_lightning.methods.static_ppsp import StaticPPsp
 from pp_lightning.methods.wanda_sp import WandaSP
 
 METHODS: Mapping[str, type[PruningMethod]] = {
-    method.label: method for method in (FullBatchProbing, ProbePruning, StaticPPsp, FLAP, WandaSP, LLMPruner, LoRAPrune)
+    method.label: method
+    for method in (FullBatchProbing, ProbePruning, Griffin, StaticPPsp, FLAP, WandaSP, LLMPruner, LoRAPrune)
 }
 
 # Settings of these methods that have a name of their own.
@@ -39,6 +41,7 @@ __all__ = [
     "PRESETS",
     "DynamicMethod",
     "FullBatchProbing",
+    "Griffin",
     "LLMPruner",
     "LoRAPrune",
     "ProbePruning",

@@ -12,6 +12,7 @@ from pp_lightning.functional.moments import Places
 from pp_lightning.functional.probe import Probe
 from pp_lightning.functional.scores import ppsp_unit_scores, ppsp_weight_norm
 from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, PruningMethod, UnitName
+from pp_lightning.prefill import Prefill
 
 ProbeSource = Literal["current", "previous"]
 AnyProbe = Probe | ScatteredProbe
@@ -41,11 +42,13 @@ class DynamicMethod(PruningMethod):
         keeps_history: whether each pruned block carries a running second moment, started from the statistics.
         momentum: m of the history's update ``H = m H + (1 - m) X^2``.
         seed: of the probes that are drawn by lot.
+        prefill: how a prompt runs, unless :func:`~pp_lightning.prune_` is told.
     """
 
     keeps_history: ClassVar[bool] = True
     momentum: float = 0.99
     seed: int = 0
+    prefill: Prefill = "probe"
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class DynamicMethod(PruningMethod):
 
         Args:
             states: the probe's states (b, s, C).
-            probe: where in the batch they come from.
+            probe: where in the batch they come from; None where they are those of the whole batch.
             places: positions of the whole batch; None where column and position are the same and nothing is padding.
             history: (P_max, C) float32, or None for methods without one.
             running_mean: (C,) float32, or None for methods without one.

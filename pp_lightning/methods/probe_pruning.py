@@ -160,12 +160,13 @@ class ProbePruning(DynamicMethod):
         running_mean: Tensor | None,
     ) -> Sight:
         """The probe's moment fused with the history at the selected positions (step 4), and the means to restore."""
-        assert probe is not None and history is not None
+        assert history is not None
         energy, count = fused_energy(states, probe, places, history, self.fusion_weight)
         centred = SCORES[self.score].centred
         if self.compensation is None and not centred:
             return Sight(energy)
-        mean = channel_mean(states, probe.real)
+        real = None if places is None else places.real
+        mean = channel_mean(states, real if probe is None else probe.real)
         restored = None if self.compensation is None else COMPENSATIONS[self.compensation](mean, running_mean)
         if centred:
             energy = energy_about(energy, count, mean, mean if restored is None else restored)

@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from pp_lightning.blocks import Block, BlockKey
 from pp_lightning.functional.compensation import channel_mean, update_mean_
 from pp_lightning.functional.linear import wants_rows
-from pp_lightning.functional.moments import placed_second_moment, sum_of_squares, update_history_
+from pp_lightning.functional.moments import Places, placed_second_moment, second_moment, update_history_
 from pp_lightning.functional.probe import Arguments, probe_arguments
 from pp_lightning.functional.selection import keep_best, unit_channels
 from pp_lightning.interfaces import current_forward
 from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod
+from pp_lightning.pruned.cached_heads import CachedHeads
 from pp_lightning.pruned.choice import Choice, ExecutionPlan
 from pp_lightning.pruned.context import ModelContext
+from pp_lightning.pruned.conversations import Conversation
 from pp_lightning.pruned.inputs import BatchInputs, Earlier, Result, State
 from pp_lightning.pruned.projection import Product
 from pp_lightning.pruned.recomputing import Known, Recomputing
+from pp_lightning.pruned.refreshing import RecentInputs
 from pp_lightning.pruned.runner import BlockRunner
 from pp_lightning.pruned.slices import Slice
 
@@ -59,6 +62,7 @@ class PrunedBlock(nn.Module):
         block: attention or MLP.
         key: layer and block.
         units: of the block.
+        cached_heads: what a cache holds of an attention block; None of an MLP.
     """
 
     history: Tensor | None
@@ -88,6 +92,7 @@ class PrunedBlock(nn.Module):
         self.context = context
         self.recomputing = recomputing
         self._mixes_tokens = self.block is Block.ATTENTION
+        self.cached_heads = CachedHeads(index, runner.cached_heads, self.units.number) if self._mixes_tokens else None
         self._norm = (norm,)  # in a tuple: the layer owns it, not this module
         weight = runner.modules.scored_weight
         self.register_buffer("weight_norm", method.weight_norm(weight), persistent=False)
@@ -158,13 +163,12 @@ class PrunedBlock(nn.Module):
         if inputs is None:
             return None
         if inputs.decoding:
-            conversation = inputs.conversation
-            assert conversation is not None
-            weights = conversation.slice_of(self.number, runner.slices)
-            choice = conversation.choices[self.number]
+            choice, weights = self._held(hidden, inputs)
             return Ready(runner.narrowed(choice, weights), choice.kept)
-        plan = self.plan(inputs)
         residual = inputs.residuals.pop(self._place(inputs), hidden)
+        if inputs.dense:
+            return Ready(runner.widened(partial(self._choose_by_all, inputs)), None)
+        plan = self.plan(inputs)
         source = hidden
         if hidden.dim() != 3:
             source, residual = inputs.as_batch(hidden), inputs.as_batch(residual)
@@ -176,6 +180,27 @@ class PrunedBlock(nn.Module):
         does = runner.narrowed(choice, weights, ahead)
         does[-1] = self._remembering(does[-1], inputs, choice)
         return Ready(does, choice.kept)
+
+    def _held(self, hidden: Tensor, inputs: BatchInputs) -> tuple[Choice, Slice]:
+        """What a batch that continues a cache runs on."""
+        one = inputs.conversation
+        assert one is not None
+        if one.recent is not None and not self._mixes_tokens:
+            if inputs.since is not None and inputs.since.of(self.number) is not None:
+                self._choose_again(inputs.since, one)
+            one.recent.add(self.number, inputs.as_batch(hidden))
+        return one.choices[self.number], one.slice_of(self.number, self.runner.slices)
+
+    @torch.no_grad()
+    def _choose_again(self, since: RecentInputs, one: Conversation) -> None:
+        """Choose channels by the tokens since the last choice, which run on all of them."""
+        seen, (history, mean) = since.of(self.number), self.state
+        assert seen is not None
+        if history is not None:
+            history = since.positions(seen.shape[1], history)
+        one.choices[self.number] = self._best(self.runner.states(seen, {}), None, None, State(history, mean))
+        if one.held is not None:
+            one.held[self.number] = None  # sliced anew
 
     def _sliced(self, choice: Choice, inputs: BatchInputs, plan: ExecutionPlan) -> Slice:
         """The weights for a batch, left for decoding where it has asked for that."""
@@ -284,17 +309,30 @@ class PrunedBlock(nn.Module):
         """
         places = inputs.places if inputs.places is None else inputs.places_on(states.device)
         place = self._place(inputs)
-        history, mean = inputs.states[place]
-        energy, means = self.method.observe(states, probe, places, history, mean)
+        choice = self._best(states, probe, places, inputs.states[place])
+        inputs.results[place] = Result(choice)
+        self.recomputing.note(self.block, Known(choice, shared))
+        return choice
+
+    def _best(self, states: Tensor, probe: AnyProbe | None, places: Places | None, state: State) -> Choice:
+        """The units with the best scores."""
+        energy, means = self.method.observe(states, probe, places, *state)
         scores = self.method.unit_scores(energy, self.weight_norm, self.units.channels)
         kept = keep_best(scores, self.runner.keep)
         restored = None
         if means is not None:
             restored = self.runner.output.restored(means, unit_channels(kept, self.units.channels), states.dtype)
-        choice = Choice(kept, restored)
-        inputs.results[place] = Result(choice)
-        self.recomputing.note(self.block, Known(choice, shared))
-        return choice
+        return Choice(kept, restored)
+
+    def _choose_by_all(self, inputs: BatchInputs, states: Tensor) -> Tensor:
+        """The output of a prompt that runs dense, whose own states (B, S, C) or (B * S, C) choose for what follows."""
+        with torch.no_grad():
+            seen, place = inputs.as_batch(states), self._place(inputs)
+            places = inputs.places if inputs.places is None else inputs.places_on(states.device)
+            choice = self._best(seen, None, places, inputs.states[place])
+            remembers = inputs.remember and self.history is not None
+            inputs.results[place] = self._result(choice, seen, inputs, of_all=True) if remembers else Result(choice)
+        return self.runner.output.stock(states)
 
     def _remembering(self, leave: Product, inputs: BatchInputs, choice: Choice) -> Product:
         """The output of the kept units, where histories move with a look at what reaches it."""
@@ -312,16 +350,19 @@ class PrunedBlock(nn.Module):
             states: (B, S, K * w) or (B * S, K * w), the input of the output matrix.
         """
         with torch.no_grad():
-            seen = states if states.dim() == 3 else inputs.as_batch(states)
-            places = inputs.places if inputs.places is None else inputs.places_on(states.device)
-            if places is None:
-                moment, present = sum_of_squares(seen) / seen.shape[0], None
-            else:
-                moment, count = placed_second_moment(seen, places)
-                present = count > 0
-            mean = None if self.mean is None else channel_mean(seen, None if places is None else places.real)
-            inputs.results[self._place(inputs)] = Result(choice, moment, present, mean)
+            inputs.results[self._place(inputs)] = self._result(choice, inputs.as_batch(states), inputs)
         return leave(states)
+
+    def _result(self, choice: Choice, states: Tensor, inputs: BatchInputs, *, of_all: bool = False) -> Result:
+        """What a batch leaves whose states (B, S, K * w) or, of all units, (B, S, C) reach the output."""
+        places = inputs.places if inputs.places is None else inputs.places_on(states.device)
+        if places is None:
+            moment, present = second_moment(states), None
+        else:
+            moment, count = placed_second_moment(states, places)
+            present = count > 0
+        mean = None if self.mean is None else channel_mean(states, None if places is None else places.real)
+        return Result(choice, moment, present, mean, of_all)
 
     def _earlier(self, inputs: BatchInputs) -> Earlier | None:
         """The residual that a parallel probe is taken from."""
@@ -341,9 +382,7 @@ class PrunedBlock(nn.Module):
         history, mean, momentum = self.history, self.mean, self.method.momentum
         if history is None or result.moment is None:
             return
-        channels = result.choice.kept
-        if self.units.channels > 1:
-            channels = unit_channels(channels, self.units.channels)
+        channels = None if result.of_all else unit_channels(result.choice.kept, self.units.channels)
         finite = finite.to(history.device)
         if not in_place:
             history, mean = history.clone(), None if mean is None else mean.clone()

@@ -14,6 +14,7 @@ from pp_lightning.evidence import fingerprint
 from pp_lightning.functional.moments import Places, all_finite
 from pp_lightning.functional.tracing import is_traced
 from pp_lightning.interfaces import keep_addresses
+from pp_lightning.pruned.cached_heads import check_can_narrow
 from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.conversations import (
     Conversation,
@@ -27,6 +28,7 @@ from pp_lightning.pruned.inputs import BatchInputs, Earlier, Result
 from pp_lightning.pruned.locks import Lock
 from pp_lightning.pruned.lots import Lots
 from pp_lightning.pruned.projection import Product
+from pp_lightning.pruned.refreshing import RecentInputs
 from pp_lightning.pruned.skipped import SkippedBatches
 from pp_lightning.pruned.slices import SliceMemory
 from pp_lightning.pruned.streams import SideStream
@@ -47,6 +49,8 @@ class ModelContext:
         layer_names: of a layer's arguments.
         uses_cache: whether the model fills a cache unless it is told not to.
         held: conversations whose slices are held.
+        dense_below: tokens of a prompt below which it runs dense.
+        refresh: decoded tokens after which channels are chosen again; None holds the prompt's choice.
         lots: what probes are drawn with; None where none are.
 
     Attributes:
@@ -69,11 +73,15 @@ class ModelContext:
         layer_names: tuple[str, ...],
         uses_cache: bool,
         held: HeldSlices,
+        dense_below: float = 0.0,
+        refresh: int | None = None,
         lots: Lots | None = None,
     ) -> None:
         self.num_positions = num_positions
         self.memory = SliceMemory()
         self.held = held
+        self.dense_below = dense_below
+        self.refresh = refresh
         self.frozen = False
         self.last: list[Choice] | None = None
         self.num_batches = 0
@@ -137,8 +145,10 @@ class ModelContext:
             one = Conversation(self._name, self._maker, self.digest()) if caching else None
             self.batch = BatchInputs(conversation=one, remember=not self.frozen)
             self.batch.states = {block.key: block.state for block in self.blocks}
+            hidden = next((given[name] for name in _SHAPED if given.get(name) is not None), None)
+            self.batch.dense = caching and self._runs_dense(hidden)
+            self._begin_cache(cache, dense=self.batch.dense)
             if not is_traced():
-                hidden = next((given[name] for name in _SHAPED if given.get(name) is not None), None)
                 self._begin(self.batch, hidden, to_decode=has_fixed_size(cache))
             return
         one = conversation_of(cache)
@@ -146,9 +156,18 @@ class ModelContext:
             raise UserError(
                 "this key/value cache belongs to another model or pruning, whose heads are others: run its prompt again"
             )
+        since = None
+        if one.recent is not None:
+            length = cache.get_seq_length()
+            one.recent.begin(length)
+            if self.refresh is not None and one.recent.tokens >= self.refresh:
+                since = one.recent
+                one = one.branch(RecentInputs(length))  # copies of the cache go on with the old choice
         if not is_traced():
             self._hold(one)
-        self.batch = BatchInputs(conversation=one, decoding=True)
+        hidden = next((given[name] for name in _SHAPED if given.get(name) is not None), None)
+        self.batch = BatchInputs(None if hidden is None else hidden.shape[:2], conversation=one, decoding=True)
+        self.batch.since = since
 
     def enter_layers(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the first layer: find the shape of a new batch, its real tokens and their positions.
@@ -194,7 +213,8 @@ class ModelContext:
         like = next((weight for weight in weights if weight is not None), None)
         batch.buffer = None if like is None else self.memory.take(like)
         one = batch.conversation
-        if one is not None and (self.decodes or to_decode) and not torch.is_grad_enabled():
+        leaves = (self.decodes and not batch.dense) or to_decode
+        if one is not None and leaves and not torch.is_grad_enabled():
             self._hold(one)
             batch.rooms = {
                 block.key: memory
@@ -205,6 +225,8 @@ class ModelContext:
     def end_batch(self, stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Forward hook of the module that loops over the layers: states move, and the cache is told its choice."""
         batch, given = self.batch, self._here.given
+        if batch is not None and batch.decoding and batch.conversation is not None:
+            self._end_decoding(batch.conversation, batch, given)
         if batch is None or batch.decoding or len(batch.results) < len(self.blocks):
             self._leave_batch()
             return
@@ -217,6 +239,12 @@ class ModelContext:
         cache = getattr(output, "past_key_values", None) if cache is None else cache
         if one is not None and cache is not None:
             one.choices = choices
+            if self.refresh is not None:
+                one.recent = RecentInputs(cache.get_seq_length())
+            if batch.dense:
+                for block, choice in zip(self.blocks, choices, strict=True):
+                    if block.cached_heads is not None:
+                        block.cached_heads.narrow(cache, choice.kept)
             begin_with(cache, one)
             if has_fixed_size(cache) and not is_traced():
                 # decoded with in graphs: what is made inside of one is gone with the next token
@@ -224,6 +252,34 @@ class ModelContext:
                 for block in self.blocks:
                     keep_addresses(one.slice_of(block.number, block.runner.slices).values())
         self._leave_batch()
+
+    def _runs_dense(self, hidden: Tensor | None) -> bool:
+        return hidden is not None and hidden.shape[0] * hidden.shape[1] < self.dense_below
+
+    def _begin_cache(self, cache: Any, *, dense: bool) -> None:
+        """Before a prompt: have an empty cache take as many heads as the prompt has.
+
+        Raises:
+            UserError: heads could not be dropped from it, or it serves graphs, in which nothing is chosen again.
+        """
+        if cache is None:
+            return
+        if self.refresh is not None and has_fixed_size(cache):
+            raise UserError("refresh chooses while decoding, which a cache of fixed size does in one graph: leave it out")
+        if dense:
+            check_can_narrow(cache)
+        for block in self.blocks:
+            if block.cached_heads is not None:
+                block.cached_heads.begin(cache, None if dense else block.runner.keep)
+
+    def _end_decoding(self, one: Conversation, batch: BatchInputs, given: Mapping[str, Any]) -> None:
+        """Count the tokens that a later choice is made from."""
+        if one.recent is None:
+            return
+        one.recent.tokens += batch.shape[1]
+        if batch.since is not None:
+            begin_with(given["past_key_values"], one)
+            self.last = list(one.choices)
 
     def _remember(self, batch: BatchInputs, results: Sequence[Result]) -> None:
         """Move all states by one batch, if it is finite."""

@@ -12,6 +12,7 @@ from pp_lightning.errors import UserError
 from pp_lightning.functional.tracing import is_traced
 from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.locks import Lock
+from pp_lightning.pruned.refreshing import RecentInputs
 from pp_lightning.pruned.slices import BlockSlices, Slice, new_memory
 
 Room = Sequence[Tensor | None]  # memory for the slices of all blocks of one conversation
@@ -29,6 +30,7 @@ class Conversation:
         choices: by block; empty while the prompt runs.
         held: slices by block: None of a block that has not been decoded with. None where they were let go.
         room: the memory that they are in.
+        recent: what channels are chosen again from; None where they never are.
     """
 
     def __init__(self, pruning: str, maker: str, weights: str) -> None:
@@ -38,12 +40,19 @@ class Conversation:
         self.choices: list[Choice] = []
         self.held: list[Slice | None] | None = None
         self.room: Room | None = None
+        self.recent: RecentInputs | None = None
 
     def __copy__(self) -> Self:
         return self
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        return self
+    def __deepcopy__(self, memo: dict[int, object]) -> "Conversation":
+        return self if self.recent is None else self.branch(self.recent.copy())
+
+    def branch(self, recent: RecentInputs) -> "Conversation":
+        """One that goes on from here by itself, and may choose again."""
+        branched = Conversation(self.pruning, self.maker, self.weights)
+        branched.choices, branched.recent = list(self.choices), recent
+        return branched
 
     def __getstate__(self) -> dict[str, object]:
         """A cache in a file takes its choice along, and no slices."""

@@ -12,6 +12,7 @@ from pp_lightning.functional.moments import Places
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.pruned.choice import Choice, ExecutionPlan
 from pp_lightning.pruned.conversations import Conversation
+from pp_lightning.pruned.refreshing import RecentInputs
 
 
 class Earlier(NamedTuple):
@@ -38,12 +39,14 @@ class Result(NamedTuple):
         moment: (P, K * w) float32, second moment of the kept channels by position; None leaves the history alone.
         present: (P,) bool, positions that had a real token; None means all.
         mean: (K * w,) float32, of the kept channels; None where no running mean is kept.
+        of_all: whether moment and mean are of all channels, as a dense prompt shows them.
     """
 
     choice: Choice
     moment: Tensor | None = None
     present: Tensor | None = None
     mean: Tensor | None = None
+    of_all: bool = False
 
 
 class State(NamedTuple):
@@ -65,7 +68,7 @@ class BatchInputs:
     shape share it.
 
     Args:
-        shape: (B, S); known when the batch enters the layers, and never of a token that continues a cache.
+        shape: (B, S); of a prompt known when it enters the layers.
         places: positions of the batch; None where columns are positions and nothing is padding.
         lots: (L, 2, M) float32, uniform numbers to draw the probes of attention and MLP with; None draws none.
         conversation: of the cache that is being filled; None without one.
@@ -73,6 +76,8 @@ class BatchInputs:
         remember: whether histories move.
 
     Attributes:
+        dense: whether the batch is a prompt that runs on all units.
+        since: what channels are chosen from anew, of a batch that continues a cache; None holds the choice.
         states: what each block remembers.
         results: what each block has left.
         buffer: memory for one slice at a time; None takes fresh memory.
@@ -100,6 +105,8 @@ class BatchInputs:
         self.conversation = conversation
         self.decoding = decoding
         self.remember = remember
+        self.dense = False
+        self.since: RecentInputs | None = None
         self.states: dict[Any, State] = {}
         self.results: dict[Any, Result] = {}
         self.buffer: Tensor | None = None
@@ -115,6 +122,7 @@ class BatchInputs:
         lots = None if self.lots is None else self.lots[index]
         one = BatchInputs(self.shape, self.places, lots, decoding=self.decoding, remember=self.remember)
         one.entered, one.middle, one.plans, one.buffer = self.entered, self.middle, plans, self.buffer
+        one.dense = self.dense
         one.states = {block: self.states[index, block] for block in plans}
         one.rooms = {block: self.rooms[index, block] for block in plans if plans[block].leaves}
         return one
