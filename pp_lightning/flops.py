@@ -9,7 +9,7 @@ and in a pruned model.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pp_lightning.blocks import AttentionUnit, Block, BlockKey, ModelShape, units_of
 from pp_lightning.counting import counted_flops
@@ -45,6 +45,12 @@ class Flops:
     def model(self) -> int:
         """The whole model, probes included (``flops_model``)."""
         return self.layers + self.outer + self.vocabulary
+
+    def __add__(self, other: "Flops") -> "Flops":
+        """Of two batches together."""
+        blocks = {key: count + other.blocks[key] for key, count in self.blocks.items()}
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("probe", "vocabulary", "other", "outer")}
+        return Flops(blocks, **sums)
 
 
 def dense_flops(shape: ModelShape, rows: int, tokens: int) -> Flops:
@@ -175,24 +181,55 @@ def _linear(rows: int, inputs: int, outputs: int) -> int:
     return 2 * rows * inputs * outputs
 
 
-def decoding_flops(shape: ModelShape, pruning: Pruning | None, rows: int, past: int) -> int:
-    """One decoded token a row after ``past`` others, all layers, vocabulary projection included, no probe."""
-    around = _linear(rows, shape.vocabulary_inputs, shape.vocabulary) + 2 * rows * shape.outer_weights
-    total = _decoding_blocks(shape, pruning, rows, past) + around
-    if shape.unknown is None:
-        return total
-    return total + counted_flops(shape.unknown, rows, 1, past) - _decoding_blocks(shape, None, rows, past)
+def prompt_flops(shape: ModelShape, pruning: Pruning | None, rows: int, tokens: int) -> Flops:
+    """FLOPs of a (B, S) batch that fills a cache: dense, where the pruning runs such a prompt dense."""
+    if pruning is None:
+        return dense_flops(shape, rows, tokens)
+    if pruning.context is None or not pruning.context.runs_dense(rows, tokens):
+        return pruned_flops(shape, pruning, rows, tokens)
+    dense, restores = dense_flops(shape, rows, tokens), pruning.method.restores_means
+    return replace(dense, probe=sum(compensation_flops(shape, key[1]) for key in pruning.pruners) if restores else 0)
 
 
-def _decoding_blocks(shape: ModelShape, pruning: Pruning | None, rows: int, past: int) -> int:
-    keep, total = {} if pruning is None else pruning.keep, 0
+def continued_flops(shape: ModelShape, pruning: Pruning | None, rows: int, past: int, tokens: int = 1) -> Flops:
+    """FLOPs of S tokens a row that follow ``past`` others in a cache, on the choice that is held.
+
+    Channels that are chosen again once in S tokens, with ``refresh``, count as a probe of these tokens.
+
+    Args:
+        shape: the model's sizes.
+        pruning: what stays; None is the dense model.
+        rows: B.
+        past: tokens in front of them.
+        tokens: S.
+    """
+    blocks = _continued_blocks(shape, pruning, rows, past, tokens)
+    other = 0
+    if shape.unknown is not None:
+        dense = _continued_blocks(shape, None, rows, past, tokens)
+        other = counted_flops(shape.unknown, rows, tokens, past) - sum(dense.values())
+    vocabulary = _linear(rows * tokens, shape.vocabulary_inputs, shape.vocabulary)
+    context = None if pruning is None else pruning.context
+    again = 0
+    if pruning is not None and context is not None and context.refresh is not None:
+        mlps = [block for _, block in pruning.pruners if block is Block.MLP]
+        once = mlp_front_flops(shape, rows, tokens, shape.mlp_width)
+        again = len(mlps) * (once + (compensation_flops(shape, Block.MLP) if pruning.method.restores_means else 0))
+    return Flops(blocks, again, vocabulary, other, outer=2 * rows * tokens * shape.outer_weights)
+
+
+def _continued_blocks(
+    shape: ModelShape, pruning: Pruning | None, rows: int, past: int, tokens: int
+) -> dict[BlockKey, int]:
+    keep, blocks = {} if pruning is None else pruning.keep, {}
     for key in shape.keys:
         if key[1] is Block.MLP:
-            total += mlp_flops(shape, rows, 1, keep.get(key, shape.mlp_width))
+            blocks[key] = mlp_flops(shape, rows, tokens, keep.get(key, shape.mlp_width))
             continue
         heads, keys = shape.num_heads, shape.num_key_value_heads
         if pruning is not None and key in keep:
             heads, keys = kept_head_counts(shape, pruning.plan.unit, keep[key])
         width = heads * (shape.query_rows + shape.head_size) + 2 * keys * shape.head_size
-        total += _linear(rows, shape.hidden_size, width) + 2 * 2 * rows * heads * (past + 1) * shape.head_size
-    return total
+        products = 2 * 2 * rows * tokens * heads * (past + tokens) * shape.head_size
+        blocks[key] = _linear(rows * tokens, shape.hidden_size, width) + products
+    return blocks

@@ -132,9 +132,9 @@ def prune_(
         held_slices: conversations (key/value caches) whose sliced weights a dynamic method holds while decoding, or
             their bytes: ``"2GB"``. The least recently used are let go, and sliced again when they go on.
         prefill: how a dynamic method runs a prompt, which is a batch that fills a cache: ``probe``, pruned like any
-            batch; ``dense``, on all units, where its own states choose for the tokens that follow; ``auto``, dense where
-            it has too few tokens for a probe to pay, or below a number of tokens (rows x length); None takes the
-            method's own.
+            batch; ``dense``, on all units, and its own states choose for the tokens that follow; ``auto``, dense where
+            a probe would not pay for so few tokens; or a number of tokens (rows x length) below which it is dense. None
+            takes the method's own.
         refresh: decoded tokens after which a dynamic method chooses MLP channels again, by what they show. Heads stay:
             those that were dropped have no keys for these tokens. None holds the prompt's choice.
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig
 from pp_lightning import UserError, calibrate, prune_, unprune_
 from pp_lightning.blocks import Block
 from pp_lightning.families import Recipe, shape_of, shape_of_model
-from pp_lightning.flops import decoding_flops, dense_flops, probe_flops, pruned_flops
+from pp_lightning.flops import continued_flops, dense_flops, probe_flops, pruned_flops
 from pp_lightning.methods import FullBatchProbing, ProbePruning, WandaSP
 from pp_lightning.pruning import pruning_of
 from tests.models import FAMILIES, MODELS, SETTINGS, calibration_batches, config, ids, statistics, tiny
@@ -76,7 +76,9 @@ def test_decoding_agrees_with_the_counter(name):
         with torch.no_grad():
             cache = model(input_ids=text, use_cache=True).past_key_values
         pruning = None if method is None else pruning_of(model)
-        assert counted(model, text[:, :1], use_cache=True, cache=cache) == decoding_flops(shape, pruning, ROWS, 12)
+        assert (
+            counted(model, text[:, :1], use_cache=True, cache=cache) == continued_flops(shape, pruning, ROWS, 12).model
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -106,7 +108,7 @@ def test_embeddings_of_another_width_agree_with_the_counter(width):
     assert counted(model, text) == pruned_flops(shape, pruning_of(model), ROWS, TOKENS).model
     with torch.no_grad():
         cache = model(input_ids=text[:, :12], use_cache=True).past_key_values
-    decoding = decoding_flops(shape, pruning_of(model), ROWS, 12)
+    decoding = continued_flops(shape, pruning_of(model), ROWS, 12).model
     assert counted(model, text[:, :1], use_cache=True, cache=cache) == decoding
 
 

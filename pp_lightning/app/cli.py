@@ -212,6 +212,8 @@ class PruningCLI(LightningCLI):
         versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
         if isinstance(data, LanguageModelling):
             what = f"{tokens} tokens, batch {data.batch_size} x {data.window}, {data.protocol}"
+            if data.protocol == "continuation":
+                what += f" (prompts of {data.prefix} tokens choose, what follows is scored)"
         else:
             scored = "all rows" if data.limit is None else f"the first {data.limit} rows of each task"
             what = f"{scored}, batches of whole questions, {data.batch_size} rows at most, window {data.window}"

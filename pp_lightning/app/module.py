@@ -21,6 +21,7 @@ from pp_lightning.data.windows import Batch
 from pp_lightning.errors import UserError
 from pp_lightning.methods import PruningMethod
 from pp_lightning.methods.base import AllocationName
+from pp_lightning.prefill import Prefill, checked_refresh
 from pp_lightning.recovery import Recovered, Recovery
 from pp_lightning.state import skipped_batches
 
@@ -55,6 +56,9 @@ class PrunedLM(PrunableModule):
             ``export`` writes by default.
         frozen_on: make the choice of a dynamic method once and keep it: from the calibration ``history``, or for the
             first batch of ``--data.text``; none chooses per batch.
+        prefill: how a dynamic method runs prompts: ``probe``, ``dense``, ``auto``, or a number of tokens below
+            which they run dense, see ``prune_``; none takes the method's own.
+        refresh: decoded tokens after which a dynamic method chooses MLP channels again; none holds the prompt's choice.
         statistics: a safetensors file of calibration statistics: read if it exists, else written (and resumed after an
             interruption).
         importances: the same for what LLM-Pruner and LoRAPrune choose from: a safetensors file of importances, read if
@@ -86,6 +90,8 @@ class PrunedLM(PrunableModule):
         floor: float | None = None,
         uniform: bool = False,
         frozen_on: FrozenOn | None = None,
+        prefill: Prefill | None = None,
+        refresh: int | None = None,
         statistics: str | None = None,
         importances: str | None = None,
         dtype: Dtype = "float32",
@@ -111,6 +117,8 @@ class PrunedLM(PrunableModule):
             floor=floor,
             uniform=uniform,
             frozen_on=frozen_on,
+            prefill=prefill,
+            refresh=checked_refresh(refresh),
             statistics_file=statistics,
             importances_file=importances,
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 import lightning as L
 from transformers import PreTrainedModel
@@ -23,6 +23,7 @@ from pp_lightning.methods.base import AllocationName
 from pp_lightning.methods.frozen import FrozenOnHistory
 from pp_lightning.methods.gradient import GradientMethod
 from pp_lightning.plan import make_plan
+from pp_lightning.prefill import Prefill
 from pp_lightning.pruning import check_family, is_pruned, prune_, pruning_of, unprune_
 from pp_lightning.recovery import Adapters, Recovered
 from pp_lightning.statistics import Statistics
@@ -74,6 +75,8 @@ class PrunableModule(L.LightningModule):
         floor: float | None,
         uniform: bool,
         frozen_on: FrozenOn | None,
+        prefill: Prefill | None,
+        refresh: int | None,
         statistics_file: str | None,
         importances_file: str | None,
     ) -> None:
@@ -89,6 +92,8 @@ class PrunableModule(L.LightningModule):
         self.floor = floor
         self.uniform = uniform
         self.frozen_on: FrozenOn | None = frozen_on
+        self.prefill: Prefill | None = prefill
+        self.refresh = refresh
         self.statistics_file = statistics_file
         self.importances_file = importances_file
         self.recovered: Recovered | None = None
@@ -159,8 +164,11 @@ class PrunableModule(L.LightningModule):
             prune_(self.model, method, evidence, **amounts, **allocation)
             method = choice_for(self.model, first_batch(data))
             unprune_(self.model)
+        serving: dict[str, Any] = {}
+        if isinstance(method, DynamicMethod) or not self.reuse:  # a table has static rows too, which have no prompts
+            serving = {"prefill": self.prefill, "refresh": self.refresh}
         keep = {"keep_dense": self.reuse, "release_stats": not self.reuse}
-        prune_(self.model, method, evidence, **amounts, **allocation, **keep)
+        prune_(self.model, method, evidence, **amounts, **allocation, **keep, **serving)
         if self.recovered is not None:
             self._adapters = self.recovered.attach(self.model)
             self._adapters.merge()

@@ -18,6 +18,9 @@ NAMES = {
     "full_batch": "Full-Batch Probing",
     "pp": "Probe Pruning",
     "best": "Probe Pruning, best (ours)",
+    "best_generation": "best for generation (ours)",
+    "griffin": "GRIFFIN (MLPs)",
+    "after_ocp": "after OCP",
     "ppsp": "static PPsp",
     "flap": "FLAP",
     "wanda_sp": "Wanda-sp",
@@ -37,6 +40,7 @@ HEADINGS = (
     "perplexity",
     "above dense",
     "FLOPs ratio",
+    "after the prompt",
     "time ratio",
     "efficiency",
     "PRR",
@@ -44,6 +48,7 @@ HEADINGS = (
     "heads kept",
     "channels kept",
 )
+_OPTIONAL = (HEADINGS.index("after the prompt"),)
 ACCURACIES = {"acc": "accuracy", "acc_norm": "accuracy, per character", "acc_token": "accuracy, per token"}
 
 
@@ -65,7 +70,7 @@ class Grid:
 def grids(rows: Sequence[Comparison]) -> list[Grid]:
     """The tables of a run: one for a text; for tasks one an accuracy, with a row a task and a column a model."""
     if rows[0].evaluation.tasks is None:
-        return [Grid("", HEADINGS, [_text_cells(row) for row in rows])]
+        return [_text_grid(rows)]
     evaluations = [row.evaluation for row in rows]
     return [_task_grid(evaluations, key, title) for key, title in ACCURACIES.items()]
 
@@ -172,15 +177,23 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _text_grid(rows: Sequence[Comparison]) -> Grid:
+    """The table of a text; what no row has is left out."""
+    cells = [_text_cells(row) for row in rows]
+    used = [index for index in range(len(HEADINGS)) if index not in _OPTIONAL or any(one[index] for one in cells)]
+    return Grid("", tuple(HEADINGS[i] for i in used), [tuple(one[i] for i in used) for one in cells])
+
+
 def _text_cells(row: Comparison) -> tuple[str, ...]:
     e = row.evaluation
     assert e.perplexity is not None and e.time is not None
     return (
         NAMES.get(e.method, e.method),
         f"{e.pruning_ratio:.0%}",
-        f"{e.perplexity:.2f}",
+        f"{e.perplexity:.2f}" + ("" if e.perplexity_error is None else f" ±{e.perplexity_error:.2f}"),
         _number(row.degradation, "+.2f"),
         f"{e.flops.model:.3f}",
+        "" if e.flops.after_prompt is None else f"{e.flops.after_prompt:.3f}",
         _number(row.time_ratio, ".3f"),
         _number(row.efficiency, ".2f"),
         _number(row.prr, ".3g"),
@@ -225,6 +238,8 @@ def _flat(row: Comparison) -> list[dict[str, object]]:
         elif key == "kept":
             for block, (low, high) in value.items():
                 flat |= {f"{block}_kept_min": low, f"{block}_kept_max": high}
+        elif key == "perplexities":
+            flat |= {f"perplexity_{number}": one for number, one in enumerate(value or ())}
         elif key not in ("settings", "tasks"):
             flat[key] = value
     tasks = row.evaluation.tasks

@@ -1,6 +1,8 @@
 """What an evaluation leaves behind, for machines: figures with everything needed to repeat them."""
 
-from dataclasses import asdict, dataclass, field
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -37,11 +39,13 @@ class FlopsRatios:
         model: probe and vocabulary projection included (``flops_model``).
         layers: probe included, vocabulary projection left out (``flops_layers``).
         probe: FLOPs of the probes over dense ``flops_layers``.
+        after_prompt: as ``model``, of the tokens behind the prompts alone; None where the protocol has none.
     """
 
     model: float
     layers: float
     probe: float
+    after_prompt: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Evaluation:
         time: milliseconds a batch of the text.
         tasks: results of multiple-choice tasks, as ``TaskResults.as_dict`` has them.
         compiled: graphs, seconds and reasons of recompilations, as ``Compilation.as_dict`` has them.
+        perplexities: one a seed, where there are several; ``perplexity`` is then their mean.
+        perplexity_error: the standard error of that.
     """
 
     method: str
@@ -71,6 +77,17 @@ class Evaluation:
     time: Timing | None = None
     tasks: dict[str, Any] | None = None
     compiled: dict[str, Any] | None = None
+    perplexities: list[float] | None = None
+    perplexity_error: float | None = None
+
+    @staticmethod
+    def mean_of(evaluations: Sequence["Evaluation"]) -> "Evaluation":
+        """One row, evaluated with several seeds: mean perplexity, all else of the first."""
+        values = [one.perplexity for one in evaluations if one.perplexity is not None]
+        if len(evaluations) < 2 or len(values) < len(evaluations):
+            return evaluations[0]
+        error = statistics.stdev(values) / len(values) ** 0.5
+        return replace(evaluations[0], perplexity=statistics.fmean(values), perplexities=values, perplexity_error=error)
 
     def single_numbers(self) -> dict[str, float]:
         """The figures that a logger can hold."""
@@ -90,6 +107,8 @@ class Evaluation:
             "flops_ratio_layers": self.flops.layers,
             "probe_share": self.flops.probe,
         }
+        if self.flops.after_prompt is not None:
+            ratios["flops_ratio_after_prompt"] = self.flops.after_prompt
         own = {key: value for key, value in asdict(self).items() if key != "flops" and value is not None}
         return {**own, **ratios}
 

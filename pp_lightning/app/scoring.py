@@ -3,20 +3,23 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pp_lightning.app.metrics import BatchMeanPerplexity, Perplexity
 from pp_lightning.app.results import FlopsRatios, Timing
 from pp_lightning.commonsense import CommonsenseData, TaskResults, evaluate_tasks
+from pp_lightning.continuation import continued_logits, pieces, refresh_of
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.families import shape_of
-from pp_lightning.flops import Flops, dense_flops, pruned_flops
+from pp_lightning.flops import Flops, continued_flops, dense_flops, prompt_flops, pruned_flops
 from pp_lightning.pruning import is_pruned, pruning_of
 
 Progress = Callable[[str, int, int], None]
@@ -28,11 +31,13 @@ class Scoring(ABC):
     Attributes:
         data: the data module.
         flops: dense and actual FLOPs of every batch.
+        after: the same of what follows a prompt, where there is one.
     """
 
     def __init__(self, data: EvaluationData) -> None:
         self.data = data
         self.flops: list[tuple[Flops, Flops]] = []
+        self.after: list[tuple[Flops, Flops]] = []
 
     @abstractmethod
     def start(self, device: torch.device, resume_file: Path | None, progress: Progress | None) -> None:
@@ -61,12 +66,14 @@ class Scoring(ABC):
 
     def flops_ratios(self) -> FlopsRatios:
         """Totals over all batches, relative to the dense model's."""
+        after = [[flops[side].model for flops in self.after] for side in (0, 1)]
         dense, actual = ([flops[side] for flops in self.flops] for side in (0, 1))
         layers = sum(flops.layers for flops in dense)
         return FlopsRatios(
             model=sum(flops.model for flops in actual) / sum(flops.model for flops in dense),
             layers=sum(flops.layers for flops in actual) / layers,
             probe=sum(flops.probe for flops in actual) / layers,
+            after_prompt=sum(after[1]) / sum(after[0]) if self.after else None,
         )
 
 
@@ -87,14 +94,21 @@ class TextScoring(Scoring):
         """Run one batch, timed, and add its losses."""
         _synchronise(model.device)
         start = time.perf_counter()
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        logits = self.logits(model, batch)
         _synchronise(model.device)
         elapsed = 1000 * (time.perf_counter() - start)
         self._first_shape = self._first_shape or batch["input_ids"].shape
         if batch["input_ids"].shape == self._first_shape:  # the last batch may be smaller, and compile anew
             self.milliseconds.append(elapsed)
-        self.perplexity.update(logits, batch["labels"])
+        self.perplexity.update(logits, batch["labels"][:, -logits.shape[1] :])
         self.count_flops(model, *batch["input_ids"].shape)
+
+    def logits(self, model: PreTrainedModel, batch: Any) -> Tensor:
+        """Of the whole batch, (B, S, V), or of its last tokens."""
+        logits: Tensor = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+        return logits
 
     def figures(self) -> dict[str, Any]:
         """Perplexity over all processes, tokens and timing."""
@@ -106,6 +120,30 @@ class TextScoring(Scoring):
             "tokens": tokens,
             "time": Timing.of(self.milliseconds) if self.milliseconds else None,
         }
+
+
+class ContinuationScoring(TextScoring):
+    """Perplexity of what follows a prompt, under the choice that the prompt made."""
+
+    data: LanguageModelling
+
+    def logits(self, model: PreTrainedModel, batch: Any) -> Tensor:
+        """For the tokens behind the prompt, (B, S - P + 1, V)."""
+        return continued_logits(model, batch["input_ids"], batch["attention_mask"], self.data.prefix)
+
+    def count_flops(self, model: PreTrainedModel, rows: int, tokens: int) -> None:
+        """Note the FLOPs of the prompt, and of what follows it."""
+        shape, pruning = shape_of(model.config), pruning_of(model) if is_pruned(model) else None
+        (_, prefix), *rest = pieces(tokens, self.data.prefix, refresh_of(model) or tokens)
+        both: list[Flops] = []
+        for one in (None, pruning):
+            after = [continued_flops(shape, one, rows, start, end - start) for start, end in rest]
+            if one is not None and refresh_of(model) is not None:
+                after[-1] = replace(after[-1], probe=0)  # nothing is chosen after the last piece
+            both += [prompt_flops(shape, one, rows, prefix), sum(after[1:], after[0])]
+        dense, dense_rest, prompt, rest_of_it = both
+        self.flops.append((dense + dense_rest, prompt + rest_of_it))
+        self.after.append((dense_rest, rest_of_it))
 
 
 class TaskScoring(Scoring):
@@ -144,7 +182,7 @@ def scoring_for(data: EvaluationData) -> Scoring:
 
 @scoring_for.register
 def _(data: LanguageModelling) -> Scoring:
-    return TextScoring(data)
+    return ContinuationScoring(data) if data.protocol == "continuation" else TextScoring(data)
 
 
 @scoring_for.register

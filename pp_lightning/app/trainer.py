@@ -1,6 +1,8 @@
 """The Trainer with two more verbs: compare and export."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning as L
@@ -14,20 +16,21 @@ from pp_lightning.app.ablation.runner import (
     Bench,
     check_evenly_matched,
     checked_questions,
+    fitting,
     measure,
     settings_of,
 )
 from pp_lightning.app.exporting import ExportSettings, Format, export_pruned
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.recovery import check_recovery
-from pp_lightning.app.results import Comparison
+from pp_lightning.app.results import Comparison, Evaluation
 from pp_lightning.app.training import check_same, train_recovery
 from pp_lightning.checkpoints import Dtype
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.training import Packed, TrainingRows
 from pp_lightning.errors import UserError
 from pp_lightning.importances import Importances
-from pp_lightning.methods import METHODS, LoRAPrune, PruningMethod, StaticMethod, method_named
+from pp_lightning.methods import METHODS, DynamicMethod, LoRAPrune, PruningMethod, StaticMethod, method_named
 from pp_lightning.recovery import Recovered, Recovery
 from pp_lightning.resume import ResumeFile
 
@@ -45,6 +48,14 @@ class Row:
     pruning_ratio: float = 0.0
     recovery: Recovery | None = None
 
+    def seeded(self, seed: int) -> "Row":
+        """The same, with probes drawn by another seed."""
+        if not isinstance(self.method, DynamicMethod):
+            return self
+        method = copy(self.method)
+        method.seed = seed
+        return replace(self, method=method)
+
     @property
     def chooses_while_trained(self) -> bool:
         """Whether no evidence is collected before training."""
@@ -61,18 +72,22 @@ class PruningTrainer(L.Trainer):
         methods: list[str] = ALL_METHODS,
         ratios: list[float] = [0.2, 0.4],  # noqa: B006 (the command line's help shows it; never changed)
         variants: dict[str, PruningMethod] | None = None,
+        seeds: list[int] | None = None,
     ) -> list[Comparison]:
         """Evaluate the dense model and several methods and ratios on the same batches: one table, one plot.
 
         Args:
             model: the module; its own ``method`` and ``pruning_ratio`` are not used.
             datamodule: the data; calibration is run once.
-            methods: any of full_batch, pp, best (ours, not the paper's), ppsp, flap, wanda_sp, llm_pruner, lora_prune;
+            methods: any of full_batch, pp, best and best_generation (ours, not the paper's), griffin, ppsp, flap,
+                wanda_sp, llm_pruner, lora_prune;
                 ``_lora`` behind a static one (llm_pruner_lora, lora_prune_lora, ...) trains adapters on
                 ``--data.train``, or on the calibration text, for ``--trainer.max_steps``. Models that were trained
                 into the same ``--out`` before are not trained again.
             ratios: fractions removed.
             variants: further rows by name: a method with settings of your own.
+            seeds: of the calibration windows and of drawn probes: perplexities are then means over them, with standard
+                errors. None takes the data's own seed.
 
         Raises:
             UserError: an unknown method, a ratio that leaves nothing, or a text that is not there.
@@ -91,17 +106,28 @@ class PruningTrainer(L.Trainer):
             [row.method for row in rows if row.method is not None and not row.chooses_while_trained]
         )
         self._check_texts(model, datamodule, rows)
+        if seeds is not None:
+            _check_seeds(seeds, model, rows)
         model.reuse, model.recovery = True, None
-        done: list[Comparison] = []
-        for row in rows:
-            model.recovered, model.method, model.pruning_ratio = None, row.method, row.pruning_ratio
-            model.label = row.label
-            if row.recovery is not None:
-                model.use_recovered(self._recover(model, datamodule, row.recovery, self._folder(row)))
-            self.test(model, datamodule=datamodule, verbose=False)
-            assert model.evaluation is not None
-            done.append(Comparison.of(model.evaluation, done[0].evaluation if done else model.evaluation))
-        return done
+        found: list[list[Evaluation]] = [[] for _ in rows]
+        for seed in [datamodule.seed] if seeds is None else seeds:
+            if seeds is not None:
+                datamodule.seed = seed
+                model.forget_statistics()
+            for row, evaluations in zip(rows, found, strict=True):
+                evaluations.append(self._evaluated(model, datamodule, row if seeds is None else row.seeded(seed)))
+        means = [Evaluation.mean_of(evaluations) for evaluations in found]
+        return [Comparison.of(mean, means[0]) for mean in means]
+
+    def _evaluated(self, model: PrunedLM, datamodule: EvaluationData, row: Row) -> Evaluation:
+        """One row, with the seed of the data."""
+        model.recovered, model.method, model.pruning_ratio = None, row.method, row.pruning_ratio
+        model.label = row.label
+        if row.recovery is not None:
+            model.use_recovered(self._recover(model, datamodule, row.recovery, self._folder(row)))
+        self.test(model, datamodule=datamodule, verbose=False)
+        assert model.evaluation is not None
+        return model.evaluation
 
     def ablate(
         self,
@@ -117,7 +143,8 @@ class PruningTrainer(L.Trainer):
             model: the module; its own ``method`` and ``pruning_ratio`` are not used.
             datamodule: the data; calibration windows are drawn and calibrated on anew for every seed.
             questions: any of methods, probe_size, probe_shape, fusion, history, ranking, residual, score, compensation,
-                allocation, mlp_probe, weight, best_size, overlap.
+                allocation, mlp_probe, weight, best_size, overlap; under ``--data.protocol continuation`` also
+                generation, prompt, prefix, rows, distance, refresh.
             ratios: fractions removed.
             seeds: of the calibration windows and of drawn probes: perplexities are means over them. Given the same
                 ``--out``, an interrupted run goes on with what it had not measured yet.
@@ -135,6 +162,7 @@ class PruningTrainer(L.Trainer):
             raise UserError("at ratio 0.0 nothing is removed and all variants are the dense model: leave it out")
         assert isinstance(datamodule, EvaluationData)
         data = check_evenly_matched(model, datamodule)
+        asked = {name: fitting(question, data) for name, question in asked.items()}
         for ratio in ratios:
             for question in asked.values():
                 for variant in question.variants:
@@ -247,6 +275,20 @@ class PruningTrainer(L.Trainer):
 def _trained_on(datamodule: EvaluationData) -> TrainingRows:
     """What rows with recovery are trained on."""
     return datamodule.train or Packed([datamodule.calibration])
+
+
+def _check_seeds(seeds: Sequence[int], model: PrunedLM, rows: Sequence[Row]) -> None:
+    """Refuse seeds that are none, or that something in a file would overrule.
+
+    Raises:
+        UserError: see above.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds must be different numbers, at least one, not {list(seeds)}")
+    if model.statistics_file is not None or model.importances_file is not None:
+        raise UserError("seeds draw other calibration windows: leave model.statistics and model.importances out")
+    if len(seeds) > 1 and any(row.recovery is not None for row in rows):
+        raise UserError("rows with recovery are trained once: compare them with one seed")
 
 
 def _refuse_recovered(model: PrunedLM) -> None:

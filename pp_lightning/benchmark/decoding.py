@@ -16,7 +16,7 @@ from pp_lightning.benchmark.variants import Variant, reference_of
 from pp_lightning.blocks import ModelShape
 from pp_lightning.compilation import CompileMode, torch_mode
 from pp_lightning.families import shape_of
-from pp_lightning.flops import decoding_flops, dense_flops, pruned_flops
+from pp_lightning.flops import continued_flops, prompt_flops, pruned_flops
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.progress import Tell
 from pp_lightning.pruning import Pruning, is_pruned, pruning_of
@@ -59,7 +59,7 @@ def decoding_rows(
     prunings = {name: pruning_of(models[name]) if is_pruned(models[name]) else None for name in names}
     parts = {
         "prompt": (PROMPT_TOKENS, {name: _prompt_flops(shape, one, batch) for name, one in prunings.items()}),
-        "decoding": (1, {name: decoding_flops(shape, one, batch, past) for name, one in prunings.items()}),
+        "decoding": (1, {name: continued_flops(shape, one, batch, past).model for name, one in prunings.items()}),
     }
     return [
         Row.timed(
@@ -176,6 +176,8 @@ def _is_decoded(name: str, variant: Variant, *, compiled: bool) -> bool:
 def _prompt_flops(shape: ModelShape, pruning: Pruning | None, rows: int) -> int:
     """A prompt whose last tokens alone are projected to the vocabulary."""
     size = rows, PROMPT_TOKENS
-    dense = dense_flops(shape, *size)
-    flops = dense if pruning is None else pruned_flops(shape, pruning, *size, sliced_anyway=True)
+    if pruning is None or pruning.context is None or pruning.context.runs_dense(*size):
+        flops = prompt_flops(shape, pruning, *size)
+    else:
+        flops = pruned_flops(shape, pruning, *size, sliced_anyway=True)
     return flops.layers + flops.outer + flops.vocabulary // PROMPT_TOKENS

@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.sources import C4, TextSource, WikiText2
 from pp_lightning.data.training import TrainingRows
-from pp_lightning.data.windows import Batch, batched, contiguous_windows, random_windows
+from pp_lightning.data.windows import IGNORED_LABEL, Batch, batched, contiguous_windows, random_windows
 from pp_lightning.errors import UserError
 
-Protocol = Literal["contiguous", "paper"]
+Protocol = Literal["contiguous", "paper", "continuation"]
 
 
 class LanguageModelling(EvaluationData):
@@ -28,9 +28,16 @@ class LanguageModelling(EvaluationData):
         batch_size: rows per batch. Dynamic pruning chooses per batch, so this is part of the result.
         calibration_samples: calibration windows. The paper uses 2000.
         protocol: ``contiguous`` (every token once, nothing dropped) or ``paper`` (random windows with replacement,
-            last partial batch dropped, mean of batch means; only to stand beside the published numbers).
+            last partial batch dropped, mean of batch means; only to stand beside the published numbers), or
+            ``continuation`` (contiguous windows whose first part is a prompt: a dynamic method chooses by it alone, its
+            choice is held, and the rest of the window is scored).
+        prefix: tokens of the prompt under ``continuation``; none takes half of the window.
         seed: seed of every random draw made here.
         limit_tokens: evaluate on this many tokens from the start of the text; None takes all.
+
+    Attributes:
+        distances: under ``continuation``, score the tokens at these distances behind the prompt, the first included and
+            the last not; None is all.
     """
 
     def __init__(
@@ -42,6 +49,7 @@ class LanguageModelling(EvaluationData):
         batch_size: int = 20,
         calibration_samples: int = 2000,
         protocol: Protocol = "contiguous",
+        prefix: int | None = None,
         seed: int = 0,
         limit_tokens: int | None = None,
     ) -> None:
@@ -50,7 +58,13 @@ class LanguageModelling(EvaluationData):
         length = 1024 if window is None else window
         super().__init__(calibration or C4(), calibration_samples, length, batch_size, seed, train)
         self.text = text or WikiText2()
+        if prefix is not None and protocol != "continuation":
+            raise UserError(f"prefix is for --data.protocol continuation, not {protocol}: leave it out")
+        if prefix is not None and not 1 <= prefix < length:
+            raise UserError(f"prefix must leave something of a window of {length} tokens to score, not {prefix}")
         self.protocol: Protocol = protocol
+        self.prefix = length // 2 if prefix is None else prefix
+        self.distances: tuple[int, int] | None = None
         self.limit_tokens = limit_tokens
 
     def test_batches(self) -> list[Batch]:
@@ -64,6 +78,15 @@ class LanguageModelling(EvaluationData):
             self._require(len(tokens) > self.window * self.batch_size, len(tokens), self.window * self.batch_size)
             windows = random_windows(tokens, self.window, self.seed)
             return batched(windows, self.batch_size, self._pad_id, drop_last=True)
+        if self.protocol == "continuation":
+            self._require(len(tokens) > self.prefix, len(tokens), self.prefix)
+            windows = [piece for piece in tokens.split(self.window) if len(piece) > self.prefix]
+            batches = batched(windows, self.batch_size, self._pad_id)
+            first, last = self.distances or (0, self.window)
+            for batch in batches:
+                batch["labels"][:, : self.prefix + first] = IGNORED_LABEL
+                batch["labels"][:, self.prefix + last :] = IGNORED_LABEL
+            return batches
         self._require(len(tokens) >= 2, len(tokens), 1)
         return batched(contiguous_windows(tokens, self.window), self.batch_size, self._pad_id)
 
@@ -82,8 +105,9 @@ class LanguageModelling(EvaluationData):
             "window": self.window,
             "batch_size": self.batch_size,
             "protocol": self.protocol,
+            "prefix": self.prefix if self.protocol == "continuation" else None,
             "seed": self.seed,
-            "order": "as in the text" if self.protocol == "contiguous" else "random starts",
+            "order": "random starts" if self.protocol == "paper" else "as in the text",
             "limit_tokens": self.limit_tokens,
             "text": self.text.describe(),
             "calibration": self.describe_calibration(),

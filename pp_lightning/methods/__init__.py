@@ -1,6 +1,7 @@
 """Pruning methods, one file each. A new one is a file here and an entry in ``METHODS``."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from pp_lightning.errors import UserError
 from pp_lightning.methods.base import PruningMethod, StaticMethod
@@ -20,7 +21,10 @@ METHODS: Mapping[str, type[PruningMethod]] = {
 }
 
 # Settings of these methods that have a name of their own.
-PRESETS: Mapping[str, Callable[[], PruningMethod]] = {"best": ProbePruning.best}
+PRESETS: Mapping[str, Callable[[], PruningMethod]] = {
+    "best": ProbePruning.best,
+    "best_generation": partial(ProbePruning.best, generation=True),
+}
 
 
 def method_named(label: str) -> PruningMethod:

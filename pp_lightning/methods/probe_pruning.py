@@ -15,6 +15,7 @@ from pp_lightning.functional.scores import energy_about
 from pp_lightning.methods.base import BOTH_BLOCKS, AllocationName, BlockName, UnitName
 from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod, ProbeSource, Sight
 from pp_lightning.methods.options import COMPENSATIONS, DRAWS, SCORES, CompensationName, RankingName, ScoreName, checked
+from pp_lightning.prefill import Prefill
 
 
 class ProbePruning(DynamicMethod):
@@ -40,6 +41,7 @@ class ProbePruning(DynamicMethod):
         allocation: ``uniform``, the same ratio in every layer that is not skipped, or ``global``: see ``prune_``, where
             it can be overruled.
         seed: of the probes that are drawn.
+        prefill: how a prompt runs: see ``prune_``, where it can be overruled.
         blocks: which blocks are pruned, ``attention``, ``mlp`` or both.
         attention_unit: ``query_head`` or ``kv_group``; None takes groups where query heads share key/value heads.
     """
@@ -59,6 +61,7 @@ class ProbePruning(DynamicMethod):
         scattered_mlp: bool = False,
         allocation: AllocationName = "uniform",
         seed: int = 0,
+        prefill: Prefill = "probe",
         blocks: Sequence[BlockName] = BOTH_BLOCKS,
         attention_unit: UnitName | None = None,
     ) -> None:
@@ -79,6 +82,7 @@ class ProbePruning(DynamicMethod):
         self.scattered_mlp = scattered_mlp
         self.allocation = checked("allocation", allocation, ("uniform", "global"))
         self.seed = seed
+        self.prefill = prefill
 
     @classmethod
     def paper(cls) -> "ProbePruning":
@@ -86,8 +90,14 @@ class ProbePruning(DynamicMethod):
         return cls()
 
     @classmethod
-    def best(cls, seed: int = 0) -> "ProbePruning":
-        """What came out best at the cost of the published method; ours, not the paper's (docs/beyond.md)."""
+    def best(cls, seed: int = 0, *, generation: bool = False) -> "ProbePruning":
+        """What came out best at the cost of the published method; ours, not the paper's (docs/beyond.md).
+
+        Args:
+            seed: of the probes.
+            generation: what came out best for tokens that follow a prompt: it runs dense, and chooses by its own
+                states.
+        """
         return cls(
             token_ratio=0.25,
             row_ratio=0.1,
@@ -97,6 +107,7 @@ class ProbePruning(DynamicMethod):
             compensation="probe",
             allocation="global",
             seed=seed,
+            prefill="dense" if generation else "probe",
         )
 
     @property

@@ -122,6 +122,10 @@ class ModelContext:
     def leaving(self, product: Product | None) -> None:
         self._here.leaving = product
 
+    def runs_dense(self, rows: int, tokens: int) -> bool:
+        """Whether a prompt of (B, S) runs on all units."""
+        return rows * tokens < self.dense_below
+
     def begin_batch(self, stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the module that loops over the layers: tell a prompt from what continues it.
 
@@ -139,24 +143,47 @@ class ModelContext:
         if not is_traced():
             for block in self.blocks:
                 block.follow()
+        hidden = next((given[name] for name in _SHAPED if given.get(name) is not None), None)
         if cache is None or not is_filled(cache):
             use_cache = given.get("use_cache")
-            caching = cache is not None or bool(self._uses_cache if use_cache is None else use_cache)
-            one = Conversation(self._name, self._maker, self.digest()) if caching else None
-            self.batch = BatchInputs(conversation=one, remember=not self.frozen)
-            self.batch.states = {block.key: block.state for block in self.blocks}
-            hidden = next((given[name] for name in _SHAPED if given.get(name) is not None), None)
-            self.batch.dense = caching and self._runs_dense(hidden)
-            self._begin_cache(cache, dense=self.batch.dense)
-            if not is_traced():
-                self._begin(self.batch, hidden, to_decode=has_fixed_size(cache))
-            return
-        one = conversation_of(cache)
+            caches = cache is not None or bool(self._uses_cache if use_cache is None else use_cache)
+            self._begin_prompt(cache, hidden, caches=caches)
+        else:
+            self._begin_decoding(cache, hidden)
+
+    def _begin_prompt(self, cache: Any, hidden: Tensor | None, *, caches: bool) -> None:
+        """A batch that chooses; with a cache, for the tokens that follow it too.
+
+        Raises:
+            UserError: heads could not be dropped from the cache, or it serves graphs, in which nothing is chosen again.
+        """
+        one = Conversation(self._name, self._maker, self.digest()) if caches else None
+        self.batch = batch = BatchInputs(conversation=one, remember=not self.frozen)
+        batch.states = {block.key: block.state for block in self.blocks}
+        batch.dense = caches and hidden is not None and self.runs_dense(*hidden.shape[:2])
+        fixed = has_fixed_size(cache)
+        if fixed and self.refresh is not None:
+            raise UserError("refresh chooses while decoding, which caches of fixed size do in one graph: leave it out")
+        if cache is not None:
+            if batch.dense:
+                check_can_narrow(cache)
+            for block in self.blocks:
+                if block.cached_heads is not None:
+                    block.cached_heads.begin(cache, None if batch.dense else block.runner.keep)
+        if not is_traced():
+            self._begin(batch, hidden, to_decode=fixed)
+
+    def _begin_decoding(self, cache: Any, hidden: Tensor | None) -> None:
+        """A batch that continues a cache, under its choice or, every so many tokens, with channels chosen again.
+
+        Raises:
+            UserError: the cache belongs to no prompt of this model.
+        """
+        one, since = conversation_of(cache), None
         if one is None or not self._knows(one):
             raise UserError(
                 "this key/value cache belongs to another model or pruning, whose heads are others: run its prompt again"
             )
-        since = None
         if one.recent is not None:
             length = cache.get_seq_length()
             one.recent.begin(length)
@@ -165,7 +192,6 @@ class ModelContext:
                 one = one.branch(RecentInputs(length))  # copies of the cache go on with the old choice
         if not is_traced():
             self._hold(one)
-        hidden = next((given[name] for name in _SHAPED if given.get(name) is not None), None)
         self.batch = BatchInputs(None if hidden is None else hidden.shape[:2], conversation=one, decoding=True)
         self.batch.since = since
 
@@ -225,60 +251,42 @@ class ModelContext:
     def end_batch(self, stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Forward hook of the module that loops over the layers: states move, and the cache is told its choice."""
         batch, given = self.batch, self._here.given
-        if batch is not None and batch.decoding and batch.conversation is not None:
-            self._end_decoding(batch.conversation, batch, given)
-        if batch is None or batch.decoding or len(batch.results) < len(self.blocks):
-            self._leave_batch()
-            return
-        results = [batch.results[block.key] for block in self.blocks]
-        choices = [_kept(result.choice) for result in results]
-        if batch.remember:
-            self._remember(batch, results)
-        self.last = choices
-        one, cache = batch.conversation, given.get("past_key_values")
-        cache = getattr(output, "past_key_values", None) if cache is None else cache
-        if one is not None and cache is not None:
-            one.choices = choices
-            if self.refresh is not None:
-                one.recent = RecentInputs(cache.get_seq_length())
-            if batch.dense:
-                for block, choice in zip(self.blocks, choices, strict=True):
-                    if block.cached_heads is not None:
-                        block.cached_heads.narrow(cache, choice.kept)
-            begin_with(cache, one)
-            if has_fixed_size(cache) and not is_traced():
-                # decoded with in graphs: what is made inside of one is gone with the next token
-                self._hold(one)
-                for block in self.blocks:
-                    keep_addresses(one.slice_of(block.number, block.runner.slices).values())
+        cache = given.get("past_key_values")
+        if batch is not None and batch.decoding:
+            self._end_decoding(batch, cache)
+        elif batch is not None and len(batch.results) == len(self.blocks):
+            self._end_prompt(batch, getattr(output, "past_key_values", None) if cache is None else cache)
         self._leave_batch()
 
-    def _runs_dense(self, hidden: Tensor | None) -> bool:
-        return hidden is not None and hidden.shape[0] * hidden.shape[1] < self.dense_below
-
-    def _begin_cache(self, cache: Any, *, dense: bool) -> None:
-        """Before a prompt: have an empty cache take as many heads as the prompt has.
-
-        Raises:
-            UserError: heads could not be dropped from it, or it serves graphs, in which nothing is chosen again.
-        """
-        if cache is None:
+    def _end_prompt(self, batch: BatchInputs, cache: Any) -> None:
+        results = [batch.results[block.key] for block in self.blocks]
+        self.last = choices = [_kept(result.choice) for result in results]
+        if batch.remember:
+            self._remember(batch, results)
+        one = batch.conversation
+        if one is None or cache is None:
             return
-        if self.refresh is not None and has_fixed_size(cache):
-            raise UserError("refresh chooses while decoding, which a cache of fixed size does in one graph: leave it out")
-        if dense:
-            check_can_narrow(cache)
-        for block in self.blocks:
-            if block.cached_heads is not None:
-                block.cached_heads.begin(cache, None if dense else block.runner.keep)
+        one.choices = choices
+        if self.refresh is not None:
+            one.recent = RecentInputs(cache.get_seq_length())
+        for block, choice in zip(self.blocks, choices, strict=True):
+            if batch.dense and block.cached_heads is not None:
+                block.cached_heads.narrow(cache, choice.kept)
+        begin_with(cache, one)
+        if has_fixed_size(cache) and not is_traced():
+            # decoded with in graphs: what is made inside of one is gone with the next token
+            self._hold(one)
+            for block in self.blocks:
+                keep_addresses(one.slice_of(block.number, block.runner.slices).values())
 
-    def _end_decoding(self, one: Conversation, batch: BatchInputs, given: Mapping[str, Any]) -> None:
+    def _end_decoding(self, batch: BatchInputs, cache: Any) -> None:
         """Count the tokens that a later choice is made from."""
-        if one.recent is None:
+        one = batch.conversation
+        if one is None or one.recent is None:
             return
         one.recent.tokens += batch.shape[1]
         if batch.since is not None:
-            begin_with(given["past_key_values"], one)
+            begin_with(cache, one)
             self.last = list(one.choices)
 
     def _remember(self, batch: BatchInputs, results: Sequence[Result]) -> None:

@@ -63,6 +63,7 @@ class Answer:
         question: its name.
         variant: label of the variant.
         x: its place on the question's axis, where that is a number.
+        line: what it shares a line with in the picture.
         ratio: fraction removed.
         seeds: of the runs.
         perplexities: one a seed.
@@ -79,6 +80,7 @@ class Answer:
     question: str
     variant: str
     x: float | None
+    line: str
     ratio: float
     seeds: list[int]
     perplexities: list[float]
@@ -104,11 +106,12 @@ class Answer:
         perplexities, against = [run.perplexity for run in runs], [run.perplexity for run in first]
         dense = runs[0].dense
         method = variant.method(runs[0].seed)
-        mean, lost = Mean.of(perplexities), Mean.of(against).value - dense
+        mean, lost = Mean.of(perplexities), Mean.of(against).value - first[0].dense
         return Answer(
             question=question,
             variant=variant.label,
             x=variant.x,
+            line=variant.line,
             ratio=ratio,
             seeds=[run.seed for run in runs],
             perplexities=perplexities,

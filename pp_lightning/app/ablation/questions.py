@@ -1,10 +1,11 @@
 """The questions that ``pp-lightning ablate`` knows: the paper's, and those of what goes beyond it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from pp_lightning.methods import FullBatchProbing, ProbePruning, PruningMethod, StaticPPsp
+from pp_lightning.methods import FLAP, FullBatchProbing, Griffin, ProbePruning, PruningMethod, StaticPPsp, WandaSP
 from pp_lightning.methods.base import AllocationName
 
 
@@ -16,15 +17,21 @@ class Variant:
         label: what is different about it.
         method: from the seed of the run.
         x: its place on the question's axis, where that is a number.
+        line: what it shares a line with in the picture.
         allocation: overrules the method's own.
         skip_layers: overrules the module's own.
+        refresh: the same.
+        data: settings of the data that it is measured on, the dense model too: ``prefix``, ``batch_size``.
     """
 
     label: str
     method: Callable[[int], PruningMethod]
     x: float | None = None
+    line: str = ""
     allocation: AllocationName | None = None
     skip_layers: tuple[int, ...] | None = None
+    refresh: int | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,12 +43,14 @@ class Question:
         variants: the answers. The first is the one that the others are compared with.
         axis: what ``x`` is; None where variants have names only.
         overlap: also compare each layer's kept units with those of Full-Batch Probing.
+        continues: whether it is about what follows a prompt: for protocol ``continuation`` only.
     """
 
     title: str
     variants: Sequence[Variant]
     axis: str | None = None
     overlap: bool = False
+    continues: bool = False
 
 
 def _changed(base: Callable[[], ProbePruning], **changes: Any) -> Callable[[int], PruningMethod]:
@@ -66,12 +75,102 @@ def _sized(variant: Callable[..., Variant], rows: float, tokens: float, x: float
     return variant(f"{rows:.0%} rows x {tokens:.0%} tokens", x, row_ratio=rows, token_ratio=tokens)
 
 
+def _generating(label: str, x: float | None = None, **changes: Any) -> Variant:
+    return Variant(label, _changed(partial(ProbePruning.best, generation=True), **changes), x)
+
+
+def _each(
+    variants: Sequence[Variant], values: Sequence[int], told: Callable[[int], str], **data: Callable[[int], Any]
+) -> list[Variant]:
+    """Every variant with every value of a setting of the data."""
+    return [
+        replace(
+            one,
+            label=f"{one.label}, {told(value)}",
+            line=one.label,
+            x=value,
+            data={name: of(value) for name, of in data.items()},
+        )
+        for one in variants
+        for value in values
+    ]
+
+
+_STATIC = (
+    Variant("static PPsp", lambda seed: StaticPPsp()),
+    Variant("Wanda-sp", lambda seed: WandaSP()),
+    Variant("FLAP", lambda seed: FLAP()),
+)
 _SIZES = ((0.05, 0.05), (0.05, 0.1), (0.05, 0.25), (0.05, 0.5), (0.1, 0.5), (0.25, 0.5), (0.5, 0.5), (1.0, 1.0))
 _SHAPES = ((0.05, 0.5), (0.1, 0.25), (0.25, 0.1), (0.5, 0.05))
+_UNTIL = {0: 16, 16: 32, 32: 64, 64: 96, 96: 128}  # where a stretch behind the prompt ends
 _WEIGHTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 _BEST_WEIGHT = ProbePruning.best().fusion_weight
 
 QUESTIONS: Mapping[str, Question] = {
+    "generation": Question(
+        "What follows a prompt that chose alone: which method loses least?",
+        [
+            _paper("PP as published"),
+            _full_batch(),
+            _best("PP, best (ours)"),
+            _generating("best for generation (ours)"),
+            Variant("GRIFFIN (MLPs)", lambda seed: Griffin()),
+            *_STATIC,
+        ],
+        continues=True,
+    ),
+    "prompt": Question(
+        "Should the prompt run pruned, or dense?",
+        [
+            _paper("PP as published"),
+            _paper("PP, dense prompt", prefill="dense"),
+            _best("best"),
+            _best("best, dense prompt", prefill="dense"),
+        ],
+        continues=True,
+    ),
+    "prefix": Question(
+        "How long must a prompt be?",
+        _each(
+            [_generating("best for generation"), _paper("PP as published"), _STATIC[-1]],
+            (128, 16, 32, 64, 256, 512),
+            "{} tokens".format,
+            prefix=int,
+        ),
+        axis="tokens of the prompt",
+        continues=True,
+    ),
+    "rows": Question(
+        "What does one choice for all rows of a batch cost?",
+        _each(
+            [_generating("best for generation"), _paper("PP as published")],
+            (20, 5, 2, 1),
+            "{} rows".format,
+            batch_size=int,
+        ),
+        axis="rows of a batch",
+        continues=True,
+    ),
+    "distance": Question(
+        "How fast does a choice age?",
+        _each(
+            [_generating("best for generation"), _paper("PP as published"), _STATIC[-1]],
+            (0, 16, 32, 64, 96),
+            lambda start: f"{start} to {_UNTIL[start]} tokens behind the prompt",
+            distances=lambda start: (start, _UNTIL[start]),
+        ),
+        axis="tokens behind the prompt",
+        continues=True,
+    ),
+    "refresh": Question(
+        "Is it worth choosing channels again while decoding?",
+        [
+            _generating("held"),
+            *(replace(_generating(f"every {n} tokens", n), refresh=n) for n in (16, 32, 64)),
+        ],
+        continues=True,
+    ),
     "methods": Question(
         "What do the published method, its upper bound and our best settings reach?",
         [
@@ -136,7 +235,7 @@ QUESTIONS: Mapping[str, Question] = {
         "Where should the units go?",
         [
             _best("best, uniform, three layers skipped", allocation="uniform"),
-            Variant("best, uniform, none skipped", _changed(ProbePruning.best), None, "uniform", ()),
+            Variant("best, uniform, none skipped", _changed(ProbePruning.best), allocation="uniform", skip_layers=()),
             _best("best, global"),
             _paper("PP as published"),
             _paper("PP as published, global", allocation="global"),

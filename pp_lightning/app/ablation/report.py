@@ -11,19 +11,20 @@ from pp_lightning.app.ablation.questions import Question
 from pp_lightning.app.report import Grid, perplexity_axis, plain_ticks
 
 _WIDE = 20.0  # places on a question's axis this many times the smallest: a probe of everything, and of 0.25%
-HEADINGS = ("variant", "ratio", "perplexity", "difference", "degradation", "FLOPs ratio")
+HEADINGS = ("variant", "ratio", "perplexity", "times dense", "difference", "degradation", "FLOPs ratio")
 
 
 def grid(question: Question, answers: Sequence[Answer]) -> Grid:
     """A question's table. The difference is from its first row, paired by seed; so is the degradation above dense."""
-    dense = f"dense {answers[0].dense:.2f}"
+    dense = "dense " + ", ".join(dict.fromkeys(f"{answer.dense:.2f}" for answer in answers))
     rows: list[tuple[str, ...]] = [
         (
             answer.variant,
             f"{answer.ratio:.0%}",
             str(answer.perplexity),
+            f"{answer.perplexity.value / answer.dense:.3f}",
             ""
-            if answer.variant == question.variants[0].label
+            if answer.variant == question.variants[0].label or answer.dense != answers[0].dense
             else f"{answer.difference.value:+.2f}"
             + ("" if answer.difference.error is None else f" ±{answer.difference.error:.2f}"),
             "" if answer.degradation is None else f"{answer.degradation:.2f}x",
@@ -71,19 +72,27 @@ def plot(question: Question, answers: Sequence[Answer], caption: str, path: Path
 
     figure = Figure(figsize=(7.5, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot(2, 1, 1) if question.overlap else figure.add_subplot()
-    for ratio in dict.fromkeys(answer.ratio for answer in answers):
-        own = [answer for answer in answers if answer.ratio == ratio]
+    relative = len({answer.dense for answer in answers}) > 1  # other tokens are scored, so that dense differs too
+    for line, ratio in dict.fromkeys((answer.line, answer.ratio) for answer in answers):
+        own = [answer for answer in answers if (answer.line, answer.ratio) == (line, ratio)]
         if question.axis is not None:
             own = sorted(own, key=lambda answer: answer.x or 0.0)
         places: list[Any] = [answer.variant if question.axis is None else answer.x for answer in own]
-        values, errors = [a.perplexity.value for a in own], [a.perplexity.error or 0.0 for a in own]
-        line = "none" if question.axis is None else "-"
-        axes.errorbar(places, values, errors, marker="o", capsize=3, linestyle=line, label=f"{ratio:.0%} removed")
-    axes.axhline(answers[0].dense, color="black", linewidth=0.8, linestyle=":", label="dense")
+        units = [a.dense if relative else 1.0 for a in own]
+        values = [a.perplexity.value / unit for a, unit in zip(own, units, strict=True)]
+        errors = [(a.perplexity.error or 0.0) / unit for a, unit in zip(own, units, strict=True)]
+        style, name = "none" if question.axis is None else "-", f"{line}, " if line else ""
+        axes.errorbar(
+            places, values, errors, marker="o", capsize=3, linestyle=style, label=f"{name}{ratio:.0%} removed"
+        )
+    dense = 1.0 if relative else answers[0].dense
+    axes.axhline(dense, color="black", linewidth=0.8, linestyle=":", label="dense")
     axes.set(
         title=question.title,
     )
-    perplexity_axis(axes, answers[0].dense, max(answer.perplexity.value for answer in answers))
+    perplexity_axis(axes, dense, max(a.perplexity.value / (a.dense if relative else 1.0) for a in answers))
+    if relative:
+        axes.set_ylabel("perplexity, times the dense model's on the same tokens")
     if question.axis is None:
         axes.tick_params(axis="x", labelrotation=20, labelsize=7)
     else:

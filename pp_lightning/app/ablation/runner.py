@@ -1,7 +1,8 @@
 """Measuring the variants of a question on equal terms: same batches, same seeds, one difference at a time."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -98,29 +99,32 @@ class Bench:
         method = variant.method(seed)
         of_seed = seed if method.needs_statistics or variant.allocation == "global" else None
         settings = {"label": method.label, **method.settings()}
-        return json.dumps([settings, variant.allocation, variant.skip_layers, ratio, of_seed], sort_keys=True)
+        overruled = [variant.allocation, variant.skip_layers, variant.refresh, dict(variant.data)]
+        return json.dumps([settings, *overruled, ratio, of_seed], sort_keys=True)
 
     def _evaluate(self, variant: Variant, ratio: float, seed: int, keep_units: bool) -> Run:
-        model, self.recorder.wanted = self.model, keep_units
-        before = (model.method, model.pruning_ratio, model.label, model.allocation, model.skip_layers)
-        dense = self._dense()
-        model.method, model.pruning_ratio = variant.method(seed), ratio
-        model.label = f"{variant.label}, seed {seed},"  # the progress bar puts the ratio behind it
-        model.allocation = variant.allocation or model.allocation
-        model.skip_layers = model.skip_layers if variant.skip_layers is None else variant.skip_layers
-        try:
-            perplexity, tokens, flops = self._test()
-        finally:
-            model.method, model.pruning_ratio, model.label, model.allocation, model.skip_layers = before
+        self.recorder.wanted = keep_units
+        own = {
+            "method": variant.method(seed),
+            "pruning_ratio": ratio,
+            "label": f"{variant.label}, seed {seed},",  # the progress bar puts the ratio behind it
+            "allocation": variant.allocation or self.model.allocation,
+            "skip_layers": self.model.skip_layers if variant.skip_layers is None else variant.skip_layers,
+            "refresh": variant.refresh,
+        }
+        with _changed(self.data, variant.data):
+            dense = self._dense(variant.data)
+            with _changed(self.model, own):
+                perplexity, tokens, flops = self._test()
         return Run(seed, perplexity, dense, tokens, flops, dict(self.recorder.kept) if keep_units else None)
 
-    def _dense(self) -> float:
-        noted = self.finished.result_of("dense")
+    def _dense(self, data: Mapping[str, Any]) -> float:
+        key = "dense" if not data else f"dense {json.dumps(dict(data), sort_keys=True)}"
+        noted = self.finished.result_of(key)
         if noted is None:
-            before, self.model.method, self.model.label = (self.model.method, self.model.label), None, "dense"
-            noted = {"perplexity": self._test()[0]}
-            self.model.method, self.model.label = before
-            self.finished.add("dense", noted)
+            with _changed(self.model, {"method": None, "label": "dense"}):
+                noted = {"perplexity": self._test()[0]}
+            self.finished.add(key, noted)
         return float(noted["perplexity"])
 
     def _test(self) -> tuple[float, int, float]:
@@ -130,9 +134,38 @@ class Bench:
         return evaluation.perplexity, evaluation.tokens, evaluation.flops.model
 
 
+@contextmanager
+def _changed(target: object, values: Mapping[str, Any]) -> Iterator[None]:
+    """Other settings for a while."""
+    before = {name: getattr(target, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
+
+
 def _mean_jaccard(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     pairs = [(set(a.tolist()), set(b.tolist())) for a, b in zip(first, second, strict=True)]
     return sum(len(a & b) / len(a | b) for a, b in pairs) / len(pairs)
+
+
+def fitting(question: Question, data: LanguageModelling) -> Question:
+    """The question without variants whose prompt leaves nothing of a window to score.
+
+    Raises:
+        UserError: the question is about what follows a prompt, and the protocol has none.
+    """
+    if question.continues and data.protocol != "continuation":
+        raise UserError("questions about what follows a prompt need --data.protocol continuation")
+
+    def fits(variant: Variant) -> bool:
+        first, _ = variant.data.get("distances", (0, 0))
+        return int(variant.data.get("prefix", data.prefix)) + first < data.window
+
+    return replace(question, variants=[one for one in question.variants if fits(one)])
 
 
 def checked_questions(names: Sequence[str], known: Mapping[str, Question]) -> dict[str, Question]:
@@ -161,12 +194,14 @@ def check_evenly_matched(model: PrunedLM, data: EvaluationData) -> LanguageModel
         "allocation": model.allocation is not None,
         "uniform": model.uniform,
         "frozen_on": model.frozen_on is not None,
+        "prefill": model.prefill is not None,
+        "refresh": model.refresh is not None,
         "recovered": model.recovered is not None,
     }
     for name, given in overruling.items():
         if given:
             raise UserError(f"ablate varies what --model.{name} would settle for all variants: leave it out")
-    if not isinstance(data, LanguageModelling) or data.protocol != "contiguous":
+    if not isinstance(data, LanguageModelling) or data.protocol == "paper":
         raise UserError("ablate compares perplexities on the same batches: use --data text, protocol contiguous")
     return data
 
