@@ -82,7 +82,8 @@ def plot(question: Question, answers: Sequence[Answer], caption: str, path: Path
         values = [a.perplexity.value / unit for a, unit in zip(own, units, strict=True)]
         errors = [(a.perplexity.error or 0.0) / unit for a, unit in zip(own, units, strict=True)]
         style, name = "none" if question.axis is None else "-", f"{line}, " if line else ""
-        axes.errorbar(
+        told = f"{name}{ratio:.0%} removed"
+        axes.errorbar(places, values, errors, marker="o", capsize=3, linestyle=style, label=told)
             places, values, errors, marker="o", capsize=3, linestyle=style, label=f"{name}{ratio:.0%} removed"
         )
     dense = 1.0 if relative else answers[0].dense
