@@ -84,8 +84,6 @@ def plot(question: Question, answers: Sequence[Answer], caption: str, path: Path
         style, name = "none" if question.axis is None else "-", f"{line}, " if line else ""
         told = f"{name}{ratio:.0%} removed"
         axes.errorbar(places, values, errors, marker="o", capsize=3, linestyle=style, label=told)
-            places, values, errors, marker="o", capsize=3, linestyle=style, label=f"{name}{ratio:.0%} removed"
-        )
     dense = 1.0 if relative else answers[0].dense
     axes.axhline(dense, color="black", linewidth=0.8, linestyle=":", label="dense")
     axes.set(
