@@ -92,7 +92,7 @@ class PrunedBlock(nn.Module):
         self.context = context
         self.recomputing = recomputing
         self._mixes_tokens = self.block is Block.ATTENTION
-        self.cached_heads = CachedHeads(index, runner.cached_heads, self.units.number) if self._mixes_tokens else None
+        self.cached_heads = CachedHeads(index, self.units.number) if self._mixes_tokens else None
         self._norm = (norm,)  # in a tuple: the layer owns it, not this module
         weight = runner.modules.scored_weight
         self.register_buffer("weight_norm", method.weight_norm(weight), persistent=False)

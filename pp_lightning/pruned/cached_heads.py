@@ -1,5 +1,6 @@
 """The heads of an attention block in a key/value cache: all of them while a prompt runs dense, then the kept ones."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +11,29 @@ from pp_lightning.functional.selection import unit_channels
 from pp_lightning.interfaces import keep_addresses
 from pp_lightning.pruned.conversations import has_fixed_size
 
-_MEMORY = "pruning_memory"  # on a cache of fixed size: keys and values by layer and number of heads
+_MEMORY = "pruning_memory"  # on a cache of fixed size
+
+
+@dataclass
+class Memory:
+    """Keys and values of one layer of a cache of fixed size: of all heads, and of as many as stay.
+
+    Attributes:
+        holds_all: whether the layer has those of all heads at the moment.
+        waiting: the other ones, by whether they are of all heads.
+    """
+
+    holds_all: bool = False
+    waiting: dict[bool, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def swap(self, layer: Any, *, every: bool) -> tuple[Tensor, ...] | None:
+        """Put memory of the other kind into place, if there is any, and keep what was there."""
+        self.waiting[self.holds_all] = layer.keys, layer.values
+        self.holds_all = every
+        found = self.waiting.get(every)
+        if found is not None:
+            layer.keys, layer.values = found
+        return found
 
 
 class CachedHeads:
@@ -18,32 +41,30 @@ class CachedHeads:
 
     Args:
         layer: the cache's number for it.
-        whole: key/value heads of all units.
         units: U.
     """
 
-    def __init__(self, layer: int, whole: int, units: int) -> None:
+    def __init__(self, layer: int, units: int) -> None:
         self._layer = layer
-        self._whole = whole
-        self._in_unit = whole // units  # 0 where heads are shared by all units, so that all of them stay
+        self._units = units
 
-    def begin(self, cache: Any, kept: int | None) -> None:
+    def begin(self, cache: Any, *, every: bool) -> None:
         """Before a prompt: let an empty cache that was used before take another number of heads.
 
         Args:
             cache: without tokens.
-            kept: units of the prompt; None is all of them.
+            every: whether the prompt runs on all heads.
         """
         layer = _layer_of(cache, self._layer)
-        if layer is None or not self._in_unit:
-            return
-        heads = self._whole if kept is None else kept * self._in_unit
-        if layer.keys.shape[1] == heads:
-            return
         if not has_fixed_size(cache):
-            layer.reset()
+            if layer is not None:
+                layer.reset()
             return
-        found = self._swap(cache, layer, heads)
+        memory = self._memory(cache)
+        if layer is None or memory.holds_all == every:
+            memory.holds_all = every
+            return
+        found = memory.swap(layer, every=every)
         if found is None:
             layer.is_initialized = False  # it takes memory with the first keys
         else:
@@ -58,14 +79,15 @@ class CachedHeads:
             kept: (K,) int64, units.
         """
         layer = _layer_of(cache, self._layer)
-        if layer is None or not self._in_unit:
-            return
-        index = unit_channels(kept, self._in_unit).to(layer.keys.device)
-        if not has_fixed_size(cache):
-            layer.keys, layer.values = (one.index_select(1, index) for one in (layer.keys, layer.values))
+        heads = 0 if layer is None else layer.keys.shape[1]
+        if heads < self._units:  # shared by all units: they stay
             return
         whole = layer.keys, layer.values
-        found = self._swap(cache, layer, len(index))
+        index = unit_channels(kept, heads // self._units).to(whole[0].device)
+        if not has_fixed_size(cache):
+            layer.keys, layer.values = (one.index_select(1, index) for one in whole)
+            return
+        found = self._memory(cache).swap(layer, every=False)
         if found is None:
             with torch.inference_mode(False):
                 found = tuple(one.new_empty(one.shape[0], len(index), *one.shape[2:]) for one in whole)
@@ -74,13 +96,8 @@ class CachedHeads:
         for own, every in zip(found, whole, strict=True):
             torch.index_select(every, 1, index, out=own)
 
-    def _swap(self, cache: Any, layer: Any, heads: int) -> tuple[Tensor, ...] | None:
-        """Put the memory for so many heads into place, if there is any, and remember what was there."""
-        memory: dict[tuple[int, int], tuple[Tensor, ...]] = cache.__dict__.setdefault(_MEMORY, {})
-        memory[self._layer, layer.keys.shape[1]] = layer.keys, layer.values
-        found = memory.get((self._layer, heads))
-        if found is not None:
-            layer.keys, layer.values = found
+    def _memory(self, cache: Any) -> Memory:
+        found: Memory = cache.__dict__.setdefault(_MEMORY, {}).setdefault(self._layer, Memory())
         return found
 
 

@@ -169,7 +169,7 @@ class ModelContext:
                 check_can_narrow(cache)
             for block in self.blocks:
                 if block.cached_heads is not None:
-                    block.cached_heads.begin(cache, None if batch.dense else block.runner.keep)
+                    block.cached_heads.begin(cache, every=batch.dense)
         if not is_traced():
             self._begin(batch, hidden, to_decode=fixed)
 

@@ -46,7 +46,6 @@ class BlockRunner:
         inputs: those into the block.
         output: the one that leaves it.
         slices: of these.
-        cached_heads: key/value heads of all units, as a cache has them.
         fields: what else fixes the number of heads; None where nothing does.
         lock: of the block's modules, which run in one way at a time.
     """
@@ -64,7 +63,6 @@ class BlockRunner:
         attention = modules.block is Block.ATTENTION
         self._shared = attention and shape.grouped and unit is AttentionUnit.QUERY_HEAD
         self._repeats = shape.queries_per_key if self._shared and not modules.is_fused else 1
-        self.cached_heads = shape.num_heads if self._repeats > 1 else shape.num_key_value_heads
         self.fields = self._fields_of(shape) if attention else None
         self.lock = Lock()
         self._bind()

@@ -37,7 +37,7 @@ def test_questions_differ_in_their_variants_only(name):
     assert all(method.seed == 3 for method in made if isinstance(method, ProbePruning))
     assert (question.axis is not None) == all(variant.x is not None for variant in question.variants)
     different = {
-        json.dumps([m.label, m.settings(), v.allocation, v.skip_layers])
+        json.dumps([m.label, m.settings(), v.allocation, v.skip_layers, v.refresh, dict(v.data)])
         for m, v in zip(made, question.variants, strict=True)
     }
     assert len(different) == len(made)

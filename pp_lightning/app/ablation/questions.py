@@ -167,7 +167,7 @@ QUESTIONS: Mapping[str, Question] = {
         "Is it worth choosing channels again while decoding?",
         [
             _generating("held"),
-            *(replace(_generating(f"every {n} tokens", n), refresh=n) for n in (16, 32, 64)),
+            *(replace(_generating(f"every {n} tokens"), refresh=n) for n in (16, 32, 64)),
         ],
         continues=True,
     ),
