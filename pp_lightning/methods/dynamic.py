@@ -127,3 +127,35 @@ class DynamicMethod(PruningMethod):
     def unit_scores(self, energy: Tensor, weight_norm: Tensor, channels_per_unit: int) -> Tensor:
         """Scores (U,) of a block's units: PPsp."""
         return ppsp_unit_scores(energy, weight_norm, channels_per_unit)
+
+
+class WholeBatchMethod(DynamicMethod):
+    """Chooses by the states of the whole batch. No history and no calibration.
+
+    Args:
+        blocks: which blocks are pruned, ``attention``, ``mlp`` or both.
+        attention_unit: ``query_head`` or ``kv_group``; None takes groups where query heads share key/value heads.
+    """
+
+    needs_statistics: ClassVar[bool] = False
+    keeps_history: ClassVar[bool] = False
+
+    def __init__(self, blocks: Sequence[BlockName] = BOTH_BLOCKS, attention_unit: UnitName | None = None) -> None:
+        super().__init__("current", blocks, attention_unit)
+
+    def probe_sizes(self, num_rows: int, num_tokens: int) -> tuple[int, int]:
+        """All rows and tokens."""
+        return num_rows, num_tokens
+
+    def select(
+        self,
+        residual: Tensor,
+        normed: Tensor,
+        real: Tensor | None,
+        sizes: tuple[int, int] | None = None,
+        *,
+        lots: Tensor | None = None,
+        mixes_tokens: bool = True,
+    ) -> AnyProbe | None:
+        """Everything."""
+        return None

@@ -9,12 +9,11 @@ from torch import Tensor
 from pp_lightning.functional.moments import Places, sum_of_squares
 from pp_lightning.functional.scores import sum_over_units
 from pp_lightning.methods.base import BlockName, UnitName
-from pp_lightning.methods.dynamic import Sight
-from pp_lightning.methods.full_batch_probing import FullBatchProbing
+from pp_lightning.methods.dynamic import Sight, WholeBatchMethod
 from pp_lightning.prefill import Prefill
 
 
-class Griffin(FullBatchProbing):
+class Griffin(WholeBatchMethod):
     """Dynamic: a channel scores the norm, over the prompt's tokens, of its states relative to each token's own norm.
 
     No history and no calibration. The published code takes one row; here the rows of a batch are joined by the sum of

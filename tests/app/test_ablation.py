@@ -18,7 +18,7 @@ from pp_lightning.app.report import perplexity_axis
 from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.methods import FullBatchProbing, ProbePruning, PruningMethod
 from pp_lightning.resume import ResumeFile
-from tests.app.test_cli import arguments, place, refused, type_in  # noqa: F401 (fixtures)
+from tests.app.test_cli import refused
 
 OUTPUT = {"ablation.json", "ablation.csv", "ablation.md"}
 
@@ -62,7 +62,7 @@ def test_overlap_is_intersection_over_union_averaged_over_seeds():
     assert answer.overlap == {"2.mlp": 0.75}
 
 
-def test_ablate_writes_tables_pictures_and_every_measurement(type_in, arguments, tmp_path):  # noqa: F811
+def test_ablate_writes_tables_pictures_and_every_measurement(type_in, arguments, tmp_path):
     extra = ["--questions", "[methods,mlp_probe]", "--ratios", "[0.2,0.4]", "--seeds", "[0,5]", "--out", tmp_path]
     assert type_in("ablate", arguments, extra=extra) == 0
     assert {path.name for path in tmp_path.iterdir()} == OUTPUT | {"ablation-methods.png", "ablation-mlp_probe.png"}
@@ -89,7 +89,7 @@ def test_ablate_writes_tables_pictures_and_every_measurement(type_in, arguments,
     assert "±" in table and "batch 4 x 32" in table and "float32" in table
 
 
-def test_ablate_measures_what_compare_does(type_in, arguments, tmp_path):  # noqa: F811
+def test_ablate_measures_what_compare_does(type_in, arguments, tmp_path):
     extra = ["--questions", "[methods]", "--ratios", "[0.4]", "--seeds", "[0]", "--out", tmp_path / "ablate"]
     assert type_in("ablate", arguments, extra=extra) == 0
     extra = ["--methods", "[pp,full_batch,ppsp,best]", "--ratios", "[0.4]", "--out", tmp_path / "compare"]
@@ -100,7 +100,7 @@ def test_ablate_measures_what_compare_does(type_in, arguments, tmp_path):  # noq
     assert [a["flops_ratio"] for a in answers] == [row["flops_ratio"] for row in rows[1:]]
 
 
-def test_overlap_question_shows_each_layer(type_in, arguments, tmp_path, monkeypatch):  # noqa: F811
+def test_overlap_question_shows_each_layer(type_in, arguments, tmp_path, monkeypatch):
     question = Question("How?", [variant("pp"), Variant("full", lambda seed: FullBatchProbing())], overlap=True)
     monkeypatch.setattr("pp_lightning.app.trainer.QUESTIONS", {"overlap": question})
     monkeypatch.setattr("pp_lightning.app.cli.QUESTIONS", {"overlap": question})
@@ -135,7 +135,7 @@ def test_overlap_question_shows_each_layer(type_in, arguments, tmp_path, monkeyp
         (["--model.importances", "file"], "leave model.statistics and model.importances out"),
     ],
 )
-def test_mistakes_are_one_line(type_in, arguments, capsys, tmp_path, extra, message):  # noqa: F811
+def test_mistakes_are_one_line(type_in, arguments, capsys, tmp_path, extra, message):
     assert type_in("ablate", arguments, extra=[*extra, "--out", tmp_path / "out"]) == 2
     assert message in refused(capsys)
     assert not (tmp_path / "out").exists()
@@ -163,7 +163,7 @@ def interrupted_after(number, monkeypatch):
     return begun
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(type_in, arguments, tmp_path, monkeypatch):  # noqa: F811
+def test_an_interrupted_run_goes_on_where_it_stopped(type_in, arguments, tmp_path, monkeypatch):
     question = Question("How?", [variant("pp"), variant("b", row_ratio=0.5)], overlap=True)
     known = {"overlap": question, "methods": QUESTIONS["methods"]}
     monkeypatch.setattr("pp_lightning.app.trainer.QUESTIONS", known)
@@ -210,7 +210,7 @@ def test_perplexities_are_plain_numbers_on_their_axis(highest, scale):
     assert all(float(text) > 0 for text in shown)
 
 
-def test_pictures_of_an_earlier_run_do_not_stay_beside_other_figures(type_in, arguments, tmp_path):  # noqa: F811
+def test_pictures_of_an_earlier_run_do_not_stay_beside_other_figures(type_in, arguments, tmp_path):
     (tmp_path / "ablation-fusion.png").write_text("of another run")
     (tmp_path / "notes.png").write_text("the user's")
     extra = ["--questions", "[mlp_probe]", "--ratios", "[0.4]", "--seeds", "[0]", "--out", tmp_path]
@@ -229,7 +229,7 @@ def test_a_bench_puts_back_what_a_variant_overrules():
     class Model:
         importances_file = None
         statistics_file, method, pruning_ratio, label = None, "before", 0.1, "dense"
-        allocation, skip_layers = None, (0,)
+        allocation, skip_layers, refresh = None, (0,), None
 
     from pp_lightning.data import LanguageModelling
 
@@ -238,7 +238,7 @@ def test_a_bench_puts_back_what_a_variant_overrules():
     finished.add("dense", {"perplexity": 1.0})
     bench = Bench(Trainer(), model, LanguageModelling(), finished)
     with pytest.raises(InterruptedError):
-        bench.run(Variant("v", lambda seed: ProbePruning(), None, "uniform", ()), 0.4, 0, False)
+        bench.run(Variant("v", lambda seed: ProbePruning(), allocation="uniform", skip_layers=()), 0.4, 0, False)
     assert seen == [(False, "uniform", ())]
     assert (model.method, model.pruning_ratio, model.allocation, model.skip_layers) == ("before", 0.1, None, (0,))
 

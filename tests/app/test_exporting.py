@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.app.test_cli import REPOSITORY, VOCABULARY, arguments, place, refused, type_in  # noqa: F401 (fixtures)
+from tests.app.test_cli import REPOSITORY, VOCABULARY, refused
 from tests.models import tiny
 
 EXPORTED = {
@@ -25,7 +25,7 @@ EXPORTED = {
 
 
 @pytest.fixture
-def chosen(arguments):  # noqa: F811
+def chosen(arguments):
     """Arguments of a static choice."""
     return {**arguments, "--model.method": "WandaSP", "--model.pruning_ratio": 0.4}
 
@@ -36,7 +36,7 @@ def without_data(given):
 
 
 @pytest.fixture
-def stock_perplexity(place):  # noqa: F811
+def stock_perplexity(place):
     """Perplexity of a folder on the test text, in a process that has never heard of us."""
 
     def run(folder):
@@ -63,7 +63,7 @@ print(float(torch.tensor(total / count).exp()))
 @pytest.mark.parametrize(
     "method", ["WandaSP", *(pytest.param(m, marks=pytest.mark.slow) for m in ("FLAP", "LLMPruner"))]
 )
-def test_what_is_exported_is_what_test_evaluates(method, type_in, chosen, tmp_path, capsys, stock_perplexity):  # noqa: F811
+def test_what_is_exported_is_what_test_evaluates(method, type_in, chosen, tmp_path, capsys, stock_perplexity):
     given = {**chosen, "--model.method": method}
     assert type_in("export", given, extra=["--out", tmp_path / "model"]) == 0
     printed = capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_what_is_exported_is_what_test_evaluates(method, type_in, chosen, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen_on", ["history", "text"])
-def test_a_frozen_choice(frozen_on, type_in, chosen, tmp_path, stock_perplexity):  # noqa: F811
+def test_a_frozen_choice(frozen_on, type_in, chosen, tmp_path, stock_perplexity):
     given = {**chosen, "--model.method": "ProbePruning", "--model.frozen_on": frozen_on}
     assert type_in("export", given, extra=["--out", tmp_path / "model"]) == 0
     assert type_in("test", given, extra=["--model.uniform", "true", "--out", tmp_path / "test"]) == 0
@@ -91,7 +91,7 @@ def test_a_frozen_choice(frozen_on, type_in, chosen, tmp_path, stock_perplexity)
     assert record["pruning"]["settings"]["frozen_on"] == frozen_on
 
 
-def test_per_layer_keeps_the_choice_with_skipped_layers(type_in, chosen, tmp_path, capsys):  # noqa: F811
+def test_per_layer_keeps_the_choice_with_skipped_layers(type_in, chosen, tmp_path, capsys):
     extra = ["--layout", "per-layer", "--out", tmp_path / "model"]
     assert type_in("export", {**chosen, "--model.method": "FLAP"}, extra=extra) == 0
     assert "chosen anew" not in capsys.readouterr().out
@@ -106,7 +106,7 @@ def test_per_layer_keeps_the_choice_with_skipped_layers(type_in, chosen, tmp_pat
     assert ours == "False"
 
 
-def test_a_calibrated_model_needs_no_text(type_in, chosen, tmp_path, capsys):  # noqa: F811
+def test_a_calibrated_model_needs_no_text(type_in, chosen, tmp_path, capsys):
     given = {**chosen, "--model.statistics": tmp_path / "statistics.safetensors"}
     assert type_in("export", given, extra=["--out", tmp_path / "first"]) == 0
     assert type_in("export", without_data(given), extra=["--out", tmp_path / "second"]) == 0
@@ -118,7 +118,7 @@ def test_a_calibrated_model_needs_no_text(type_in, chosen, tmp_path, capsys):  #
     assert records[0]["calibration"]["batches"] == 2
 
 
-def test_importances_in_a_file_need_no_text(type_in, chosen, tmp_path, capsys):  # noqa: F811
+def test_importances_in_a_file_need_no_text(type_in, chosen, tmp_path, capsys):
     given = {**chosen, "--model.method": "LLMPruner", "--model.importances": tmp_path / "importances.safetensors"}
     assert type_in("export", given, extra=["--out", tmp_path / "first"]) == 0
     assert type_in("export", without_data(given), extra=["--out", tmp_path / "second"]) == 0
@@ -127,7 +127,7 @@ def test_importances_in_a_file_need_no_text(type_in, chosen, tmp_path, capsys): 
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
 
 
-def test_dtype_is_kept_or_chosen(type_in, chosen, tmp_path):  # noqa: F811
+def test_dtype_is_kept_or_chosen(type_in, chosen, tmp_path):
     assert type_in("export", chosen, extra=["--out", tmp_path / "kept"]) == 0
     assert type_in("export", chosen, extra=["--dtype", "bfloat16", "--out", tmp_path / "chosen"]) == 0
     kept, half = (load_file(tmp_path / name / "model.safetensors") for name in ("kept", "chosen"))
@@ -135,7 +135,7 @@ def test_dtype_is_kept_or_chosen(type_in, chosen, tmp_path):  # noqa: F811
     assert all(torch.equal(weight, kept[name].bfloat16()) for name, weight in half.items())
 
 
-def test_the_tokenizer_comes_along(type_in, chosen, tmp_path, place):  # noqa: F811
+def test_the_tokenizer_comes_along(type_in, chosen, tmp_path, place):
     assert type_in("export", chosen, extra=["--out", tmp_path / "model"]) == 0
     text = (place / "text.txt").read_text()
     found, own = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "model", place / "model"))
@@ -143,7 +143,7 @@ def test_the_tokenizer_comes_along(type_in, chosen, tmp_path, place):  # noqa: F
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer", "padded"])
-def test_the_model_card_says_how_to_load_it(layout, type_in, chosen, tmp_path):  # noqa: F811
+def test_the_model_card_says_how_to_load_it(layout, type_in, chosen, tmp_path):
     """Its lines, run as they stand, where it lies, in a process that has never heard of us."""
     assert type_in("export", chosen, extra=["--layout", layout, "--out", tmp_path / "model"]) == 0
     [code] = re.findall(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), re.DOTALL)
@@ -154,7 +154,7 @@ def test_the_model_card_says_how_to_load_it(layout, type_in, chosen, tmp_path): 
     assert done.stdout.strip() == "True"
 
 
-def test_an_export_can_be_pruned_again(type_in, chosen, tmp_path):  # noqa: F811
+def test_an_export_can_be_pruned_again(type_in, chosen, tmp_path):
     """A mistral folder that was a llama is a model like any other."""
     assert type_in("export", chosen, extra=["--out", tmp_path / "once"]) == 0
     again = {**chosen, "--model.path": tmp_path / "once", "--model.pruning_ratio": 0.2}
@@ -163,7 +163,7 @@ def test_an_export_can_be_pruned_again(type_in, chosen, tmp_path):  # noqa: F811
     assert (config.num_attention_heads, config.head_dim) == (4, 8)
 
 
-def test_overwrite(type_in, chosen, tmp_path, capsys):  # noqa: F811
+def test_overwrite(type_in, chosen, tmp_path, capsys):
     out = ["--out", tmp_path / "model"]
     assert type_in("export", chosen, extra=out) == 0
     assert type_in("export", {**chosen, "--model.pruning_ratio": 0.2}, extra=out) == 2
@@ -174,7 +174,7 @@ def test_overwrite(type_in, chosen, tmp_path, capsys):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["WandaSP", "ProbePruning"])
-def test_graphs(method, type_in, chosen, tmp_path, capsys):  # noqa: F811
+def test_graphs(method, type_in, chosen, tmp_path, capsys):
     """A static choice with its skipped layers, and a dynamic one for batches of the data's size."""
     extra = ["--format", "onnx", "--out", tmp_path / "graph"]
     assert type_in("export", {**chosen, "--model.method": method}, extra=extra) == 0
@@ -192,7 +192,7 @@ def test_graphs(method, type_in, chosen, tmp_path, capsys):  # noqa: F811
 @pytest.mark.parametrize(
     ("form", "phases"), [("pt2", ["tracing", "writing", "loading"]), ("safetensors", ["writing", "loading"])]
 )
-def test_an_export_tells_what_it_is_doing(form, phases, type_in, chosen, tmp_path, capsys):  # noqa: F811
+def test_an_export_tells_what_it_is_doing(form, phases, type_in, chosen, tmp_path, capsys):
     for wanted, told in (("true", phases), ("false", [])):
         given = {**chosen, "--trainer.enable_progress_bar": wanted, "--format": form, "--out": tmp_path / wanted}
         assert type_in("export", given) == 0
@@ -218,14 +218,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing(mistake, type_in, chosen, tmp_path, capsys):  # noqa: F811
+def test_a_mistake_is_one_line_and_leaves_nothing(mistake, type_in, chosen, tmp_path, capsys):
     changes, message = MISTAKES[mistake]
     assert type_in("export", {**chosen, "--out": tmp_path / "out", **changes}) == 2
     assert re.search(message, refused(capsys))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_do_not_match_the_config(type_in, chosen, tmp_path, capsys):  # noqa: F811
+def test_weights_that_do_not_match_the_config(type_in, chosen, tmp_path, capsys):
     tiny("llama", vocab_size=VOCABULARY).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(chosen["--model.path"]).save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "config.json"
@@ -235,7 +235,7 @@ def test_weights_that_do_not_match_the_config(type_in, chosen, tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_weight_that_is_not_finite(type_in, chosen, tmp_path, capsys):  # noqa: F811
+def test_a_weight_that_is_not_finite(type_in, chosen, tmp_path, capsys):
     broken = tiny("llama", vocab_size=VOCABULARY)
     broken.model.layers[2].mlp.up_proj.weight.data[5, 5] = float("nan")
     broken.save_pretrained(tmp_path / "model")
@@ -245,7 +245,7 @@ def test_a_weight_that_is_not_finite(type_in, chosen, tmp_path, capsys):  # noqa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_statistics_of_another_model(type_in, chosen, tmp_path, capsys):  # noqa: F811
+def test_statistics_of_another_model(type_in, chosen, tmp_path, capsys):
     given = {**chosen, "--model.statistics": tmp_path / "statistics.safetensors"}
     assert type_in("export", given, extra=["--out", tmp_path / "first"]) == 0
     again = {**without_data(given), "--model.path": tmp_path / "first", "--out": tmp_path / "second"}

@@ -50,8 +50,9 @@ def test_no_prr_where_no_time_is_saved():
 def test_markdown_has_every_row_and_the_caption():
     text = markdown(grids(ROWS), "machine, dtype")
     lines = text.splitlines()
-    assert lines[0].count("|") == len(HEADINGS) + 1
-    assert all(line.count("|") == len(HEADINGS) + 1 for line in lines[:4])
+    columns = len(HEADINGS) - 1  # nothing followed a prompt
+    assert lines[0].count("|") == columns + 1 and "after the prompt" not in text
+    assert all(line.count("|") == columns + 1 for line in lines[:4])
     assert (
         "| Probe Pruning | 40% | 16.00 | +6.00 | 0.600 | 0.800 | 0.75 | 0.3 | 80.0 (75.0-85.0) | 4 | 192-256 |" in text
     )

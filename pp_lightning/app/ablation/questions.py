@@ -108,69 +108,6 @@ _WEIGHTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 _BEST_WEIGHT = ProbePruning.best().fusion_weight
 
 QUESTIONS: Mapping[str, Question] = {
-    "generation": Question(
-        "What follows a prompt that chose alone: which method loses least?",
-        [
-            _paper("PP as published"),
-            _full_batch(),
-            _best("PP, best (ours)"),
-            _generating("best for generation (ours)"),
-            Variant("GRIFFIN (MLPs)", lambda seed: Griffin()),
-            *_STATIC,
-        ],
-        continues=True,
-    ),
-    "prompt": Question(
-        "Should the prompt run pruned, or dense?",
-        [
-            _paper("PP as published"),
-            _paper("PP, dense prompt", prefill="dense"),
-            _best("best"),
-            _best("best, dense prompt", prefill="dense"),
-        ],
-        continues=True,
-    ),
-    "prefix": Question(
-        "How long must a prompt be?",
-        _each(
-            [_generating("best for generation"), _paper("PP as published"), _STATIC[-1]],
-            (128, 16, 32, 64, 256, 512),
-            "{} tokens".format,
-            prefix=int,
-        ),
-        axis="tokens of the prompt",
-        continues=True,
-    ),
-    "rows": Question(
-        "What does one choice for all rows of a batch cost?",
-        _each(
-            [_generating("best for generation"), _paper("PP as published")],
-            (20, 5, 2, 1),
-            "{} rows".format,
-            batch_size=int,
-        ),
-        axis="rows of a batch",
-        continues=True,
-    ),
-    "distance": Question(
-        "How fast does a choice age?",
-        _each(
-            [_generating("best for generation"), _paper("PP as published"), _STATIC[-1]],
-            (0, 16, 32, 64, 96),
-            lambda start: f"{start} to {_UNTIL[start]} tokens behind the prompt",
-            distances=lambda start: (start, _UNTIL[start]),
-        ),
-        axis="tokens behind the prompt",
-        continues=True,
-    ),
-    "refresh": Question(
-        "Is it worth choosing channels again while decoding?",
-        [
-            _generating("held"),
-            *(replace(_generating(f"every {n} tokens"), refresh=n) for n in (16, 32, 64)),
-        ],
-        continues=True,
-    ),
     "methods": Question(
         "What do the published method, its upper bound and our best settings reach?",
         [
@@ -270,5 +207,68 @@ QUESTIONS: Mapping[str, Question] = {
             _best("best, uniform ratios", allocation="uniform"),
         ],
         overlap=True,
+    ),
+    "generation": Question(
+        "What follows a prompt that chose alone: which method loses least?",
+        [
+            _paper("PP as published"),
+            _full_batch(),
+            _best("PP, best (ours)"),
+            _generating("best for generation (ours)"),
+            Variant("GRIFFIN (MLPs)", lambda seed: Griffin()),
+            *_STATIC,
+        ],
+        continues=True,
+    ),
+    "prompt": Question(
+        "Should the prompt run pruned, or dense?",
+        [
+            _paper("PP as published"),
+            _paper("PP, dense prompt", prefill="dense"),
+            _best("best"),
+            _best("best, dense prompt", prefill="dense"),
+        ],
+        continues=True,
+    ),
+    "prefix": Question(
+        "How long must a prompt be?",
+        _each(
+            [_generating("best for generation"), _paper("PP as published"), _STATIC[-1]],
+            (128, 16, 32, 64, 256, 512),
+            "{} tokens".format,
+            prefix=int,
+        ),
+        axis="tokens of the prompt",
+        continues=True,
+    ),
+    "rows": Question(
+        "What does one choice for all rows of a batch cost?",
+        _each(
+            [_generating("best for generation"), _paper("PP as published")],
+            (20, 5, 2, 1),
+            "{} rows".format,
+            batch_size=int,
+        ),
+        axis="rows of a batch",
+        continues=True,
+    ),
+    "distance": Question(
+        "How fast does a choice age?",
+        _each(
+            [_generating("best for generation"), _paper("PP as published"), _STATIC[-1]],
+            (0, 16, 32, 64, 96),
+            lambda start: f"{start} to {_UNTIL[start]} tokens behind the prompt",
+            distances=lambda start: (start, _UNTIL[start]),
+        ),
+        axis="tokens behind the prompt",
+        continues=True,
+    ),
+    "refresh": Question(
+        "Is it worth choosing channels again while decoding?",
+        [
+            _generating("held"),
+            *(replace(_generating(f"every {n} tokens"), refresh=n) for n in (16, 32, 64)),
+        ],
+        continues=True,
     ),
 }

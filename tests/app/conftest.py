@@ -1,0 +1,59 @@
+"""A model, texts and a command line for the tests of the application."""
+
+import json
+import sys
+
+import pytest
+
+from pp_lightning.app.cli import main
+from pp_lightning.data.train_tokenizer import train_tokenizer
+from tests.models import tiny
+
+VOCABULARY = 320
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A checkpoint with its tokenizer, a text to test on and documents to calibrate on."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny("llama", vocab_size=VOCABULARY).save_pretrained(folder / "model")
+    train_tokenizer(VOCABULARY).save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("\n".join(f"line {n} of a text that is long enough to test on" for n in range(60)))
+    words = " ".join(f"word{n}" for n in range(200))
+    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": f"{n} {words}"}) + "\n" for n in range(4)))
+    return folder
+
+
+@pytest.fixture
+def arguments(place):
+    """Everything but the command, as a dictionary to change and ``type_in``."""
+    return {
+        "--model.path": place / "model",
+        "--model.skip_layers": "[0,1]",
+        "--model.round_to": 16,
+        "--data.window": 32,
+        "--data.batch_size": 4,
+        "--data.calibration_samples": 8,
+        "--data.text": "TextFile",
+        "--data.text.path": place / "text.txt",
+        "--data.calibration": "C4",
+        "--data.calibration.path": place / "documents.jsonl",
+        "--trainer.accelerator": "cpu",
+        "--trainer.enable_progress_bar": "false",
+    }
+
+
+@pytest.fixture
+def type_in(monkeypatch):
+    """Run the program with these words in this process; returns its exit code."""
+
+    def run(command, arguments, **more):
+        words = [str(word) for pair in arguments.items() for word in pair]
+        monkeypatch.setattr(sys, "argv", ["pp-lightning", command, *words, *map(str, more.get("extra", []))])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return run

@@ -1,0 +1,226 @@
+"""Protocol ``continuation``: a prompt chooses, what follows is scored under its choice."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from pp_lightning import kept_units, prune_
+from pp_lightning.continuation import continued_logits, pieces
+from pp_lightning.data import LanguageModelling
+from pp_lightning.errors import UserError
+from pp_lightning.families import shape_of
+from pp_lightning.flops import continued_flops, dense_flops, prompt_flops
+from pp_lightning.methods import FLAP, FullBatchProbing, Griffin, ProbePruning, WandaSP
+from pp_lightning.pruning import pruning_of
+from tests.app.test_cli import refused
+from tests.models import SETTINGS, choices, ids, logits, ragged, statistics, tiny
+
+PREFIX = 9
+DYNAMIC = {
+    "paper": ProbePruning,
+    "best": ProbePruning.best,
+    "generation": lambda: ProbePruning.best(generation=True),
+    "full_batch": FullBatchProbing,
+    "griffin": Griffin,
+}
+
+
+def pruned(name, method, **settings):
+    model = tiny(name)
+    model.generation_config.eos_token_id = None
+    prune_(model, method(), statistics(name), **SETTINGS, **settings)
+    return model
+
+
+@torch.no_grad()
+def scored(model, text, mask=None):
+    return continued_logits(model, text, mask, PREFIX)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "mistral", "opt"])
+@pytest.mark.parametrize("method", [None, WandaSP, FLAP])
+def test_without_a_choice_per_batch_it_is_the_plain_figure(name, method):
+    model = tiny(name) if method is None else pruned(name, method)
+    batch = ragged([24, 17, 20], "right")
+    found = scored(model, batch["input_ids"], batch["attention_mask"])
+    plain = logits(model, batch["input_ids"], attention_mask=batch["attention_mask"])[:, PREFIX - 1 :]
+    real = batch["attention_mask"][:, PREFIX - 1 :].bool()
+    torch.testing.assert_close(found[real], plain[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "opt"])
+@pytest.mark.parametrize("method", DYNAMIC)
+def test_a_choice_does_not_see_what_follows_the_prompt(name, method):
+    text, other = ids(), ids(seed=3)
+    other[:, :PREFIX] = text[:, :PREFIX]
+    kept = []
+    for one in (text, other):
+        model = pruned(name, DYNAMIC[method])
+        first = scored(model, one)[:, 0]
+        kept.append((choices(kept_units(model)), first))
+    assert kept[0][0] == kept[1][0] and torch.equal(kept[0][1], kept[1][1])
+    whole = []
+    for one in (text, other):  # the control: where all of a window chooses, it does see it
+        model = pruned(name, DYNAMIC[method])
+        logits(model, one)
+        whole.append(choices(kept_units(model)))
+    assert whole[0] != whole[1]
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "gemma3_text", "opt"])
+@pytest.mark.parametrize("prefill", ["probe", "dense"])
+@pytest.mark.parametrize("refresh", [None, 3])
+def test_generated_text_is_scored_as_it_was_made(name, prefill, refresh):
+    for method in (ProbePruning, ProbePruning.best, FullBatchProbing):
+        model, judge = (pruned(name, method, prefill=prefill, refresh=refresh) for _ in range(2))
+        made = model.generate(
+            ids()[:2, :PREFIX],
+            max_new_tokens=11,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        seen = torch.stack(made.logits, 1).log_softmax(-1)
+        found = scored(judge, made.sequences)[:, :-1].log_softmax(-1)
+        torch.testing.assert_close(found, seen, rtol=1e-4, atol=1e-4)
+        new = made.sequences[:, PREFIX:, None]
+        assert seen.gather(2, new).sum().item() == pytest.approx(found.gather(2, new).sum().item(), abs=1e-3)
+
+
+def test_pieces_cover_what_follows():
+    assert pieces(10, 4, 10) == [(0, 4), (4, 10)]
+    assert pieces(10, 4, 4) == [(0, 4), (4, 8), (8, 10)]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_gqa", "opt"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_flops_of_the_parts_add_up(name, tokens):
+    shape = shape_of(tiny(name).config)
+    whole = dense_flops(shape, 3, 8 + tokens)
+    both = dense_flops(shape, 3, 8) + continued_flops(shape, None, 3, 8, tokens)
+    # attention of the prompt does not look at what follows: two products of 8 x tokens fewer in each layer
+    products = 2 * 2 * 3 * shape.num_heads * 8 * tokens * shape.head_size
+    assert both.vocabulary == whole.vocabulary
+    assert whole.layers - both.layers == products * shape.num_layers
+    model = pruned(name, ProbePruning, prefill="dense")
+    assert prompt_flops(shape, pruning_of(model), 3, 8).blocks == dense_flops(shape, 3, 8).blocks
+    behind = continued_flops(shape, pruning_of(model), 3, 8, tokens)
+    assert sum(behind.blocks.values()) < sum(continued_flops(shape, None, 3, 8, tokens).blocks.values())
+    assert behind.probe == 0
+
+
+class TestCommandLine:
+    def rows(self, folder):
+        return {row["method"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
+
+    def test_compare(self, type_in, arguments, tmp_path):
+        options = {**arguments, "--data.protocol": "continuation", "--data.prefix": 20}
+        extra = ["--methods", "[pp,best_generation,griffin,flap]", "--ratios", "[0.4]", "--seeds", "[0,1]"]
+        assert type_in("compare", options, extra=[*extra, "--out", tmp_path]) == 0
+        rows = self.rows(tmp_path)
+        assert list(rows) == ["dense", "pp", "best_generation", "griffin", "flap"]
+        for row in rows.values():
+            first, second = row["perplexities"]
+            assert row["perplexity"] == pytest.approx((first + second) / 2)
+            assert row["perplexity_error"] == pytest.approx(abs(first - second) / 2)
+        assert rows["dense"]["perplexity_error"] == 0 < rows["flap"]["perplexity_error"]
+        assert rows["dense"]["flops_ratio_after_prompt"] == 1.0
+        assert rows["best_generation"]["flops_ratio"] > rows["best_generation"]["flops_ratio_after_prompt"]
+        text = (tmp_path / "results.md").read_text()
+        assert "continuation (prompts of 20 tokens choose" in text and "±" in text and "after the prompt" in text
+        data = json.loads((tmp_path / "results.json").read_text())["data"]
+        assert (data["protocol"], data["prefix"]) == ("continuation", 20)
+
+    def test_static_methods_have_the_plain_figure_of_the_same_tokens(self, type_in, arguments, tmp_path, place):
+        given = {**arguments, "--data.protocol": "continuation"}
+        extra = ["--methods", "[flap]", "--ratios", "[0.4]", "--out", tmp_path]
+        assert type_in("compare", given, extra=extra) == 0
+        found = self.rows(tmp_path)
+        data = LanguageModelling(
+            text=_text(place / "text.txt"), window=32, batch_size=4, protocol="continuation", calibration_samples=8
+        )
+        model, tokenizer = _loaded(place / "model")
+        data.use_tokenizer(tokenizer)
+        nll = tokens = 0
+        for batch in data.test_batches():
+            out = logits(model, batch["input_ids"], attention_mask=batch["attention_mask"])
+            chances = out[:, :-1].double().log_softmax(-1)
+            for row, labels in zip(chances, batch["labels"][:, 1:], strict=True):
+                for place_, label in enumerate(labels.tolist()):
+                    if label >= 0:
+                        assert place_ + 1 >= 16
+                        nll, tokens = nll - row[place_, label].item(), tokens + 1
+        assert found["dense"]["tokens"] == tokens
+        assert found["dense"]["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+
+    @pytest.mark.parametrize(("prefill", "dense"), [("dense", True), (4 * 16, False), (4 * 16 + 1, True)])
+    def test_test(self, prefill, dense, type_in, arguments, tmp_path):
+        given = {**arguments, "--data.protocol": "continuation", "--model.method": "ProbePruning"}
+        assert type_in("test", given, extra=["--model.prefill", prefill, "--out", tmp_path]) == 0
+        found = self.rows(tmp_path)["pp"]
+        assert found["flops_ratio_after_prompt"] < 0.9
+        assert (found["probe_share"] == 0) == dense
+
+    def test_choosing_again_has_its_price(self, type_in, arguments, tmp_path):
+        given = {**arguments, "--data.protocol": "continuation", "--model.method": "ProbePruning"}
+        for refresh in (16, 4):  # of 16 tokens that are scored: nothing is chosen again behind the last one
+            extra = ["--model.refresh", refresh, "--out", tmp_path / str(refresh)]
+            assert type_in("test", given, extra=extra) == 0
+        held, again = (self.rows(tmp_path / str(refresh))["pp"] for refresh in (16, 4))
+        assert held["flops_ratio_after_prompt"] < again["flops_ratio_after_prompt"]
+        assert held["perplexity"] != again["perplexity"]
+
+    def test_ablate(self, type_in, arguments, tmp_path):
+        given = {**arguments, "--data.protocol": "continuation", "--data.prefix": 8}
+        extra = ["--questions", "[rows,refresh]", "--ratios", "[0.4]", "--seeds", "[0]", "--out", tmp_path]
+        assert type_in("ablate", given, extra=extra) == 0
+        answers = json.loads((tmp_path / "ablation.json").read_text())["answers"]
+        assert {answer["question"] for answer in answers} == {"rows", "refresh"}
+        assert {path.name for path in tmp_path.glob("*.png")} == {"ablation-rows.png", "ablation-refresh.png"}
+        assert "times dense" in (tmp_path / "ablation.md").read_text()
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"--data.prefix": 8}, "prefix is for --data.protocol continuation"),
+            ({"--data.protocol": "continuation", "--data.prefix": 32}, "must leave something of a window"),
+            ({"--data.protocol": "continuation", "--model.prefill": -3}, "must not be negative"),
+            ({"--model.method": "WandaSP", "--model.prefill": "dense"}, "leave prefill and refresh out"),
+            ({"--model.refresh": 0}, "at least 1"),
+        ],
+    )
+    def test_mistakes_are_one_line(self, options, reason, type_in, arguments, tmp_path, capsys):
+        given = {**arguments, "--model.method": "ProbePruning", **options}
+        assert type_in("test", given, extra=["--out", tmp_path / "out"]) == 2
+        assert reason in refused(capsys)
+
+    def test_questions_about_what_follows_need_the_protocol(self, type_in, arguments, tmp_path, capsys):
+        assert type_in("ablate", arguments, extra=["--questions", "[prefix]", "--out", tmp_path]) == 2
+        assert "need --data.protocol continuation" in refused(capsys)
+
+    @pytest.mark.parametrize("seeds", ["[]", "[1,1]"])
+    def test_seeds_are_different_numbers(self, seeds, type_in, arguments, tmp_path, capsys):
+        assert type_in("compare", arguments, extra=["--seeds", seeds, "--out", tmp_path]) == 2
+        assert "seeds must be different numbers" in refused(capsys)
+
+
+def test_a_text_that_is_shorter_than_a_prompt():
+    data = LanguageModelling(window=32, protocol="continuation")
+    data._tokens_of = lambda source: torch.arange(10)
+    with pytest.raises(UserError, match="needs more than 16"):
+        data.test_batches()
+
+
+def _text(path):
+    from pp_lightning.data import TextFile
+
+    return TextFile(str(path))
+
+
+def _loaded(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(folder).float().eval(), AutoTokenizer.from_pretrained(folder)
