@@ -3,11 +3,14 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from pp_lightning.blocks import Block, BlockKey, BlockPlan
 from pp_lightning.errors import UserError
 from pp_lightning.functional.allocation import Removable, allocate, floor_count, relative_output_losses
+from pp_lightning.functional.budget import rounded_up
+from pp_lightning.functional.scores import energy_weight_norm
 from pp_lightning.methods.base import AllocationName, PruningMethod
 from pp_lightning.plan import Plan
 from pp_lightning.statistics import Statistics
@@ -159,4 +162,52 @@ def _removable(
     return Removable(losses, cost, plan.round_to, floor_count(plan.units.number, floor, plan.round_to))
 
 
-ALLOCATIONS: Mapping[str, Allocation] = {"uniform": uniform, "global": by_global_ranking}
+# Of outlier-weighed ratios (OWL, arXiv 2310.05175): a channel is an outlier that is so many times its block's mean, and
+# ratios spread by so much around the asked one.
+_OUTLIER, _SPREAD = 5.0, 0.08
+
+
+def by_outliers(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockKey, int]]:
+    """Ratios per layer, of the same mean: layers with more of their output's energy in outliers keep more.
+
+    Args:
+        plan: the uniform plan.
+        evidence: statistics of its layers.
+
+    Raises:
+        UserError: statistics are missing.
+    """
+    statistics = evidence.statistics
+    if statistics is None:
+        raise UserError("allocation=outliers needs calibration statistics: pass the result of calibrate()")
+    plan, keep = uniform(plan, evidence)
+    for block in (one for one in plan.blocks if one.ratio > 0):
+        keys = [key for key in keep if key[1] is block.block]
+        shares = torch.tensor([outlier_share(_output_energy(key, evidence, statistics)) for key in keys])
+        ratios = spread_ratios(block.ratio, shares, _SPREAD)
+        for key, ratio in zip(keys, ratios.tolist(), strict=True):
+            kept = block.units.number - int(ratio * block.units.number)
+            keep[key] = max(1, kept) if block.round_to == 1 else rounded_up(kept, block.units.number, block.round_to)
+    return plan, keep
+
+
+def _output_energy(key: BlockKey, evidence: Evidence, statistics: Statistics) -> Tensor:
+    weight = evidence.output_weights[key]
+    return statistics.energy(*key).to(weight.device) * energy_weight_norm(weight)
+
+
+def outlier_share(energies: Tensor) -> float:
+    """Fraction of the energies (C,) float32 that are more than :data:`_OUTLIER` times their mean."""
+    return float((energies > _OUTLIER * energies.mean()).float().mean())
+
+
+def spread_ratios(ratio: float, shares: Tensor, spread: float) -> Tensor:
+    """Ratios (L,) around ``ratio``, which is their mean, lower where the share (L,) of outliers is larger."""
+    width = float(shares.max() - shares.min())
+    if width == 0.0:
+        return torch.full_like(shares, ratio)
+    more = (shares - shares.min()) / width * 2 * spread
+    return (ratio - (more - more.mean())).clamp(0.0, 1.0)
+
+
+ALLOCATIONS: Mapping[str, Allocation] = {"uniform": uniform, "global": by_global_ranking, "outliers": by_outliers}

@@ -87,6 +87,7 @@ class Pruning:
     _sliced: dict[BlockKey, SlicedBlock] = field(default_factory=dict)
     _hooks: list[RemovableHandle] = field(default_factory=list)
     _can_undo: bool = True
+    _attention: str | None = None
 
 
 @torch.inference_mode(False)
@@ -199,6 +200,8 @@ def unprune_(model: PreTrainedModel) -> None:
         del block.runner.module.pruner
     for hook in pruning._hooks:
         hook.remove()
+    if pruning._attention is not None:
+        model.set_attn_implementation(pruning._attention)
     release(model)
     delattr(model, _ATTRIBUTE)
 
@@ -419,7 +422,13 @@ def _prune_dynamic(
     ]
     if method.probe_source == "previous":
         hooks += _publish_residuals(surgery, context)
-    return Pruning(method, plan, surgery.keep, surgery.shape, context, pruners, choices=whole, _hooks=hooks)
+    pruning = Pruning(method, plan, surgery.keep, surgery.shape, context, pruners, choices=whole, _hooks=hooks)
+    if method.weighs_tokens:
+        pruning._attention = model.config._attn_implementation
+        model.set_attn_implementation("eager")
+        owners = (block.module for (_, name), block in surgery.blocks.items() if name is Block.ATTENTION)
+        hooks += [owner.register_forward_hook(context.see_attention) for owner in owners]
+    return pruning
 
 
 def _publish_residuals(surgery: _Surgery, context: ModelContext) -> list[RemovableHandle]:

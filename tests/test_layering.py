@@ -12,7 +12,7 @@ PACKAGE = "pp_lightning"
 
 # Lowest first; a module imports its own layer and lower ones. A package stands for everything inside.
 LAYERS = [
-    {"errors", "interfaces", "progress", "saving"},
+    {"errors", "interfaces", "prefill", "progress", "saving"},
     {"records", "resume", "functional"},
     {"blocks"},
     {"families", "evidence"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"allocation"},
     {"pruned"},
     {"pruning"},
-    {"state", "freezing"},
+    {"state", "freezing", "continuation"},
     {"calibration", "gradients"},
     {"compilation", "counting"},
     {"flops", "checkpoints"},

@@ -42,6 +42,11 @@ def token_norms(states: Tensor) -> Tensor:
     return torch.linalg.vector_norm(states, dim=-1, dtype=torch.promote_types(states.dtype, torch.float32)).float()
 
 
+def token_sensitivity(states: Tensor, weight_norm: Tensor) -> Tensor:
+    """``sqrt(sum_d x_d^2 a_d)``: (B, S, D) of any dtype and a (D,) float32 to (B, S) float32."""
+    return torch.mv(states.float().square().flatten(0, 1), weight_norm).view(states.shape[:2]).sqrt()
+
+
 def select_probe(
     importance: Tensor,
     real: Tensor | None,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from pp_lightning.errors import UserError
+from pp_lightning.methods.after_ocp import AfterOCP
 from pp_lightning.methods.base import PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.methods.flap import FLAP
@@ -17,7 +18,7 @@ from pp_lightning.methods.wanda_sp import WandaSP
 
 METHODS: Mapping[str, type[PruningMethod]] = {
     method.label: method
-    for method in (FullBatchProbing, ProbePruning, Griffin, StaticPPsp, FLAP, WandaSP, LLMPruner, LoRAPrune)
+    for method in (FullBatchProbing, ProbePruning, AfterOCP, Griffin, StaticPPsp, FLAP, WandaSP, LLMPruner, LoRAPrune)
 }
 
 # Settings of these methods that have a name of their own.
@@ -43,6 +44,7 @@ __all__ = [
     "FLAP",
     "METHODS",
     "PRESETS",
+    "AfterOCP",
     "DynamicMethod",
     "FullBatchProbing",
     "Griffin",

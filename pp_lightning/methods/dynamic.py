@@ -40,12 +40,15 @@ class DynamicMethod(PruningMethod):
 
     Attributes:
         keeps_history: whether each pruned block carries a running second moment, started from the statistics.
+        weighs_tokens: whether :meth:`select` is told of each token's importance: what an MLP's input projections make
+            of it, and the attention that it got in the layer in front.
         momentum: m of the history's update ``H = m H + (1 - m) X^2``.
         seed: of the probes that are drawn by lot.
         prefill: how a prompt runs, unless :func:`~pp_lightning.prune_` is told.
     """
 
     keeps_history: ClassVar[bool] = True
+    weighs_tokens: ClassVar[bool] = False
     momentum: float = 0.99
     seed: int = 0
     prefill: Prefill = "probe"
@@ -88,6 +91,7 @@ class DynamicMethod(PruningMethod):
         sizes: tuple[int, int] | None = None,
         *,
         lots: Tensor | None = None,
+        importance: Tensor | None = None,
         mixes_tokens: bool = True,
     ) -> AnyProbe | None:
         """The part of the batch that runs ahead; None means all of it.
@@ -98,6 +102,7 @@ class DynamicMethod(PruningMethod):
             real: (B, S) bool, None where there is no padding.
             sizes: what :meth:`probe_sizes` gives for this batch, where the caller has it.
             lots: as many uniform numbers (float32) as :meth:`lots_needed` says, new ones for every choice.
+            importance: (B, S) float32, of each token, where the method weighs tokens and it is known.
             mixes_tokens: whether the block's front half lets tokens see each other, as attention does.
         """
 
@@ -155,6 +160,7 @@ class WholeBatchMethod(DynamicMethod):
         sizes: tuple[int, int] | None = None,
         *,
         lots: Tensor | None = None,
+        importance: Tensor | None = None,
         mixes_tokens: bool = True,
     ) -> AnyProbe | None:
         """Everything."""

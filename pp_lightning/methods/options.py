@@ -47,6 +47,28 @@ COMPENSATIONS: Mapping[str, Callable[[Tensor, Tensor | None], Tensor | None]] = 
 DRAWS: Mapping[str, Draw] = {"random": at_random, "stratified": one_a_stratum}
 
 
+def checked_part(setting: str, value: float) -> float:
+    """``value``, if it is a fraction that is not nothing.
+
+    Raises:
+        UserError: it is not in (0, 1].
+    """
+    if not 0.0 < value <= 1.0:
+        raise UserError(f"{setting} must be in (0, 1], not {value}")
+    return value
+
+
+def checked_weight(setting: str, value: float) -> float:
+    """``value``, if it can weigh one thing against another.
+
+    Raises:
+        UserError: it is not in [0, 1].
+    """
+    if not 0.0 <= value <= 1.0:
+        raise UserError(f"{setting} must be in [0, 1], not {value}")
+    return value
+
+
 def checked(setting: str, name: Name, choices: Iterable[str]) -> Name:
     """``name``, if it is one of ``choices``.
 

@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pp_lightning.errors import UserError
 from pp_lightning.functional import draws
 from pp_lightning.functional.budget import probe_rows, probe_tokens
 from pp_lightning.functional.compensation import channel_mean
@@ -14,7 +13,17 @@ from pp_lightning.functional.probe import select_probe, token_norms
 from pp_lightning.functional.scores import energy_about
 from pp_lightning.methods.base import BOTH_BLOCKS, AllocationName, BlockName, UnitName
 from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod, ProbeSource, Sight
-from pp_lightning.methods.options import COMPENSATIONS, DRAWS, SCORES, CompensationName, RankingName, ScoreName, checked
+from pp_lightning.methods.options import (
+    COMPENSATIONS,
+    DRAWS,
+    SCORES,
+    CompensationName,
+    RankingName,
+    ScoreName,
+    checked,
+    checked_part,
+    checked_weight,
+)
 from pp_lightning.prefill import Prefill
 
 
@@ -66,16 +75,10 @@ class ProbePruning(DynamicMethod):
         attention_unit: UnitName | None = None,
     ) -> None:
         super().__init__(probe_source, blocks, attention_unit)
-        for name, value in (("token_ratio", token_ratio), ("row_ratio", row_ratio)):
-            if not 0.0 < value <= 1.0:
-                raise UserError(f"{name} must be in (0, 1], not {value}")
-        for name, weight in (("momentum", momentum), ("fusion_weight", fusion_weight)):
-            if weight is not None and not 0.0 <= weight <= 1.0:
-                raise UserError(f"{name} must be in [0, 1], not {weight}")
-        self.token_ratio = token_ratio
-        self.row_ratio = row_ratio
-        self.momentum = momentum
-        self.fusion_weight = fusion_weight
+        self.token_ratio = checked_part("token_ratio", token_ratio)
+        self.row_ratio = checked_part("row_ratio", row_ratio)
+        self.momentum = checked_weight("momentum", momentum)
+        self.fusion_weight = None if fusion_weight is None else checked_weight("fusion_weight", fusion_weight)
         self.rank_by = checked("rank_by", rank_by, ("residual", "input", *DRAWS))
         self.score = checked("score", score, SCORES)
         self.compensation = None if compensation is None else checked("compensation", compensation, COMPENSATIONS)
@@ -148,6 +151,7 @@ class ProbePruning(DynamicMethod):
         sizes: tuple[int, int] | None = None,
         *,
         lots: Tensor | None = None,
+        importance: Tensor | None = None,
         mixes_tokens: bool = True,
     ) -> AnyProbe:
         """The tokens, then the rows, with the largest norms (steps 1 and 2), or a draw."""

@@ -11,9 +11,10 @@ from pp_lightning.blocks import Block, BlockKey
 from pp_lightning.functional.compensation import channel_mean, update_mean_
 from pp_lightning.functional.linear import wants_rows
 from pp_lightning.functional.moments import Places, placed_second_moment, second_moment, update_history_
-from pp_lightning.functional.probe import Arguments, probe_arguments
+from pp_lightning.functional.probe import Arguments, probe_arguments, token_sensitivity
+from pp_lightning.functional.scores import energy_weight_norm
 from pp_lightning.functional.selection import keep_best, unit_channels
-from pp_lightning.interfaces import current_forward
+from pp_lightning.interfaces import current_forward, effective_weight
 from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod
 from pp_lightning.pruned.cached_heads import CachedHeads
 from pp_lightning.pruned.choice import Choice, ExecutionPlan
@@ -68,6 +69,7 @@ class PrunedBlock(nn.Module):
     history: Tensor | None
     mean: Tensor | None
     weight_norm: Tensor
+    input_norm: Tensor | None
 
     def __init__(
         self,
@@ -96,8 +98,16 @@ class PrunedBlock(nn.Module):
         self._norm = (norm,)  # in a tuple: the layer owns it, not this module
         weight = runner.modules.scored_weight
         self.register_buffer("weight_norm", method.weight_norm(weight), persistent=False)
+        weighed = method.weighs_tokens and not self._mixes_tokens
+        self.register_buffer("input_norm", self._input_norm() if weighed else None, persistent=False)
         for name, start in (("history", history), ("mean", mean)):
             self.register_buffer(name, None if start is None else start.to(weight.device), persistent=False)
+
+    def _input_norm(self) -> Tensor:
+        """``sum W^2`` over all rows of the input projections: what each feature counts for, (D,) float32."""
+        modules = (self.runner.modules.projection(name) for name in self.runner.modules.inputs)
+        weights = [one.weight if self.runner.modules.is_linear(one) else effective_weight(one) for one in modules]
+        return torch.stack([energy_weight_norm(weight) for weight in weights]).sum(0)
 
     @property
     def norm(self) -> nn.Module | None:
@@ -145,6 +155,8 @@ class PrunedBlock(nn.Module):
         self.recomputing.attach()
         if self.runner.rebind():
             self.weight_norm.copy_(self.method.weight_norm(self.runner.modules.scored_weight))
+            if self.input_norm is not None:
+                self.input_norm.copy_(self._input_norm())
 
     def _ready(self, hidden: Tensor, given: Arguments) -> Ready | None:
         """Make ready for a batch: on the choice that is held, or on one that is made now.
@@ -296,7 +308,11 @@ class PrunedBlock(nn.Module):
         places = inputs.places if inputs.places is None else inputs.places_on(source.device)
         real = None if places is None else places.real
         lots = inputs.lots if inputs.lots is None else inputs.lots_of(self.index, self._mixes_tokens, source.device)
-        return self.method.select(residual, source, real, plan.probe_sizes, lots=lots, mixes_tokens=self._mixes_tokens)
+        weight = self.input_norm
+        importance = inputs.attended if weight is None else token_sensitivity(source, weight)
+        return self.method.select(
+            residual, source, real, plan.probe_sizes, lots=lots, importance=importance, mixes_tokens=self._mixes_tokens
+        )
 
     def _choice(self, states: Tensor, probe: AnyProbe | None, inputs: BatchInputs, *, shared: bool = False) -> Choice:
         """The units to keep for this batch, and what the others contribute to it on average.

@@ -358,6 +358,12 @@ class ModelContext:
             given = dict(zip(self._layer_names, args, strict=False)) | dict(kwargs)
             self.batch.entered = self._earlier(given[self._layer_names[0]])
 
+    def see_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of attention, where tokens are weighed by what they got of it, over heads and queries."""
+        if self.batch is not None and not self.batch.decoding:
+            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            self.batch.attended = weights.float().sum((1, 2)) if isinstance(weights, Tensor) else None
+
     def between_blocks(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of what meets the residual in front of an MLP: the next layer's attention probes it."""
         if self.batch is not None and not self.batch.decoding:

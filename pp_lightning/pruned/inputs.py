@@ -83,6 +83,7 @@ class BatchInputs:
         buffer: memory for one slice at a time; None takes fresh memory.
         rooms: memory for the slices that are left for decoding, by block; empty where none are.
         residuals: what entered the norm in front of a block.
+        attended: (B, S) float32, the attention that each token got in the layer in front; None where nobody told.
         entered: the residual that entered the current layer, for parallel probing.
         middle: the residual between the blocks of the layer in front, for parallel probing; None where there is none.
         plans: how the current layer's blocks run, by block; None where that is asked of :attr:`known_plans`.
@@ -112,6 +113,7 @@ class BatchInputs:
         self.buffer: Tensor | None = None
         self.rooms: dict[Any, Tensor] = {}
         self.residuals: dict[Any, Tensor] = {}
+        self.attended: Tensor | None = None
         self.entered: Earlier | None = None
         self.middle: Earlier | None = None
         self.plans: Mapping[Block, ExecutionPlan] | None = None
@@ -122,14 +124,14 @@ class BatchInputs:
         lots = None if self.lots is None else self.lots[index]
         one = BatchInputs(self.shape, self.places, lots, decoding=self.decoding, remember=self.remember)
         one.entered, one.middle, one.plans, one.buffer = self.entered, self.middle, plans, self.buffer
-        one.dense = self.dense
+        one.dense, one.attended = self.dense, self.attended
         one.states = {block: self.states[index, block] for block in plans}
         one.rooms = {block: self.rooms[index, block] for block in plans if plans[block].leaves}
         return one
 
     def take_results(self, index: int, one: "BatchInputs") -> None:
         """What a graph of one layer has left."""
-        self.middle = one.middle
+        self.middle, self.attended = one.middle, one.attended
         self.results |= {(index, block): result for block, result in one.results.items()}
 
     def plan(self, method: DynamicMethod, keep: int, number: int, leaves: bool) -> ExecutionPlan:

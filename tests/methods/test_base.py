@@ -3,13 +3,15 @@ import pytest
 from pp_lightning import Statistics, UserError
 from pp_lightning.blocks import AttentionUnit, Block
 from pp_lightning.importances import Importances
-from pp_lightning.methods import METHODS, FullBatchProbing, LLMPruner, LoRAPrune, ProbePruning, StaticMethod
+from pp_lightning.methods import METHODS, FullBatchProbing, Griffin, LLMPruner, LoRAPrune, ProbePruning, StaticMethod
 
 
 def test_labels():
     assert {label: method.__name__ for label, method in METHODS.items()} == {
         "full_batch": "FullBatchProbing",
         "pp": "ProbePruning",
+        "after_ocp": "AfterOCP",
+        "griffin": "Griffin",
         "ppsp": "StaticPPsp",
         "flap": "FLAP",
         "wanda_sp": "WandaSP",
@@ -23,10 +25,11 @@ def test_labels():
 class TestEveryMethod:
     def test_defaults(self, method):
         made = method()
-        assert made.blocks == (Block.ATTENTION, Block.MLP)
+        pruned = ["mlp"] if method is Griffin else ["attention", "mlp"]
+        assert [block.value for block in made.blocks] == pruned
         assert made.attention_unit is None
-        assert made.settings()["blocks"] == ["attention", "mlp"]
-        assert made.needs_statistics == (method is not FullBatchProbing)
+        assert made.settings()["blocks"] == pruned
+        assert made.needs_statistics == (method not in (FullBatchProbing, Griffin))
         assert made.evidence is (Importances if method in (LLMPruner, LoRAPrune) else Statistics)
 
     def test_settings_are_plain_and_complete(self, method):
@@ -34,7 +37,8 @@ class TestEveryMethod:
         assert settings["blocks"] == ["mlp"]
         assert settings["attention_unit"] == "kv_group"
         assert type(settings["attention_unit"]) is str
-        again = method(**{k: v for k, v in settings.items() if method is not FullBatchProbing or k != "probe_source"})
+        fixed = () if method is ProbePruning else ("probe_source",)
+        again = method(**{name: value for name, value in settings.items() if name not in fixed})
         assert again.settings() == settings
 
     def test_blocks_in_one_order(self, method):
@@ -64,6 +68,7 @@ def test_default_settings_are_the_published_ones():
         "scattered_mlp": False,
         "allocation": "uniform",
         "seed": 0,
+        "prefill": "probe",
         "blocks": ["attention", "mlp"],
         "attention_unit": None,
     }
