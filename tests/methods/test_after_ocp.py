@@ -6,6 +6,7 @@ import torch
 from pp_lightning import UserError, kept_units, prune_, unprune_
 from pp_lightning.allocation import outlier_share, spread_ratios
 from pp_lightning.blocks import Block
+from pp_lightning.evidence import fingerprint
 from pp_lightning.functional.probe import token_sensitivity
 from pp_lightning.methods import AfterOCP, WandaSP
 from pp_lightning.pruning import pruning_of
@@ -86,32 +87,21 @@ def test_ratios_keep_their_mean_and_favour_outliers():
     assert outlier_share(torch.tensor([1.0] * 9 + [91.0])) == pytest.approx(0.1)
 
 
-def test_layers_with_outliers_keep_more_channels():
+@pytest.mark.parametrize(("method", "allocation"), [(AfterOCP, None), (WandaSP, "outliers")])
+def test_layers_with_outliers_keep_more_channels(method, allocation):
     model, stats = tiny("llama"), statistics("llama")
     with torch.no_grad():
+        for layer in range(LAYERS):
+            weight = model.model.layers[layer].mlp.down_proj.weight
+            weight /= stats.energy(layer, Block.MLP).sqrt() * weight.norm(dim=0)  # all channels alike: no outliers
         model.model.layers[3].mlp.down_proj.weight[:, ::20] *= 12
-        for layer in (0, 1, 2, 4):
-            norms = model.model.layers[layer].mlp.down_proj.weight.norm(dim=0)
-            spread = stats.energy(layer, Block.MLP).sqrt() * norms
-            model.model.layers[layer].mlp.down_proj.weight /= spread  # all channels alike: no outliers
-    stats.model = _fingerprint(model)
-    prune_(model, AfterOCP(), stats, **{**BARE, "round_to": 1})
+    stats.model = fingerprint(model)
+    prune_(model, method(), stats, allocation=allocation, **{**BARE, "round_to": 1})
     keep = {layer: pruning_of(model).keep[layer, Block.MLP] for layer in range(LAYERS)}
     assert all(keep[3] > keep[layer] for layer in (0, 1, 2, 4))
-
-
-def test_the_allocation_is_there_for_other_methods():
-    model = pruned(method=WandaSP, allocation="outliers", round_to=1)
-    assert len({kept for (_, block), kept in pruning_of(model).keep.items() if block is Block.MLP}) > 1
 
 
 @pytest.mark.parametrize("setting", [{"token_ratio": 0.0}, {"row_ratio": 1.5}, {"momentum": -1.0}])
 def test_impossible_settings(setting):
     with pytest.raises(UserError, match="must be in"):
         AfterOCP(**setting)
-
-
-def _fingerprint(model):
-    from pp_lightning.evidence import fingerprint
-
-    return fingerprint(model)
