@@ -4,9 +4,13 @@ A probe reads all weights of its half of a block, so that a short prompt takes l
 prompt chooses at no extra arithmetic: what it computes anyway is the probe.
 """
 
+import json
 import math
+import os
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -39,6 +43,62 @@ def dense_below(prefill: Prefill, device: torch.device) -> float:
     if prefill not in known:
         raise UserError(f"prefill must be probe, dense, auto or a number of tokens, not {prefill!r}")
     return known[prefill]
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """From how many tokens on a probe pays, as ``pp-lightning benchmark --calibrate-break-even`` found it.
+
+    Attributes:
+        tokens: these; None where it never did.
+        seconds: of prompts, by tokens, ``dense`` and with a ``probe``.
+        pruning_ratio: fraction that was removed.
+        dtype: of the weights.
+        environment: machine and versions.
+    """
+
+    tokens: int | None
+    seconds: Mapping[int, Mapping[str, float]]
+    pruning_ratio: float
+    dtype: str
+    environment: Mapping[str, Any]
+
+    @property
+    def prefill(self) -> Prefill:
+        """What ``prune_`` is told."""
+        return "dense" if self.tokens is None else self.tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types, for the file."""
+        return {"form": _FORM, **asdict(self)}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "BreakEven":
+        """Read what was written.
+
+        Raises:
+            UserError: it is not such a file.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            if found.pop("form") != _FORM:
+                raise ValueError
+            tokens = found["tokens"]
+            if tokens is not None and (not isinstance(tokens, int) or tokens < 0):
+                raise ValueError
+            return cls(**found)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(
+                f"{path} is not a break-even file: make it with pp-lightning benchmark --calibrate-break-even"
+            ) from None
+
+
+_FORM = "pp-lightning break-even 1"
+
+
+def break_even_file(statistics_file: str | os.PathLike[str]) -> Path:
+    """Where the break-even of a model is kept: beside its statistics."""
+    return Path(statistics_file).with_suffix(".break-even.json")
 
 
 def checked_refresh(refresh: int | None) -> int | None:

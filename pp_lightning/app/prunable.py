@@ -23,7 +23,7 @@ from pp_lightning.methods.base import AllocationName
 from pp_lightning.methods.frozen import FrozenOnHistory
 from pp_lightning.methods.gradient import GradientMethod
 from pp_lightning.plan import make_plan
-from pp_lightning.prefill import Prefill
+from pp_lightning.prefill import BreakEven, Prefill, break_even_file
 from pp_lightning.pruning import check_family, is_pruned, prune_, pruning_of, unprune_
 from pp_lightning.recovery import Adapters, Recovered
 from pp_lightning.statistics import Statistics
@@ -166,7 +166,7 @@ class PrunableModule(L.LightningModule):
             unprune_(self.model)
         serving: dict[str, Any] = {}
         if isinstance(method, DynamicMethod) or not self.reuse:  # a table has static rows too, which have no prompts
-            serving = {"prefill": self.prefill, "refresh": self.refresh}
+            serving = {"prefill": self._prefill(method), "refresh": self.refresh}
         keep = {"keep_dense": self.reuse, "release_stats": not self.reuse}
         prune_(self.model, method, evidence, **amounts, **allocation, **keep, **serving)
         if self.recovered is not None:
@@ -255,6 +255,12 @@ class PrunableModule(L.LightningModule):
         if self.recovered is not None:  # its counts are recorded
             return None
         return "uniform" if self.uniform else self.allocation
+
+    def _prefill(self, method: PruningMethod) -> Prefill | None:
+        """How prompts run; ``auto`` by what was measured on this model, if its file is there."""
+        asked = getattr(method, "prefill", None) if self.prefill is None else self.prefill
+        file = None if self.statistics_file is None else break_even_file(self.statistics_file)
+        return BreakEven.load(file).prefill if asked == "auto" and file is not None and file.exists() else self.prefill
 
     def _ranks_globally(self, method: PruningMethod) -> bool:
         return (self._allocation or method.allocation) == "global"

@@ -17,13 +17,8 @@ from pp_lightning.blocks import ModelShape
 from pp_lightning.compilation import CompileMode, torch_mode
 from pp_lightning.families import shape_of
 from pp_lightning.flops import continued_flops, prompt_flops, pruned_flops
-from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.progress import Tell
 from pp_lightning.pruning import Pruning, is_pruned, pruning_of
-
-PROMPT_TOKENS = 64
-
-_DECODED = ("PP", "PP, compiled")  # of the dynamic variants; the others hold a choice as these do
 
 
 def decoding_rows(
@@ -31,7 +26,7 @@ def decoding_rows(
     models: Mapping[str, PreTrainedModel],
     variants: Mapping[str, Variant],
     dtype: MeasuredDtype,
-    batch: int,
+    case: Case,
     tell: Tell,
 ) -> list[Row]:
     """A prompt and the tokens after it. Prompts are eager here, so that compiled variants have no row for them.
@@ -41,24 +36,27 @@ def decoding_rows(
         models: by variant.
         variants: by name.
         dtype: of the weights.
-        batch: B.
+        case: rows and tokens of the prompts.
         tell: told what is going on.
     """
+    batch, prompt = case.rows, case.tokens
     settings, shape = subject.settings, shape_of(subject.model.config)
-    prompts = subject.batches(Case(batch, PROMPT_TOKENS))
-    names = [n for n, variant in variants.items() if _is_decoded(n, variant, compiled=settings.decode_compiled)]
+    prompts = subject.batches(case)
+    names = [
+        n for n, variant in variants.items() if variant.decodes and (settings.decode_compiled or not variant.compiled)
+    ]
     runners = {}
     for name in names:
-        shapes = batch, settings.decode_tokens
+        shapes = batch, prompt, settings.decode_tokens
         compiled = variants[name].compiled
         decoder = GraphDecoder(models[name], *shapes, settings.mode) if compiled else EagerDecoder(models[name])
         runners[name] = decoding_runner(decoder, prompts, settings.decode_tokens)
-    what = f"{dtype}, decoding {settings.decode_tokens} tokens at batch {batch}"
+    what = f"{dtype}, decoding {settings.decode_tokens} tokens at batch {batch} after {prompt}"
     samples = measured(what, runners, {}, settings, tell)
-    past = PROMPT_TOKENS + settings.decode_tokens // 2
+    past = prompt + settings.decode_tokens // 2
     prunings = {name: pruning_of(models[name]) if is_pruned(models[name]) else None for name in names}
     parts = {
-        "prompt": (PROMPT_TOKENS, {name: _prompt_flops(shape, one, batch) for name, one in prunings.items()}),
+        "prompt": (prompt, {name: _prompt_flops(shape, one, case) for name, one in prunings.items()}),
         "decoding": (1, {name: continued_flops(shape, one, batch, past).model for name, one in prunings.items()}),
     }
     return [
@@ -70,7 +68,7 @@ def decoding_rows(
             part=part,
             dtype=dtype,
             rows=batch,
-            tokens=PROMPT_TOKENS,
+            tokens=prompt,
             pruning_ratio=subject.ratio,
             flops_ratio=flops[name] / flops["dense"],
         )
@@ -118,16 +116,17 @@ class GraphDecoder(Decoder):
     Args:
         model: dense or pruned.
         rows: B.
+        prompt: tokens of a prompt.
         new_tokens: after each prompt.
         mode: torch.compile's mode.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int, new_tokens: int, mode: CompileMode) -> None:
+    def __init__(self, model: PreTrainedModel, rows: int, prompt: int, new_tokens: int, mode: CompileMode) -> None:
         super().__init__(model)
-        device, room = model.device, PROMPT_TOKENS + new_tokens
+        device, room = model.device, prompt + new_tokens
         self._step = torch.compile(model.__call__, mode=torch_mode(mode), fullgraph=True, dynamic=False)
         self._cache = StaticCache(config=model.config, max_cache_len=room)
-        self._positions = [torch.full((rows, 1), number, device=device) for number in range(PROMPT_TOKENS, room)]
+        self._positions = [torch.full((rows, 1), number, device=device) for number in range(prompt, room)]
         seen = torch.arange(room, device=device)
         self._masks = [(seen <= position[:, None, None]) for position in self._positions]
 
@@ -169,15 +168,11 @@ def decoding_runner(decoder: Decoder, prompts: Sequence[Tensor], new_tokens: int
     return run
 
 
-def _is_decoded(name: str, variant: Variant, *, compiled: bool) -> bool:
-    return (compiled or not variant.compiled) and (name in _DECODED or not isinstance(variant.method, DynamicMethod))
-
-
-def _prompt_flops(shape: ModelShape, pruning: Pruning | None, rows: int) -> int:
+def _prompt_flops(shape: ModelShape, pruning: Pruning | None, case: Case) -> int:
     """A prompt whose last tokens alone are projected to the vocabulary."""
-    size = rows, PROMPT_TOKENS
+    size = case.rows, case.tokens
     if pruning is None or pruning.context is None or pruning.context.runs_dense(*size):
         flops = prompt_flops(shape, pruning, *size)
     else:
         flops = pruned_flops(shape, pruning, *size, sliced_anyway=True)
-    return flops.layers + flops.outer + flops.vocabulary // PROMPT_TOKENS
+    return flops.layers + flops.outer + flops.vocabulary // case.tokens

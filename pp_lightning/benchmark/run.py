@@ -63,10 +63,11 @@ def _of_ratio(
     """Rows of one dtype and ratio, case by case. Its models are gone afterwards."""
     subject = Subject(settings, dtype, ratio)
     models = {name: subject.variant(variant) for name, variant in variants.items()}
+    whole = {name: model for name, model in models.items() if variants[name].whole}
     for case in settings.cases:
-        yield _Case(subject, models, variants, dtype, case, tell).rows()
-    for batch in settings.decode:
-        yield decoding_rows(subject, models, variants, dtype, batch, tell)
+        yield _Case(subject, whole, {name: variants[name] for name in whole}, dtype, case, tell).rows()
+    for case in [Case(rows, tokens) for rows in settings.decode for tokens in settings.prompts]:
+        yield decoding_rows(subject, models, variants, dtype, case, tell)
 
 
 def _measurable(settings: BenchmarkSettings, tell: Tell) -> list[MeasuredDtype]:

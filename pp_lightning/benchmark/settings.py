@@ -57,7 +57,8 @@ class BenchmarkSettings:
         batches: different batches, at least 8, that rounds go through in turn.
         blocks: also time one attention and one MLP block alone.
         decode: batch sizes to time decoding at; none leaves it out.
-        decode_tokens: tokens decoded per round, after a prompt of 64.
+        prompts: tokens of the prompts that decoding follows.
+        decode_tokens: tokens decoded per round after each prompt.
         decode_compiled: also decode with the whole model in one graph, where the variants have compiled ones.
         memory: also measure each variant's peak memory at the first case, in a process of its own.
         text: a UTF-8 file to cut the batches from; needed with a checkpoint, and gives perplexities too.
@@ -65,6 +66,10 @@ class BenchmarkSettings:
         device: ``cpu``, ``cuda``, ...; none takes an accelerator where there is one.
         threads: CPU threads; none leaves torch's choice.
         seed: of random weights and batches.
+        calibrate_break_even: measure nothing but from how many tokens on a probe of a prompt pays, for ``prefill``
+            ``auto``: one row, up to the tokens of the longest case. Written beside ``statistics``, or into the output
+            folder.
+        statistics: the statistics file that ``--model.statistics`` names elsewhere.
     """
 
     model: ModelChoice = field(default_factory=ModelChoice)
@@ -80,6 +85,7 @@ class BenchmarkSettings:
     batches: int = 8
     blocks: bool = True
     decode: list[int] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=lambda: [64])
     decode_tokens: int = 32
     decode_compiled: bool = True
     memory: bool = True
@@ -88,6 +94,8 @@ class BenchmarkSettings:
     device: str | None = None
     threads: int | None = None
     seed: int = 0
+    calibrate_break_even: bool = False
+    statistics: str | None = None
 
     def check(self) -> None:
         """Refuse what cannot be measured, before any work.
@@ -103,6 +111,8 @@ class BenchmarkSettings:
             raise UserError(f"mode {self.mode} records CUDA graphs in its second round: set warmup to at least 3")
         if any(case.rows < 1 or case.tokens < 2 for case in self.cases) or not self.cases:
             raise UserError("cases need at least 1 row and 2 tokens each")
+        if any(tokens < 2 for tokens in self.prompts) or not self.prompts:
+            raise UserError("prompts need at least 2 tokens each")
         if self.model.path is not None and self.text is None:
             raise UserError("a checkpoint is measured on real text: give a file with --text")
 

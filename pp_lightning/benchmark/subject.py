@@ -37,7 +37,8 @@ class Subject:
         self.ratio = ratio
         self.device = chosen_device(settings)
         torch.manual_seed(settings.seed)
-        self.longest = max([case.tokens for case in settings.cases] + ([256] if settings.decode else []))
+        decoded = [max(settings.prompts) + settings.decode_tokens, 256] if settings.decode else []
+        self.longest = max([case.tokens for case in settings.cases] + decoded)
         model = settings.model
         if model.path is None:
             self.model = random_model(model.shape, model.layers, self.longest, getattr(torch, dtype), self.device)

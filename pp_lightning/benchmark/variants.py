@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from pp_lightning.errors import UserError
 from pp_lightning.families import layers_of
-from pp_lightning.methods import FullBatchProbing, ProbePruning, PruningMethod, StaticPPsp
+from pp_lightning.methods import FullBatchProbing, Griffin, ProbePruning, PruningMethod, StaticPPsp
+from pp_lightning.prefill import Prefill
 from pp_lightning.pruning import prune_
 from pp_lightning.statistics import Statistics
 
@@ -21,10 +22,16 @@ class Variant:
     Attributes:
         method: how it is pruned; None is dense.
         compiled: whether its layers are compiled. It stands against the dense model that is, or is not, compiled too.
+        decodes: whether decoding is timed; ways to choose that hold a choice as others do need not be.
+        whole: whether batches without a cache are timed.
+        prefill: how prompts run; None is the method's own way.
     """
 
     method: PruningMethod | None
     compiled: bool
+    decodes: bool = True
+    whole: bool = True
+    prefill: Prefill | None = None
 
 
 VARIANTS: Mapping[str, Variant] = {
@@ -34,12 +41,18 @@ VARIANTS: Mapping[str, Variant] = {
     "static PPsp, compiled": Variant(StaticPPsp(), compiled=True),
     "PP": Variant(ProbePruning(), compiled=False),
     "PP, compiled": Variant(ProbePruning(), compiled=True),
-    "PP, best()": Variant(ProbePruning.best(), compiled=False),
-    "PP, best(), compiled": Variant(ProbePruning.best(), compiled=True),
-    "PP, parallel probing": Variant(ProbePruning(probe_source="previous"), compiled=False),
-    "PP, parallel probing, compiled": Variant(ProbePruning(probe_source="previous"), compiled=True),
-    "Full-Batch Probing": Variant(FullBatchProbing(), compiled=False),
-    "Full-Batch Probing, compiled": Variant(FullBatchProbing(), compiled=True),
+    "PP, prefill auto": Variant(ProbePruning(), compiled=False, whole=False, prefill="auto"),
+    "PP, prefill auto, compiled": Variant(ProbePruning(), compiled=True, whole=False, prefill="auto"),
+    "best for generation": Variant(ProbePruning.best(generation=True), compiled=False, whole=False),
+    "best for generation, compiled": Variant(ProbePruning.best(generation=True), compiled=True, whole=False),
+    "GRIFFIN (MLPs)": Variant(Griffin(), compiled=False, whole=False),
+    "GRIFFIN (MLPs), compiled": Variant(Griffin(), compiled=True, whole=False),
+    "PP, best()": Variant(ProbePruning.best(), compiled=False, decodes=False),
+    "PP, best(), compiled": Variant(ProbePruning.best(), compiled=True, decodes=False),
+    "PP, parallel probing": Variant(ProbePruning(probe_source="previous"), compiled=False, decodes=False),
+    "PP, parallel probing, compiled": Variant(ProbePruning(probe_source="previous"), compiled=True, decodes=False),
+    "Full-Batch Probing": Variant(FullBatchProbing(), compiled=False, decodes=False),
+    "Full-Batch Probing, compiled": Variant(FullBatchProbing(), compiled=True, decodes=False),
 }
 
 
@@ -95,5 +108,6 @@ def pruned_copy(
         skip_layers=skip_layers,
         round_to=round_to,
         keep_dense=False,
+        prefill=variant.prefill,
     )
     return copied

@@ -13,6 +13,7 @@ from pp_lightning.errors import UserError
 from pp_lightning.families import shape_of
 from pp_lightning.flops import continued_flops, dense_flops, prompt_flops
 from pp_lightning.methods import FLAP, FullBatchProbing, Griffin, ProbePruning, WandaSP
+from pp_lightning.prefill import BreakEven, break_even_file
 from pp_lightning.pruning import pruning_of
 from tests.app.test_cli import refused
 from tests.models import SETTINGS, choices, ids, logits, ragged, statistics, tiny
@@ -163,6 +164,16 @@ class TestCommandLine:
         found = self.rows(tmp_path)["pp"]
         assert found["flops_ratio_after_prompt"] < 0.9
         assert (found["probe_share"] == 0) == dense
+
+    @pytest.mark.parametrize(("tokens", "dense"), [(4 * 16, False), (4 * 16 + 1, True), (None, True)])
+    def test_auto_takes_what_was_measured(self, tokens, dense, type_in, arguments, tmp_path):
+        file = tmp_path / "stats.safetensors"
+        found = BreakEven(tokens, {}, 0.4, "float32", {})
+        break_even_file(file).write_text(json.dumps(found.as_dict()))
+        given = {**arguments, "--data.protocol": "continuation", "--model.method": "ProbePruning"}
+        extra = ["--model.prefill", "auto", "--model.statistics", file, "--out", tmp_path / "out"]
+        assert type_in("test", given, extra=extra) == 0
+        assert (self.rows(tmp_path / "out")["pp"]["probe_share"] == 0) == dense
 
     def test_choosing_again_has_its_price(self, type_in, arguments, tmp_path):
         given = {**arguments, "--data.protocol": "continuation", "--model.method": "ProbePruning"}

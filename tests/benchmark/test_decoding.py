@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from pp_lightning.benchmark import run_benchmark
-from pp_lightning.benchmark.decoding import PROMPT_TOKENS, EagerDecoder, GraphDecoder
+from pp_lightning.benchmark.decoding import EagerDecoder, GraphDecoder
 from pp_lightning.benchmark.settings import BenchmarkSettings, Case
 from pp_lightning.methods import FullBatchProbing, WandaSP
 from tests.models import ids
 from tests.test_generation import pruned
 
-NEW = 6
+PROMPT, NEW = 64, 6
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +34,9 @@ def decoded(decoder, prompt):
 def test_both_decoders_say_the_same(name, method):
     """A mask or a position that is off by one would change the logits."""
     eager, graph = (pruned(name, method=method) for _ in range(2))
-    graph = GraphDecoder(graph, 2, NEW, "default")
+    graph = GraphDecoder(graph, 2, PROMPT, NEW, "default")
     for seed in (1, 2):
-        prompt = ids(2, PROMPT_TOKENS, seed)
+        prompt = ids(2, PROMPT, seed)
         expected = decoded(EagerDecoder(eager), prompt)
         torch.testing.assert_close(decoded(graph, prompt), expected, rtol=1e-4, atol=1e-5)
 

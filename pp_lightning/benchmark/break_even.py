@@ -1,0 +1,78 @@
+"""From how many tokens on a probe of a prompt pays: measured on the model at hand, for ``prefill="auto"``."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from pp_lightning.benchmark.clock import stopwatch_for
+from pp_lightning.benchmark.settings import BenchmarkSettings, Case
+from pp_lightning.benchmark.subject import Subject
+from pp_lightning.benchmark.timing import Runner, measured
+from pp_lightning.benchmark.variants import VARIANTS, Variant
+from pp_lightning.methods import ProbePruning
+from pp_lightning.prefill import BreakEven
+from pp_lightning.progress import Tell
+from pp_lightning.records import environment
+
+_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+def measure_break_even(settings: BenchmarkSettings, tell: Tell = print) -> BreakEven:
+    """Time prompts of one row, dense and pruned by a probe, from 16 tokens up to what the settings' longest case has.
+
+    Args:
+        settings: model, first dtype, first ratio, device and threads, rounds.
+        tell: told what is going on, one line at a time.
+
+    Raises:
+        UserError: settings that cannot be measured.
+    """
+    settings.check()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    dtype, ratio = settings.dtypes[0], settings.ratios[0]
+    subject = Subject(settings, dtype, ratio)
+    probing = subject.variant(Variant(ProbePruning(), compiled=False, prefill="probe"))
+    models = {"dense": subject.variant(VARIANTS["dense"]), "probe": probing}
+    found: dict[int, dict[str, float]] = {}
+    for tokens in [size for size in _SIZES if size <= subject.longest]:
+        prompts = subject.batches(Case(1, tokens))
+        runners = {name: _prompt_runner(model, prompts) for name, model in models.items()}
+        samples = measured(f"prompts of {tokens} tokens", runners, {}, settings, tell)
+        found[tokens] = {name: statistics.median(samples[name].seconds["prompt"]) for name in models}
+    return BreakEven(
+        tokens=first_that_pays(found),
+        seconds=found,
+        pruning_ratio=ratio,
+        dtype=dtype,
+        environment=environment(subject.device, 1),
+    )
+
+
+def first_that_pays(seconds: Mapping[int, Mapping[str, float]]) -> int | None:
+    """The fewest tokens from which on no measured prompt was slower with a probe; None where the longest was."""
+    found = None
+    for tokens in sorted(seconds, reverse=True):
+        if seconds[tokens]["probe"] > seconds[tokens]["dense"]:
+            break
+        found = tokens
+    return found
+
+
+def _prompt_runner(model: PreTrainedModel, prompts: Sequence[Tensor]) -> Runner:
+    """Runs a prompt. A token behind it, which is not timed, has the next prompt leave slices as when generating."""
+    clock = stopwatch_for(model.device)
+
+    def run(index: int) -> Mapping[str, float]:
+        cache = DynamicCache(config=model.config)
+        clock.mark()
+        out = model(input_ids=prompts[index], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        clock.mark()
+        (seconds,) = clock.laps()
+        model(input_ids=out.logits.argmax(-1), past_key_values=cache, use_cache=True)
+        return {"prompt": seconds}
+
+    return run
