@@ -17,7 +17,7 @@ from pp_lightning.commonsense.prefixes import beginnings, continuation_states, w
 from pp_lightning.methods import FLAP, ProbePruning, WandaSP
 from tests.commonsense.samples import data_of, tiny_model, write_samples
 from tests.commonsense.test_evaluate import plain
-from tests.commonsense.test_prefixes import ASKED, question
+from tests.commonsense.test_prefixes import ASKED, decoder_calls, question
 from tests.commonsense.test_scoring import SMALL, all_scores, reference, statistics
 
 DYNAMIC: dict[str, Any] = {
@@ -249,6 +249,14 @@ def test_windows_of_attention_shorter_than_the_contexts(window: int, method: str
     load_pruning_state(model, state)
     prompts = [[3, 4, 5, 6, 7, 8, 9, 10], [13, 14, 15, 16, 17], [23, 24, 25, 26, 27, 28, 29]]
     assert found.tolist() == pytest.approx(by_plain_calls(model, ASKED, prompts, [0, 0, 0, 1, 1, 2, 2]), abs=1e-4)
+
+
+@pytest.mark.parametrize(("choose_on", "passes"), [("row", 1), ("context", 2)])
+def test_evaluations_run_as_the_data_says(choose_on: str, passes: int, tmp_path: Path) -> None:
+    data, model = data_of(write_samples(tmp_path), "metaspace", choose_on=choose_on), pruned()
+    with decoder_calls(model) as shapes:
+        evaluate_tasks(model, data)
+    assert len(shapes) == passes * sum(data.num_batches(task) for task in data.tasks)
 
 
 def test_results_of_another_setting_are_not_taken(tmp_path: Path) -> None:
