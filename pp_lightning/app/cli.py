@@ -217,6 +217,8 @@ class PruningCLI(LightningCLI):
         else:
             scored = "all rows" if data.limit is None else f"the first {data.limit} rows of each task"
             what = f"{scored}, batches of whole questions, {data.batch_size} rows at most, window {data.window}"
+            if data.choose_on == "context":
+                what += ", chosen on contexts alone"
         return (
             f"{what}, {dtype}; "
             f"{machine['device_name']}, {machine['threads']} threads, {machine['processes']} process(es); {versions}"

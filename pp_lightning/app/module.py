@@ -15,6 +15,7 @@ from pp_lightning.app.recovery import RecoveryRun, described, recovery_callbacks
 from pp_lightning.app.results import Evaluation
 from pp_lightning.app.scoring import Scoring, scoring_for
 from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer, new_model
+from pp_lightning.commonsense import CommonsenseData
 from pp_lightning.compilation import Compilation, compile_, uncompile_
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.windows import Batch
@@ -164,6 +165,8 @@ class PrunedLM(PrunableModule):
         if data.window > limit:
             asked = f"windows of {data.window} tokens"
             raise UserError(f"{asked} exceed the model's {limit} positions: lower --data.window")
+        if isinstance(data, CommonsenseData):
+            data.check_refresh(self.refresh)
         self.check_plan(self.method, self.pruning_ratio, data.window)
 
     def on_test_start(self) -> None:

@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 from pp_lightning.app.metrics import BatchMeanPerplexity, Perplexity
 from pp_lightning.app.results import FlopsRatios, Timing
 from pp_lightning.commonsense import CommonsenseData, TaskResults, evaluate_tasks
+from pp_lightning.commonsense.batching import RowBatch
+from pp_lightning.commonsense.prefixes import beginnings, remainders, with_prompts
+from pp_lightning.commonsense.scoring import chooses_per_batch
 from pp_lightning.continuation import continued_logits, pieces, refresh_of
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import LanguageModelling
@@ -147,7 +150,11 @@ class ContinuationScoring(TextScoring):
 
 
 class TaskScoring(Scoring):
-    """Accuracies of multiple-choice tasks."""
+    """Accuracies of multiple-choice tasks.
+
+    FLOPs are those of whole rows: what a question's rows have in common counts for each of them. Where a dynamic method
+    chooses on contexts, they are those of the two passes that it makes; the dense model's are counted the same way.
+    """
 
     data: CommonsenseData
 
@@ -164,9 +171,24 @@ class TaskScoring(Scoring):
     def step(self, model: PreTrainedModel, batch: Any) -> None:
         """Evaluate every task."""
         self.results = evaluate_tasks(model, self.data, progress=self.progress, resume_file=self.resume_file)
+        continues = self.data.choose_on == "context" and chooses_per_batch(model)
         for task in self.data.tasks:
             for choices in self.data.test_batches(task):
-                self.count_flops(model, *choices["input_ids"].shape)
+                if continues:
+                    self._count_two_passes(model, with_prompts(choices))
+                else:
+                    self.count_flops(model, *choices["input_ids"].shape)
+
+    def _count_two_passes(self, model: PreTrainedModel, batch: RowBatch) -> None:
+        """Note the FLOPs of the contexts, each once, and of what follows them."""
+        shape, pruning = shape_of(model.config), pruning_of(model)
+        (contexts, past), (rows, tokens) = (one(batch).input_ids.shape for one in (beginnings, remainders))
+        dense, actual = (
+            (prompt_flops(shape, one, contexts, past), continued_flops(shape, one, rows, past, tokens))
+            for one in (None, pruning)
+        )
+        self.flops.append((dense[0] + dense[1], actual[0] + actual[1]))
+        self.after.append((dense[1], actual[1]))
 
     def figures(self) -> dict[str, Any]:
         """Accuracies of each task and their mean."""

@@ -88,6 +88,20 @@ def group_questions(
     return groups
 
 
+def longest_context_first(questions: Sequence[EncodedQuestion]) -> list[EncodedQuestion]:
+    """Questions by the tokens that their rows have in common, descending: answers have no say in the order.
+
+    Those whose rows have nothing in common are spread evenly among the others, so that no batch is left without a
+    context that does not depend on the answer.
+    """
+    common = {id(question): common_tokens(question.rows) for question in questions}
+    ordered = sorted((one for one in questions if common[id(one)]), key=lambda one: -common[id(one)])
+    others, step = [one for one in questions if not common[id(one)]], len(ordered)
+    for number, question in enumerate(others):
+        ordered.insert(number + number * step // len(others), question)
+    return ordered
+
+
 def collate_questions(group: Sequence[EncodedQuestion], pad_id: int) -> ChoiceBatch:
     """One batch of these questions.
 
@@ -143,10 +157,13 @@ def _beginnings(
     members: list[list[EncodedRow]] = [[] for _ in groups]
     for row, index in zip(rows, row_input, strict=True):
         members[prefix_of_input[index]].append(row)
-    return prefix_of_input, [_common_tokens(group) for group in members]
+    return prefix_of_input, [common_tokens(group) for group in members]
 
 
-def _common_tokens(rows: Sequence[EncodedRow]) -> int:
+def common_tokens(rows: Sequence[EncodedRow]) -> int:
+    """Tokens that all rows begin with, up to the first position that predicts something in one of them."""
+    if len({row.cut for row in rows}) > 1:  # they begin at different places of the context
+        return 0
     limit = min(_positions(row).start for row in rows)
     columns = zip(*(row.inputs[:limit] for row in rows), strict=True)
     return next((index for index, column in enumerate(columns) if len(set(column)) > 1), limit)

@@ -6,15 +6,17 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from pp_lightning.commonsense.batching import ChoiceBatch, collate_questions, group_questions
+from pp_lightning.commonsense.batching import ChoiceBatch, collate_questions, group_questions, longest_context_first
 from pp_lightning.commonsense.encoding import EncodedQuestion, encode_questions
 from pp_lightning.commonsense.reading import digest, read_questions
 from pp_lightning.commonsense.rows import Question
+from pp_lightning.commonsense.scoring import ChooseOn
 from pp_lightning.commonsense.tasks import TASK_NAMES, task_named
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.sources import C4, TextSource
 from pp_lightning.data.training import TrainingRows
 from pp_lightning.errors import UserError
+from pp_lightning.methods.options import checked
 
 
 class CommonsenseData(EvaluationData):
@@ -31,6 +33,9 @@ class CommonsenseData(EvaluationData):
             batch, so this is part of the result.
         longest_first: batch questions of similar length together, longest first, which wastes little on padding. False
             keeps the order of the data set, as the published code does; dense and static models score the same.
+        choose_on: what a dynamic method chooses on: ``row``, the whole rows of a batch, or ``context``, their contexts
+            without their last token. Its choice is then held while that token and the continuations are run, and
+            questions are batched by the length of their contexts, not of their rows.
         limit: only the first rows of each task; none takes all.
         calibration_samples: calibration windows. The paper uses 2000.
         seed: of the calibration windows, and of the order of training rows.
@@ -49,6 +54,7 @@ class CommonsenseData(EvaluationData):
         calibration_samples: int = 2000,
         seed: int = 0,
         train: list[TextSource] | TrainingRows | None = None,
+        choose_on: ChooseOn = "row",
     ) -> None:
         length = 512 if window is None else window
         super().__init__(calibration or C4(), calibration_samples, length, batch_size, seed, train)
@@ -61,6 +67,7 @@ class CommonsenseData(EvaluationData):
         for name in self.tasks:
             task_named(name)
         self.longest_first = longest_first
+        self.choose_on: ChooseOn = checked("choose_on", choose_on, ("row", "context"))
         self.limit = limit
         self._questions: dict[str, list[Question]] = {}
         self._groups: dict[str, list[list[EncodedQuestion]]] = {}
@@ -84,6 +91,15 @@ class CommonsenseData(EvaluationData):
                     raise UserError(f"{questions[0].origin}: these are the rows of {other}, not of {task}")
             self._questions[task] = questions
         return self._questions[task]
+
+    def check_refresh(self, refresh: int | None) -> None:
+        """Refuse a model that would choose again by the tokens of answers.
+
+        Raises:
+            UserError: ``refresh`` is set, and the choice is to be the context's.
+        """
+        if refresh is not None and self.choose_on == "context":
+            raise UserError("refresh would choose by the tokens of answers: leave it out with choose_on=context")
 
     def num_batches(self, task: str, rank: int = 0, world: int = 1) -> int:
         """How many batches :meth:`test_batches` has."""
@@ -109,10 +125,12 @@ class CommonsenseData(EvaluationData):
 
     def evaluation_settings(self) -> dict[str, Any]:
         """Everything that the scores depend on beside the model: window, batches, and a digest of each task's rows."""
+        longest = "context" if self.choose_on == "context" else "question"
         return {
             "window": self.window,
             "batch_size": self.batch_size,
-            "order": "longest question first" if self.longest_first else "as in the data set",
+            "order": f"longest {longest} first" if self.longest_first else "as in the data set",
+            "choose_on": self.choose_on,
             "limit": self.limit,
             "tasks": {task: self._describe_task(task) for task in self.tasks},
         }
@@ -129,5 +147,8 @@ class CommonsenseData(EvaluationData):
     def _share(self, task: str, rank: int, world: int) -> list[list[EncodedQuestion]]:
         if task not in self._groups:
             encoded = encode_questions(self.tokenizer, self.questions(task), self.window)
-            self._groups[task] = group_questions(encoded, self.batch_size, longest_first=self.longest_first)
+            by_row = self.longest_first and self.choose_on == "row"
+            if self.longest_first and not by_row:
+                encoded = longest_context_first(encoded)
+            self._groups[task] = group_questions(encoded, self.batch_size, longest_first=by_row)
         return self._groups[task][rank::world]

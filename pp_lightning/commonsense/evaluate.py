@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from pp_lightning.commonsense.datamodule import CommonsenseData
 from pp_lightning.commonsense.metric import ACCURACIES, MultipleChoice
+from pp_lightning.commonsense.prefixes import with_prompts
 from pp_lightning.commonsense.scoring import check_window, score_batch
 from pp_lightning.pruning import is_pruned, pruning_of
 from pp_lightning.resume import ResumeFile
@@ -113,13 +114,21 @@ def evaluate_tasks(
 
     Raises:
         UserError: a row cannot be used (all rows are checked before the model is run), the window exceeds the model,
-            logits are not finite, or ``resume_file`` belongs to an evaluation with other settings.
+            logits are not finite, ``resume_file`` belongs to an evaluation with other settings, or the choice is
+            to be made on contexts and a batch has none, or it would be made again by answers (``refresh``).
     """
     check_window(model, data.window)
     for task in data.tasks:
         data.num_batches(task)
     settings, state = data.evaluation_settings(), pruning_state(model)
-    finished = ResumeFile(resume_file, {"model": describe_model(model, state), **settings}, FORMAT)
+    described = describe_model(model, state)
+    context = pruning_of(model).context if is_pruned(model) else None
+    if context is not None and data.choose_on == "context":
+        data.check_refresh(context.refresh)
+        for batch in (batch for task in data.tasks for batch in data.test_batches(task)):
+            with_prompts(batch)
+        described["dense prompts"] = context.dense_below
+    finished = ResumeFile(resume_file, {"model": described, **settings}, FORMAT)
     results: dict[str, TaskResult] = {}
     was_training = model.training
     model.eval()
@@ -158,7 +167,7 @@ def _evaluate_task(model: PreTrainedModel, data: CommonsenseData, task: str, pro
     for number, batch in enumerate(data.test_batches(task, rank, world)):
         if progress is not None and number == 0:
             progress(task, 0, total)
-        metric.update(score_batch(model, batch), batch)
+        metric.update(score_batch(model, batch, choose_on=data.choose_on), batch)
         if progress is not None:
             progress(task, number + 1, total)
     computed = {name: None if math.isnan(value) else value for name, value in metric.compute().items()}

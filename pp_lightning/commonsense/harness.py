@@ -12,7 +12,8 @@ length, longest first, and cuts the sorted list into batches. Rows of one questi
 a batch mixes questions, even tasks. A dynamic method chooses units for such a batch, and its history moves from the
 longest to the shortest texts, so the numbers depend on the batch size and on which tasks run together. The batch size
 is therefore fixed (``auto`` is refused) and stored with the results, and :func:`run_harness` runs one task at a time,
-each from the same histories. Dense and statically pruned models do not depend on any of it.
+each from the same histories. Dense and statically pruned models do not depend on any of it. The choice is made
+on whole rows here: ``choose_on=context`` is for ``--data commonsense``, whose batches hold whole questions.
 """
 
 import sys

@@ -1,7 +1,8 @@
 """Running the beginning that a question's rows share only once.
 
 For models whose layers treat every token of every row alike, dense or statically pruned, this gives the same states as
-running whole rows. A dynamic method chooses on whole rows, so it never comes here.
+running whole rows. A dynamic method comes here only where it is to choose on contexts: the beginnings are its prompt,
+and what follows is run under the choice that they made.
 
 Shapes: G beginnings, P tokens of the longest, I inputs, T tokens of the longest remainder, D hidden size.
 """
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from pp_lightning.commonsense.batching import RowBatch
+from pp_lightning.errors import UserError
 
 # Two passes over fewer tokens cost more launches than one: below this saving whole rows are run.
 _WORTHWHILE = 0.9
@@ -38,12 +40,34 @@ def worth_sharing(batch: RowBatch, config: PreTrainedConfig) -> bool:
     return tokens < _WORTHWHILE * batch["input_ids"].numel()
 
 
+def with_prompts(batch: RowBatch) -> RowBatch:
+    """The same rows, whose beginnings are what a dynamic method chooses on; nothing that is scored is in them.
+
+    It is what the rows of a question have in common in front of the position that predicts the first scored token. In
+    WinoGrande that ends where the options differ. Rows with nothing in common have a beginning of their own, up to that
+    position; it may be empty, and then has no say in the choice.
+
+    Raises:
+        UserError: all beginnings are empty.
+    """
+    shared, owner, rows = batch["prefix_tokens"], batch["prefix_of_input"], batch["row_input"]
+    whole = torch.full_like(owner, batch["input_ids"].shape[1])
+    first = whole.scatter_reduce(0, rows[batch["target_row"]], batch["target_position"], "amin")
+    together = shared[owner] > 0
+    alone = len(shared) + torch.arange(len(owner), device=owner.device)
+    names, groups = torch.where(together, owner, alone).unique(return_inverse=True)
+    tokens = torch.zeros_like(names).scatter_(0, groups, torch.where(together, shared[owner], first))
+    if int(tokens.max()) < 1:
+        raise UserError("a batch has no context in front of its answers: use a larger batch size, or choose_on=row")
+    return {**batch, "prefix_of_input": groups, "prefix_tokens": tokens}
+
+
 def continuation_states(decoder: nn.Module, batch: RowBatch, device: torch.device) -> Tensor:
     """The states that predict the batch's continuation tokens, (K, D).
 
     Args:
-        decoder: of a model whose layers are not pruned per batch.
-        batch: one that is worth sharing.
+        decoder: of a model whose layers are not pruned per batch, or of one that is to choose on the beginnings.
+        batch: one that is worth sharing, or :func:`with_prompts`.
         device: where the decoder is.
     """
     first, second = beginnings(batch), remainders(batch)

@@ -1,19 +1,21 @@
 """Log-likelihoods of continuations under a causal language model, dense or pruned.
 
 The decoder is run on the batch's inputs, and the vocabulary projection on the continuation's positions only. What a
-question's rows have in common is run once, except under dynamic pruning, which chooses on whole rows.
+question's rows have in common is run once, except under dynamic pruning that chooses on whole rows.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pp_lightning.commonsense.batching import RowBatch
-from pp_lightning.commonsense.prefixes import continuation_states, worth_sharing
+from pp_lightning.commonsense.prefixes import continuation_states, with_prompts, worth_sharing
 from pp_lightning.errors import UserError
 from pp_lightning.pruning import is_pruned, pruning_of
+
+ChooseOn = Literal["row", "context"]
 
 # Positions projected at a time: the float32 logits of a 128k vocabulary then take 0.25 GB, whatever the batch.
 _POSITIONS_AT_A_TIME = 512
@@ -31,7 +33,7 @@ class RowScores(NamedTuple):
     tokens: Tensor
 
 
-def score_batch(model: PreTrainedModel, batch: RowBatch) -> RowScores:
+def score_batch(model: PreTrainedModel, batch: RowBatch, *, choose_on: ChooseOn = "row") -> RowScores:
     """Score every row of a batch.
 
     Log-probabilities are float32, from float32 logits, and summed in float64.
@@ -39,28 +41,34 @@ def score_batch(model: PreTrainedModel, batch: RowBatch) -> RowScores:
     Args:
         model: LLaMA, Mistral, Qwen2, Qwen3 or OPT, in evaluation mode.
         batch: from :func:`~pp_lightning.commonsense.batching.collate_rows` or ``collate_questions``, on any device.
+        choose_on: what a dynamic method chooses on: ``row``, contexts and continuations, or ``context``, all contexts
+            of the batch without their last token. They fill a cache, and that token and the continuations are run under
+            the choice that is held. Other models score the same under both.
 
     Raises:
-        UserError: the model is not supported, or its logits are not finite.
+        UserError: the model is not supported, its logits are not finite, or there is no context to choose on.
     """
-    log_probabilities, _ = score_tokens(model, batch)
+    log_probabilities, _ = score_tokens(model, batch, choose_on=choose_on)
     return sum_rows(batch, log_probabilities)
 
 
 @torch.no_grad()
-def score_tokens(model: PreTrainedModel, batch: RowBatch, *, greedy: bool = False) -> tuple[Tensor, Tensor | None]:
+def score_tokens(
+    model: PreTrainedModel, batch: RowBatch, *, greedy: bool = False, choose_on: ChooseOn = "row"
+) -> tuple[Tensor, Tensor | None]:
     """Score every continuation token of a batch.
 
     Args:
         model: see :func:`score_batch`.
         batch: see :func:`score_batch`.
         greedy: also say where the token is the likeliest one of the vocabulary, which costs a pass over the logits.
+        choose_on: see :func:`score_batch`.
 
     Returns:
         Log-probabilities, (K,) float32, and whether each token is the likeliest, (K,) bool or None; on the CPU.
     """
     targets = batch["targets"].to(model.device)
-    predicting = _continuation_states(model, batch)
+    predicting = _continuation_states(model, batch, choose_on)
     head = model.get_output_embeddings()
     scores, hits = [], []
     parts = (tensor.split(_POSITIONS_AT_A_TIME) for tensor in (predicting, targets))
@@ -98,18 +106,22 @@ def check_window(model: PreTrainedModel, window: int) -> None:
         raise UserError(f"a window of {window} tokens exceeds the {longest} positions of the model: use a smaller one")
 
 
-def _continuation_states(model: PreTrainedModel, batch: RowBatch) -> Tensor:
+def _continuation_states(model: PreTrainedModel, batch: RowBatch, choose_on: ChooseOn) -> Tensor:
     """What the vocabulary projection is applied to, (K, D).
 
     The decoder is called as a module, by the path that pruning hooks into, so a pruned model sees the batch begin.
     """
     decoder, device = model.base_model, model.device
-    if not _chooses_per_batch(model) and worth_sharing(batch, model.config):
+    if chooses_per_batch(model):
+        if choose_on == "context":
+            return continuation_states(decoder, with_prompts(batch), device)
+    elif worth_sharing(batch, model.config):
         return continuation_states(decoder, batch, device)
     inputs = {"input_ids": batch["input_ids"].to(device), "attention_mask": batch["attention_mask"].to(device)}
     hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
     return hidden[batch["row_input"][batch["target_row"]].to(device), batch["target_position"].to(device)]
 
 
-def _chooses_per_batch(model: PreTrainedModel) -> bool:
+def chooses_per_batch(model: PreTrainedModel) -> bool:
+    """Whether a dynamic method prunes the model."""
     return is_pruned(model) and pruning_of(model).context is not None

@@ -255,6 +255,25 @@ def test_commonsense_tables(type_in, place, tmp_path):
     assert "accuracy, per character" in table
 
 
+def test_commonsense_chosen_on_contexts(type_in, place, tmp_path, capsys):
+    given = commonsense_arguments(place, tmp_path / "rows") | {"--data.choose_on": "context", "--data.tasks": "[piqa]"}
+    options = {"--methods": "[pp]", "--ratios": "[0.4]", "--out": tmp_path / "out"}
+    assert type_in("compare", given | options) == 0
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["data"]["choose_on"] == "context" and record["data"]["order"] == "longest context first"
+    dense, row = record["rows"]
+    assert dense["flops_ratio"] == 1 and row["flops_ratio_after_prompt"] < row["flops_ratio"] < 1
+    assert "chosen on contexts alone" in (tmp_path / "out" / "results.md").read_text()
+    capsys.readouterr()
+    for change, message in (
+        ({"--data.choose_on": "prompt"}, "choose_on"),
+        ({"--model.refresh": 8}, "refresh would choose by the tokens of answers"),
+    ):
+        assert type_in("compare", given | options | change | {"--out": tmp_path / "none"}) == 2
+        assert message in refused(capsys)
+        assert not (tmp_path / "none").exists()
+
+
 def test_interrupted_commonsense_run_resumes_at_its_task(type_in, place, tmp_path, monkeypatch):
     given = commonsense_arguments(place, tmp_path / "rows") | {
         "--model.method": "ProbePruning",
@@ -262,11 +281,11 @@ def test_interrupted_commonsense_run_resumes_at_its_task(type_in, place, tmp_pat
     }
     scored = []
 
-    def interrupted(model, batch, *, real=evaluate.score_batch):
+    def interrupted(model, batch, *, real=evaluate.score_batch, **given):
         scored.append(batch)
         if len(scored) == 4:
             raise KeyboardInterrupt
-        return real(model, batch)
+        return real(model, batch, **given)
 
     monkeypatch.setattr(evaluate, "score_batch", interrupted)
     try:

@@ -58,7 +58,8 @@ def all_scores(model: Any, data: Any, task: str) -> dict[tuple[int, int], float]
     scores = {}
     questions = [question for group in data._share(task, 0, 1) for question in group]
     rows = [(q.question.origin, i) for q in questions for i in range(len(q.rows))]
-    values = [s for batch in data.test_batches(task) for s in score_batch(model, batch).log_likelihood.tolist()]
+    scored = (score_batch(model, batch, choose_on=data.choose_on) for batch in data.test_batches(task))
+    values = [s for scores in scored for s in scores.log_likelihood.tolist()]
     for row, value in zip(rows, values, strict=True):
         scores[row] = value
     return scores
