@@ -39,6 +39,10 @@ def trace_dynamic(model: PreTrainedModel, rows: int, tokens: int) -> Graph:
         raise UserError(f"batches of {tokens} tokens are longer than the {context.num_positions} calibrated positions")
     if pruning.method.lots_needed(rows, tokens):
         raise UserError("a probe that is drawn anew for every batch fits no graph: rank it by residual or input")
+    if pruning.method.weighs_tokens:
+        raise UserError(
+            "a graph has no attention weights to rank a probe by: export ProbePruning, or freeze the choice"
+        )
     state = {label: tensor.clone() for label, tensor in context.tensors().items()}
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=model.device)
     last = context.last

@@ -524,3 +524,12 @@ def _head_counts(block: BlockModules, config: PreTrainedConfig) -> tuple[int, in
 def _mlp_sizes(block: BlockModules) -> tuple[int, bool]:
     roles = [part.role for own in block.inputs.values() for part in own]
     return _features(block.projection(block.output))[1], "gate" in roles
+
+
+def vocabulary_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """What a model makes of the last layer's states (..., D): logits (..., V) float32, scaled and capped as it does."""
+    logits: Tensor = model.get_output_embeddings()(states).float()
+    config = model.config
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -6,7 +6,7 @@ import torch
 from pp_lightning import UserError, calibrate, compile_, kept_units, prune_, unprune_
 from pp_lightning.blocks import AttentionUnit, Block
 from pp_lightning.families import FAMILIES as DESCRIBED
-from pp_lightning.families import blocks_of, layers_of, shape_of, shape_of_model
+from pp_lightning.families import blocks_of, layers_of, shape_of, shape_of_model, vocabulary_logits
 from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, WandaSP
 from pp_lightning.pruning import pruning_of
 from tests.models import (
@@ -118,6 +118,15 @@ def test_ratio_zero_is_the_stock_model_bit_for_bit(name):
     prune_(model, ProbePruning(blocks=FAMILIES[name].blocks), statistics(name), **{**SETTINGS, "pruning_ratio": 0.0})
     assert torch.equal(logits(model, ids()), logits(tiny(name), ids()))
     assert torch.equal(logits(model, **as_text(batch)), logits(tiny(name), **as_text(batch)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_scaled_and_capped_as_the_model_does(name):
+    model = tiny(name)
+    seen = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    expected = logits(model, ids())
+    torch.testing.assert_close(vocabulary_logits(model, seen[0]), expected, rtol=1e-5, atol=1e-5)
 
 
 def as_text(batch):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from pp_lightning.commonsense.batching import RowBatch
 from pp_lightning.commonsense.prefixes import continuation_states, with_prompts, worth_sharing
 from pp_lightning.errors import UserError
+from pp_lightning.families import vocabulary_logits
 from pp_lightning.pruning import is_pruned, pruning_of
 
 ChooseOn = Literal["row", "context"]
@@ -69,11 +70,10 @@ def score_tokens(
     """
     targets = batch["targets"].to(model.device)
     predicting = _continuation_states(model, batch, choose_on)
-    head = model.get_output_embeddings()
     scores, hits = [], []
     parts = (tensor.split(_POSITIONS_AT_A_TIME) for tensor in (predicting, targets))
     for states, tokens in zip(*parts, strict=True):
-        logits = head(states).float()
+        logits = vocabulary_logits(model, states)
         scores.append(-torch.nn.functional.cross_entropy(logits, tokens, reduction="none"))
         if greedy:
             hits.append(logits.argmax(-1) == tokens)

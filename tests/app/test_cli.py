@@ -156,7 +156,8 @@ def test_the_fit_config_runs_where_an_epoch_is_short(type_in, tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_parses(path, monkeypatch, capsys):
     trained = path.stem == "fit" or path.stem.endswith("_lora")
-    named = {"compare": "compare", "generation": "compare", "ablate": "ablate", "export": "export"}.get(path.stem, "test")
+    named = "compare" if path.stem == "generation" else path.stem
+    named = named if named in ("compare", "ablate", "export") else "test"
     command = "fit" if trained else named
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr(sys, "argv", ["pp-lightning", command, "--config", str(path), "--print_config"])
