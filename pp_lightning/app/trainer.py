@@ -144,7 +144,7 @@ class PruningTrainer(L.Trainer):
             datamodule: the data; calibration windows are drawn and calibrated on anew for every seed.
             questions: any of methods, probe_size, probe_shape, fusion, history, ranking, residual, score, compensation,
                 allocation, mlp_probe, weight, best_size, overlap; under ``--data.protocol continuation`` also
-                generation, prompt, prefix, rows, distance, refresh.
+                generation, prompt, prompt_weight, prefix, rows, distance, refresh.
             ratios: fractions removed.
             seeds: of the calibration windows and of drawn probes: perplexities are means over them. Given the same
                 ``--out``, an interrupted run goes on with what it had not measured yet.

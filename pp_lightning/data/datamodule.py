@@ -1,6 +1,6 @@
 """The LightningDataModule for language modelling: evaluation windows, calibration windows, training windows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,10 +10,16 @@ from torch.utils.data import DataLoader
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.sources import C4, TextSource, WikiText2
 from pp_lightning.data.training import TrainingRows
-from pp_lightning.data.windows import IGNORED_LABEL, Batch, batched, contiguous_windows, random_windows
+from pp_lightning.data.windows import IGNORED_LABEL, Batch, batched, contiguous_windows, random_windows, shuffled
 from pp_lightning.errors import UserError
 
 Protocol = Literal["contiguous", "paper", "continuation"]
+
+_ORDERS: Mapping[Protocol, str] = {
+    "contiguous": "as in the text",
+    "paper": "random starts",
+    "continuation": "random order of windows",
+}
 
 
 class LanguageModelling(EvaluationData):
@@ -29,8 +35,8 @@ class LanguageModelling(EvaluationData):
         calibration_samples: calibration windows. The paper uses 2000.
         protocol: ``contiguous`` (every token once, nothing dropped) or ``paper`` (random windows with replacement,
             last partial batch dropped, mean of batch means; only to stand beside the published numbers), or
-            ``continuation`` (contiguous windows whose first part is a prompt: a dynamic method chooses by it alone, its
-            choice is held, and the rest of the window is scored).
+            ``continuation`` (contiguous windows in random order, whose first part is a prompt: a dynamic method chooses
+            by the prompts of a batch alone, its choice is held, and the rest of the windows is scored).
         prefix: tokens of the prompt under ``continuation``; none takes half of the window.
         seed: seed of every random draw made here.
         limit_tokens: evaluate on this many tokens from the start of the text; None takes all.
@@ -81,7 +87,8 @@ class LanguageModelling(EvaluationData):
         if self.protocol == "continuation":
             self._require(len(tokens) > self.prefix, len(tokens), self.prefix)
             windows = [piece for piece in tokens.split(self.window) if len(piece) > self.prefix]
-            batches = batched(windows, self.batch_size, self._pad_id)
+            # neighbours would tell each other of the text between them: rows of a batch are strangers
+            batches = batched(shuffled(windows, self.seed), self.batch_size, self._pad_id)
             first, last = self.distances or (0, self.window)
             for batch in batches:
                 batch["labels"][:, : self.prefix + first] = IGNORED_LABEL
@@ -107,7 +114,7 @@ class LanguageModelling(EvaluationData):
             "protocol": self.protocol,
             "prefix": self.prefix if self.protocol == "continuation" else None,
             "seed": self.seed,
-            "order": "random starts" if self.protocol == "paper" else "as in the text",
+            "order": _ORDERS[self.protocol],
             "limit_tokens": self.limit_tokens,
             "text": self.text.describe(),
             "calibration": self.describe_calibration(),

@@ -37,6 +37,12 @@ def random_windows(tokens: Tensor, window: int, seed: int) -> list[Tensor]:
     return [tokens[start : start + window] for start in starts.tolist()]
 
 
+def shuffled(windows: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """The same windows in a seeded random order."""
+    generator = torch.Generator().manual_seed(seed)
+    return [windows[index] for index in torch.randperm(len(windows), generator=generator).tolist()]
+
+
 def document_windows(
     documents: Sequence[str], encode: Callable[[str], list[int]], window: int, samples: int, seed: int
 ) -> list[Tensor]:

@@ -119,14 +119,14 @@ def positions_held(places: Places, columns: Tensor, column_valid: Tensor) -> Ten
     return placed_count(held) > 0
 
 
-def fuse(probe: Tensor, history: Tensor, fusion_weight: float | Tensor | None) -> Tensor:
+def fuse(probe: Tensor, history: Tensor, fusion_weight: float | None) -> Tensor:
     """The probe's moment fused with the history's, elementwise: ``w P + (1 - w) H``.
 
     Args:
         probe: P, float32 of any shape, not negative.
         history: H, same shape.
-        fusion_weight: w, the weight of the probe, a number or 0-d float32. None scales by importance,
-            ``w = P / (P + H)`` (0 where both are 0), so that the larger of the two dominates.
+        fusion_weight: w, the weight of the probe. None scales by importance, ``w = P / (P + H)`` (0 where both are 0),
+            so that the larger of the two dominates.
     """
     if fusion_weight is not None:
         return torch.lerp(history, probe, fusion_weight)
@@ -141,7 +141,7 @@ def fused_energy(
     probe: Probe | ScatteredProbe | None,
     places: Places | None,
     history: Tensor,
-    fusion_weight: float | Tensor | None,
+    fusion_weight: float | None,
 ) -> tuple[Tensor, Tensor | int]:
     """The probe's second moment fused with the history at the probe's positions, summed over them (01-method, step 4).
 
@@ -152,7 +152,7 @@ def fused_energy(
         probe: where in the batch they come from; None where they are the whole batch's.
         places: positions of the whole batch; None where columns are positions and nothing is padding.
         history: (P_max, C) float32.
-        fusion_weight: weight of the probe, a number or 0-d float32; None scales by importance.
+        fusion_weight: weight of the probe; None scales by importance.
 
     Returns:
         The sum (C,) float32, and how many positions were summed.

@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pp_lightning.errors import UserError
 from pp_lightning.functional import draws
 from pp_lightning.functional.budget import probe_rows, probe_tokens
 from pp_lightning.functional.compensation import channel_mean
@@ -39,8 +38,6 @@ class ProbePruning(DynamicMethod):
         row_ratio: fraction of the batch's rows in the probe.
         momentum: m of the history's update ``H = m H + (1 - m) X^2``; 1 keeps the history as calibrated.
         fusion_weight: weight of the probe against the history, in [0, 1]; None scales by importance, ``P / (P + H)``.
-        calibration_tokens: how many tokens of the probe the history counts for: the probe's n tokens then weigh
-            ``n / (n + calibration_tokens)`` against it, whatever ``fusion_weight`` says. None leaves that alone.
         probe_source: ``current`` probes the residual that enters the block; ``previous`` an earlier one, so that the
             probe need not wait (parallel probing).
         rank_by: choose the probe by the norm of the ``residual`` or of the block's normalised ``input``, or draw it:
@@ -66,7 +63,6 @@ class ProbePruning(DynamicMethod):
         row_ratio: float = 0.05,
         momentum: float = 0.99,
         fusion_weight: float | None = None,
-        calibration_tokens: int | None = None,
         probe_source: ProbeSource = "current",
         rank_by: RankingName = "residual",
         score: ScoreName = "ppsp",
@@ -83,9 +79,6 @@ class ProbePruning(DynamicMethod):
         self.row_ratio = checked_part("row_ratio", row_ratio)
         self.momentum = checked_weight("momentum", momentum)
         self.fusion_weight = None if fusion_weight is None else checked_weight("fusion_weight", fusion_weight)
-        if calibration_tokens is not None and calibration_tokens < 1:
-            raise UserError(f"calibration_tokens must be at least 1, not {calibration_tokens}")
-        self.calibration_tokens = calibration_tokens
         self.rank_by = checked("rank_by", rank_by, ("residual", "input", *DRAWS))
         self.score = checked("score", score, SCORES)
         self.compensation = None if compensation is None else checked("compensation", compensation, COMPENSATIONS)
@@ -105,13 +98,13 @@ class ProbePruning(DynamicMethod):
 
         Args:
             seed: of the probes.
-            generation: what came out best for tokens that follow a prompt: it runs dense, and chooses by its own
-                states.
+            generation: what came out best for the tokens behind a prompt: it runs dense, chooses by its own states,
+                and counts as much as the history.
         """
         return cls(
             token_ratio=0.25,
             row_ratio=0.1,
-            fusion_weight=0.75,
+            fusion_weight=0.5 if generation else 0.75,
             rank_by="stratified",
             score="centered",
             compensation="probe",
@@ -183,24 +176,16 @@ class ProbePruning(DynamicMethod):
     ) -> Sight:
         """The probe's moment fused with the history at the selected positions (step 4), and the means to restore."""
         assert history is not None
-        real = None if places is None else places.real
-        real = real if probe is None else probe.real
-        energy, count = fused_energy(states, probe, places, history, self._weight(states, real))
+        energy, count = fused_energy(states, probe, places, history, self.fusion_weight)
         centred = SCORES[self.score].centred
         if self.compensation is None and not centred:
             return Sight(energy)
-        mean = channel_mean(states, real)
+        real = None if places is None else places.real
+        mean = channel_mean(states, real if probe is None else probe.real)
         restored = None if self.compensation is None else COMPENSATIONS[self.compensation](mean, running_mean)
         if centred:
             energy = energy_about(energy, count, mean, mean if restored is None else restored)
         return Sight(energy, restored)
-
-    def _weight(self, states: Tensor, real: Tensor | None) -> float | Tensor | None:
-        """Of a probe (b, s, C) with these real tokens (b, s) against the history."""
-        if self.calibration_tokens is None:
-            return self.fusion_weight
-        tokens = states.shape[0] * states.shape[1] if real is None else real.sum()
-        return tokens / (tokens + self.calibration_tokens)
 
     def weight_norm(self, weight: Tensor) -> Tensor:
         """The constant part of the score."""

@@ -5,7 +5,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from pp_lightning.methods import FLAP, FullBatchProbing, Griffin, ProbePruning, PruningMethod, StaticPPsp, WandaSP
+from pp_lightning.methods import (
+    FLAP,
+    AfterOCP,
+    FullBatchProbing,
+    Griffin,
+    ProbePruning,
+    PruningMethod,
+    StaticPPsp,
+    WandaSP,
+)
 from pp_lightning.methods.base import AllocationName
 
 
@@ -215,6 +224,7 @@ QUESTIONS: Mapping[str, Question] = {
             _full_batch(),
             _best("PP, best (ours)"),
             _generating("best for generation (ours)"),
+            Variant("after OCP", lambda seed: AfterOCP()),
             Variant("GRIFFIN (MLPs)", lambda seed: Griffin()),
             *_STATIC,
         ],
@@ -227,7 +237,16 @@ QUESTIONS: Mapping[str, Question] = {
             _paper("PP, dense prompt", prefill="dense"),
             _best("best"),
             _best("best, dense prompt", prefill="dense"),
+            _generating("best for generation"),
+            _generating("best for generation, no mean put back", compensation=None, score="energy"),
         ],
+        continues=True,
+    ),
+    "prompt_weight": Question(
+        "How much should a dense prompt count against the history?",
+        [_generating("0.5 (best for generation)", 0.5)]
+        + [_generating(f"{w:g}", w, fusion_weight=w) for w in (0.1, 0.25, 0.75, 1.0)],
+        axis="weight of the prompt",
         continues=True,
     ),
     "prefix": Question(
