@@ -124,8 +124,9 @@ def prune_(
         round_to: MLP channels are kept in multiples of this.
         attention_ratio: ratio for attention alone; None takes ``pruning_ratio``.
         mlp_ratio: ratio for MLPs alone; None takes ``pruning_ratio``.
-        allocation: ``uniform``, the same ratio in every layer that is not skipped, or ``global``, where one ranking
-            over the units of all layers decides at the same FLOPs; None takes the method's own.
+        allocation: ``uniform``, the same ratio in every layer that is not skipped; ``outliers``, ratios of the same
+            mean, lower in layers with more outliers; or ``global``, where one ranking over the units of all layers
+            decides at the same FLOPs; None takes the method's own.
         floor: fraction of its units that every block keeps under ``global``; None takes 0.35 in attention and 0.25 in
             MLPs, or 0.25 in both where that would leave too little to remove.
         keep_dense: keep a static method's dense weights for :func:`unprune_`. False saves their memory.

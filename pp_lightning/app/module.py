@@ -49,8 +49,9 @@ class PrunedLM(PrunableModule):
         mlp_ratio: the same for MLPs alone; none takes ``pruning_ratio``.
         skip_layers: layers left dense; the others lose more to make up for them.
         round_to: MLP channels are kept in multiples of this.
-        allocation: ``uniform`` or ``global``: one ranking over the units of all layers, none skipped, at the FLOPs that
-            uniform ratios would leave; none takes the method's own.
+        allocation: ``uniform``; ``outliers``, where layers with more outliers keep more (after OCP); or ``global``: one
+            ranking over the units of all layers, none skipped, at the FLOPs that uniform ratios would leave; none takes
+            the method's own.
         floor: fraction of its units that every block keeps under ``global``; none takes 0.35 in attention and 0.25 in
             MLPs, or 0.25 in both where that would leave too little to remove.
         uniform: keep the same number of units in every layer: no layer is skipped and no method ranks over layers. What

@@ -42,6 +42,31 @@ def test_contiguous_predicts_every_token_but_the_first_of_each_window(make, toke
     assert predicted == len(tokens) - windows
 
 
+def test_continuation_scores_what_follows_the_prompts_of_all_windows(make, tokenizer):
+    data = make(protocol="continuation", prefix=10)
+    tokens = tokenizer(data.text.text())["input_ids"]
+    batches = data.test_batches()
+    rows = [
+        row[mask.bool()].tolist()
+        for b in batches
+        for row, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
+    ]
+    windows = [tokens[start : start + 32] for start in range(0, len(tokens), 32)]
+    expected = [window for window in windows if len(window) > 10]
+    assert rows != expected and sorted(rows) == sorted(expected), "neighbours in the text do not share a batch by rule"
+    for batch in batches:
+        assert (batch["labels"][:, :10] == -100).all()
+        assert (batch["attention_mask"][:, :11] == 1).all(), "prompts have no padding"
+        assert torch.equal(batch["labels"][:, 10:] >= 0, batch["attention_mask"][:, 10:].bool())
+    again, other = (make(protocol="continuation", prefix=10, seed=seed).test_batches() for seed in (0, 1))
+    assert torch.equal(again[0]["input_ids"], batches[0]["input_ids"])
+    assert not torch.equal(other[0]["input_ids"], batches[0]["input_ids"])
+    data.distances = (3, 5)
+    for batch in data.test_batches():
+        assert (batch["labels"] >= 0).sum(1).max() <= 2
+        assert (batch["labels"][:, 13:15] >= 0).any() and (batch["labels"][:, 15:] == -100).all()
+
+
 def test_paper_protocol_drops_the_last_partial_batch(make, tokenizer):
     data = make(protocol="paper")
     tokens = tokenizer(data.text.text())["input_ids"]
