@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from pp_lightning import UserError, compile_, frozen_history, kept_units, prune_, pruning_state, unprune_
-from pp_lightning.blocks import AttentionUnit
-from pp_lightning.families import shape_of
+from pp_lightning.blocks import AttentionUnit, Block
+from pp_lightning.families import blocks_of, shape_of
 from pp_lightning.methods import FullBatchProbing, Griffin, ProbePruning, WandaSP
 from pp_lightning.pruning import pruning_of
 from tests.models import (
@@ -169,12 +169,13 @@ def test_generate_with_a_static_cache_equals_a_growing_one():
 
 
 @pytest.mark.slow
-def test_compiled_layers_run_dense_prompts():
-    expected = continued(pruned(), ids())
-    model = pruned()
+@pytest.mark.parametrize("method", ["paper", "generation"])
+def test_compiled_layers_run_dense_prompts(method):
+    model = pruned(method=METHODS[method])
     compilation = compile_(model)
-    close(continued(model, ids()), expected)
-    close(continued(model, ids(seed=4)), continued(pruned(), ids(seed=4)))
+    with frozen_history(model):
+        for seed in (0, 4):
+            close(continued(model, ids(seed=seed)), continued(pruned(method=METHODS[method]), ids(seed=seed)))
     assert len(compilation.graphs) >= 1
     assert logits(model, ids()).isfinite().all()
 
@@ -370,3 +371,28 @@ def test_every_stock_architecture_generates_from_a_dense_prompt():
         text = model.generate(ids(2), max_new_tokens=5, do_sample=False, pad_token_id=0)
         first = tiny(name)(input_ids=ids(2)).logits[:, -1].argmax(-1)
         assert torch.equal(text[:, ids(2).shape[1]], first), "the first token is the dense model's"
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_gqa", "opt"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_what_is_put_back_is_the_mean_over_the_prompt(name, fixed):
+    # A loop over a stock model: the prompt's mean of every channel that goes, through the output matrix, added to what
+    # the kept ones give. Nothing is in front of the one layer that is pruned, so that its states are the dense model's.
+    settings = {"pruning_ratio": 0.1, "skip_layers": (0, 1, 2, 3)}
+    method = lambda: ProbePruning(blocks=("mlp",), compensation="probe", score="centered")  # noqa: E731
+    model, dense, text = pruned(name, method, **settings), tiny(name), ids()
+    cache = StaticCache(config=model.config, max_cache_len=40) if fixed else None
+    found = continued(model, text, cache=cache)
+    kept = kept_units(model)[4].mlp
+    output = blocks_of(dense)[4, Block.MLP].projection(blocks_of(dense)[4, Block.MLP].output)
+    removed = torch.ones(output.in_features, dtype=torch.bool).index_fill(0, kept, False)
+
+    def with_means(module, args):
+        states = args[0].reshape(*text.shape, -1).clone()
+        states[:, PROMPT:, removed] = states[:, :PROMPT, removed].mean((0, 1))
+        return (states.reshape(args[0].shape),)
+
+    output.register_forward_pre_hook(with_means)
+    with torch.no_grad():
+        expected = dense(input_ids=text).logits
+    torch.testing.assert_close(found[1], expected[:, PROMPT:], rtol=1e-4, atol=2e-5)

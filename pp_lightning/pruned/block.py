@@ -201,7 +201,7 @@ class PrunedBlock(nn.Module):
             if inputs.since is not None and inputs.since.of(self.number) is not None:
                 self._choose_again(inputs.since, one)
             one.recent.add(self.number, inputs.as_batch(hidden))
-        return one.choices[self.number], one.slice_of(self.number, self.runner.slices)
+        return self.choice_of(one), one.slice_of(self.number, self.runner.slices)
 
     @torch.no_grad()
     def _choose_again(self, since: RecentInputs, one: Conversation) -> None:
@@ -210,7 +210,8 @@ class PrunedBlock(nn.Module):
         assert seen is not None
         if history is not None:
             history = since.positions(seen.shape[1], history)
-        one.choices[self.number] = self._best(self.runner.states(seen, {}), None, None, State(history, mean))
+        states = self.runner.states(seen, {})
+        one.choices[self.number] = self._settled(self._best(states, None, None, State(history, mean)), states.dtype)
         if one.held is not None:
             one.held[self.number] = None  # sliced anew
 
@@ -325,7 +326,7 @@ class PrunedBlock(nn.Module):
         """
         places = inputs.places if inputs.places is None else inputs.places_on(states.device)
         place = self._place(inputs)
-        choice = self._best(states, probe, places, inputs.states[place])
+        choice = self._settled(self._best(states, probe, places, inputs.states[place]), states.dtype)
         inputs.results[place] = Result(choice)
         self.recomputing.note(self.block, Known(choice, shared))
         return choice
@@ -334,11 +335,25 @@ class PrunedBlock(nn.Module):
         """The units with the best scores."""
         energy, means = self.method.observe(states, probe, places, *state)
         scores = self.method.unit_scores(energy, self.weight_norm, self.units.channels)
-        kept = keep_best(scores, self.runner.keep)
-        restored = None
-        if means is not None:
-            restored = self.runner.output.restored(means, unit_channels(kept, self.units.channels), states.dtype)
-        return Choice(kept, restored)
+        return Choice(keep_best(scores, self.runner.keep), mean=means)
+
+    def _settled(self, choice: Choice, dtype: torch.dtype = torch.float32) -> Choice:
+        """With what is restored: one product with the output matrix, which a dense prompt leaves to the next token.
+
+        Args:
+            choice: without it.
+            dtype: of states, which an output projection that is more than a matrix has to be given.
+        """
+        if choice.mean is None:
+            return choice
+        channels = unit_channels(choice.kept, self.units.channels)
+        return Choice(choice.kept, self.runner.output.restored(choice.mean, channels, dtype))
+
+    @torch.no_grad()
+    def choice_of(self, one: Conversation) -> Choice:
+        """What a conversation goes on with."""
+        choice = one.choices[self.number] = self._settled(one.choices[self.number])
+        return choice
 
     def _choose_by_all(self, inputs: BatchInputs, states: Tensor) -> Tensor:
         """The output of a prompt that runs dense, whose own states (B, S, C) or (B * S, C) choose for what follows."""
@@ -346,6 +361,8 @@ class PrunedBlock(nn.Module):
             seen, place = inputs.as_batch(states), self._place(inputs)
             places = inputs.places if inputs.places is None else inputs.places_on(states.device)
             choice = self._best(seen, None, places, inputs.states[place])
+            if not self.runner.output.is_linear:
+                choice = self._settled(choice, states.dtype)
             remembers = inputs.remember and self.history is not None
             inputs.results[place] = self._result(choice, seen, inputs, of_all=True) if remembers else Result(choice)
         return self.runner.output.stock(states)

@@ -11,10 +11,12 @@ class Choice(NamedTuple):
     Attributes:
         kept: (K,) int64, ascending, the units that stay.
         restored: (D,) float32, what the others contribute on average, added to the output; None adds nothing.
+        mean: (C,) float32, what :attr:`restored` is yet to be made from; None where it is made.
     """
 
     kept: Tensor
     restored: Tensor | None = None
+    mean: Tensor | None = None
 
 
 class ExecutionPlan(NamedTuple):

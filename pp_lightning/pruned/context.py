@@ -277,6 +277,7 @@ class ModelContext:
             # decoded with in graphs: what is made inside of one is gone with the next token
             self._hold(one)
             for block in self.blocks:
+                block.choice_of(one)
                 keep_addresses(one.slice_of(block.number, block.runner.slices).values())
 
     def _end_decoding(self, batch: BatchInputs, cache: Any) -> None:
@@ -446,4 +447,4 @@ def _kept(choice: Choice) -> Choice:
     if is_traced() or not choice.kept.is_inference():
         return choice
     with torch.inference_mode(False):
-        return Choice(choice.kept.clone(), None if choice.restored is None else choice.restored.clone())
+        return choice._replace(**{name: one.clone() for name, one in choice._asdict().items() if one is not None})
