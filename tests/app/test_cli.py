@@ -29,7 +29,7 @@ from tests.models import tiny
 
 REPOSITORY = Path(__file__).parents[2]
 ALL_CONFIGS = sorted((REPOSITORY / "configs").glob("*/*.yaml"))
-CONFIGS = [path for path in ALL_CONFIGS if path.stem != "benchmark"]
+CONFIGS = [path for path in ALL_CONFIGS if not path.stem.startswith("benchmark")]
 VOCABULARY = 320
 FILES = {"results.json", "results.csv", "results.md"}
 
@@ -171,10 +171,15 @@ def test_every_config_parses(path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("folder", "cases"), [("tiny", [(20, 128), (4, 64), (1, 32)]), ("llama-2-7b", [(20, 1024), (1, 128)])]
+    ("name", "cases"),
+    [
+        ("tiny/benchmark", [(20, 128), (4, 64), (1, 32)]),
+        ("tiny/benchmark_decoding", [(1, 32)]),
+        ("llama-2-7b/benchmark", [(20, 1024), (1, 128)]),
+    ],
 )
-def test_benchmark_configs_are_read(folder, cases, monkeypatch, capsys):
-    [path] = (path for path in set(ALL_CONFIGS) - set(CONFIGS) if path.parent.name == folder)
+def test_benchmark_configs_are_read(name, cases, monkeypatch, capsys):
+    path = REPOSITORY / "configs" / f"{name}.yaml"
     monkeypatch.setattr(sys, "argv", ["pp-lightning", "benchmark", "--config", str(path), "--print_config"])
     with pytest.raises(SystemExit) as stop:
         main()
