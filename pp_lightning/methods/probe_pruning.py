@@ -99,12 +99,12 @@ class ProbePruning(DynamicMethod):
         Args:
             seed: of the probes.
             generation: what came out best for the tokens behind a prompt: it runs dense, chooses by its own states,
-                and counts as much as the history.
+                and counts a little more than the history.
         """
         return cls(
             token_ratio=0.25,
             row_ratio=0.1,
-            fusion_weight=0.5 if generation else 0.75,
+            fusion_weight=0.6 if generation else 0.75,
             rank_by="stratified",
             score="centered",
             compensation="probe",

@@ -244,8 +244,8 @@ QUESTIONS: Mapping[str, Question] = {
     ),
     "prompt_weight": Question(
         "How much should a dense prompt count against the history?",
-        [_generating("0.5 (best for generation)", 0.5)]
-        + [_generating(f"{w:g}", w, fusion_weight=w) for w in (0.1, 0.25, 0.75, 1.0)],
+        [_generating("0.6 (best for generation)", 0.6)]
+        + [_generating(f"{w:g}", w, fusion_weight=w) for w in (0.1, 0.3, 0.5, 0.75, 1.0)],
         axis="weight of the prompt",
         continues=True,
     ),
