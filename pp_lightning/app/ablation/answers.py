@@ -71,7 +71,8 @@ class Answer:
         tokens: predicted tokens.
         perplexity: mean over seeds.
         difference: from the question's first variant, paired by seed: same batches, same calibration windows.
-        degradation: above the dense model, over that of the question's first variant; None where that one lost nothing.
+        degradation: above the dense model, over that of the question's first variant; None where that one lost nothing,
+            or other tokens were scored.
         flops_ratio: FLOPs over dense ones, probe and vocabulary projection included.
         settings: of the method, with the first seed.
         overlap: mean Jaccard index with the units that Full-Batch Probing keeps, by layer and block.
@@ -119,7 +120,7 @@ class Answer:
             tokens=runs[0].tokens,
             perplexity=mean,
             difference=Mean.of([a - b for a, b in zip(perplexities, against, strict=True)]),
-            degradation=(mean.value - dense) / lost if lost > 0 else None,
+            degradation=(mean.value - dense) / lost if lost > 0 and dense == first[0].dense else None,
             flops_ratio=runs[0].flops_ratio,
             settings={"method": method.label, **method.settings()},
             overlap=None if overlaps is None else {k: Mean.of([o[k] for o in overlaps]).value for k in overlaps[0]},

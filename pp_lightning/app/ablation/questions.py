@@ -265,7 +265,7 @@ QUESTIONS: Mapping[str, Question] = {
         _each(
             [_generating("best for generation"), _paper("PP as published")],
             (20, 5, 2, 1),
-            "{} rows".format,
+            lambda rows: "1 row" if rows == 1 else f"{rows} rows",
             batch_size=int,
         ),
         axis="rows of a batch",
