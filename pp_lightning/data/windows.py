@@ -55,10 +55,11 @@ def document_windows(
     """
     generator = torch.Generator().manual_seed(seed)
     windows: list[Tensor] = []
+    encoded: dict[int, list[int]] = {}  # few long documents give many windows
     while len(windows) < samples:
         before = len(windows)
         for index in torch.randperm(len(documents), generator=generator).tolist():
-            tokens = encode(documents[index])
+            tokens = encoded.get(index) or encoded.setdefault(index, encode(documents[index]))
             if len(tokens) <= window:
                 continue
             start = int(torch.randint(0, len(tokens) - window, (1,), generator=generator))
