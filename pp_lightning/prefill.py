@@ -20,7 +20,8 @@ PrefillName = Literal["probe", "dense", "auto"]
 Prefill = PrefillName | int
 
 # Tokens (rows x length) of a prompt from which on a probe is faster than a dense run, where it was not measured on the
-# model at hand. CPU: docs/speed.md; others: arithmetic for a layer of LLaMA-2-7B, not measured yet.
+# model at hand. CPU: between 64, where it took 1.14 times as long, and 512, where it took 0.76 (README, Speed); others:
+# arithmetic for a layer of LLaMA-2-7B, not measured yet.
 BREAK_EVEN: Mapping[str, int] = {"cpu": 192}
 _ELSEWHERE = 1024
 
