@@ -63,7 +63,8 @@ def spread(
     """
     name = method.allocation if allocation is None else allocation
     if name not in ALLOCATIONS:
-        raise UserError(f"allocation must be {' or '.join(ALLOCATIONS)}, not {name!r}")
+        *others, last = ALLOCATIONS
+        raise UserError(f"allocation must be {', '.join(others)} or {last}, not {name!r}")
     if name != "uniform" and method.allocates:
         raise UserError(f"{type(method).__name__} spreads units over the layers itself: leave allocation out")
     return ALLOCATIONS[name](plan, Evidence(statistics, output_weights, method.restores_means, floor))

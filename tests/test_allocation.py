@@ -131,7 +131,11 @@ def test_full_batch_probing_and_static_methods_allocate_too():
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        (ProbePruning(), {"allocation": "layerwise"}, "allocation must be uniform or global, not 'layerwise'"),
+        (
+            ProbePruning(),
+            {"allocation": "layerwise"},
+            "allocation must be uniform, global or outliers, not 'layerwise'",
+        ),
         (ProbePruning(), {"allocation": "global", "floor": 1.5}, "floor is the fraction"),
         (ProbePruning(), {"allocation": "global", "floor": 0.9}, "lower floor or pruning_ratio"),
         (FLAP(), {"allocation": "global"}, "FLAP spreads units over the layers itself: leave allocation out"),
