@@ -9,7 +9,7 @@ from torch import Tensor
 from pp_lightning.blocks import Block, BlockKey, BlockPlan
 from pp_lightning.errors import UserError
 from pp_lightning.functional.allocation import Removable, allocate, floor_count, relative_output_losses
-from pp_lightning.functional.budget import rounded_up
+from pp_lightning.functional.budget import kept_channels
 from pp_lightning.functional.scores import energy_weight_norm
 from pp_lightning.methods.base import AllocationName, PruningMethod
 from pp_lightning.plan import Plan
@@ -187,8 +187,7 @@ def by_outliers(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockKey, in
         shares = torch.tensor([outlier_share(_output_energy(key, evidence, statistics)) for key in keys])
         ratios = spread_ratios(block.ratio, shares, _SPREAD)
         for key, ratio in zip(keys, ratios.tolist(), strict=True):
-            kept = block.units.number - int(ratio * block.units.number)
-            keep[key] = max(1, kept) if block.round_to == 1 else rounded_up(kept, block.units.number, block.round_to)
+            keep[key] = kept_channels(block.units.number, ratio, block.round_to)  # of heads too: multiples of 1
     return plan, keep
 
 

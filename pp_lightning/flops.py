@@ -181,12 +181,22 @@ def _linear(rows: int, inputs: int, outputs: int) -> int:
     return 2 * rows * inputs * outputs
 
 
-def prompt_flops(shape: ModelShape, pruning: Pruning | None, rows: int, tokens: int) -> Flops:
-    """FLOPs of a (B, S) batch that fills a cache: dense, where the pruning runs such a prompt dense."""
+def prompt_flops(
+    shape: ModelShape, pruning: Pruning | None, rows: int, tokens: int, *, sliced_anyway: bool = False
+) -> Flops:
+    """FLOPs of a (B, S) batch that fills a cache: dense, where the pruning runs such a prompt dense.
+
+    Args:
+        shape: the model's sizes.
+        pruning: what stays; None is the dense model.
+        rows: B.
+        tokens: S.
+        sliced_anyway: see :func:`pruned_flops`.
+    """
     if pruning is None:
         return dense_flops(shape, rows, tokens)
     if pruning.context is None or not pruning.context.runs_dense(rows, tokens):
-        return pruned_flops(shape, pruning, rows, tokens)
+        return pruned_flops(shape, pruning, rows, tokens, sliced_anyway=sliced_anyway)
     dense, restores = dense_flops(shape, rows, tokens), pruning.method.restores_means
     return replace(dense, probe=sum(compensation_flops(shape, key[1]) for key in pruning.pruners) if restores else 0)
 

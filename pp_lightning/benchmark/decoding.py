@@ -16,7 +16,7 @@ from pp_lightning.benchmark.variants import Variant, reference_of
 from pp_lightning.blocks import ModelShape
 from pp_lightning.compilation import CompileMode, torch_mode
 from pp_lightning.families import shape_of
-from pp_lightning.flops import continued_flops, prompt_flops, pruned_flops
+from pp_lightning.flops import continued_flops, prompt_flops
 from pp_lightning.progress import Tell
 from pp_lightning.pruning import Pruning, is_pruned, pruning_of
 
@@ -170,9 +170,5 @@ def decoding_runner(decoder: Decoder, prompts: Sequence[Tensor], new_tokens: int
 
 def _prompt_flops(shape: ModelShape, pruning: Pruning | None, case: Case) -> int:
     """A prompt whose last tokens alone are projected to the vocabulary."""
-    size = case.rows, case.tokens
-    if pruning is None or pruning.context is None or pruning.context.runs_dense(*size):
-        flops = prompt_flops(shape, pruning, *size)
-    else:
-        flops = pruned_flops(shape, pruning, *size, sliced_anyway=True)
+    flops = prompt_flops(shape, pruning, case.rows, case.tokens, sliced_anyway=True)
     return flops.layers + flops.outer + flops.vocabulary // case.tokens
