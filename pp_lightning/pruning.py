@@ -39,6 +39,7 @@ from pp_lightning.pruned.runner import BlockRunner
 from pp_lightning.pruned.static import SlicedBlock, check_sliceable, restore_block, slice_block
 from pp_lightning.saving import guard, release
 from pp_lightning.statistics import Statistics
+from pp_lightning.updating import LeastSquares, UpdatedBlock, Updating
 
 _ATTRIBUTE = "_pp_lightning"
 COMPILED = "_pp_lightning_compiled"  # where compile_ leaves its record
@@ -74,6 +75,8 @@ class Pruning:
         pruners: the blocks that choose, of a dynamic method.
         choices: the units of a static method, and of blocks that keep all.
         biases: what it added to the outputs of its blocks, where anything.
+        columns: the output matrices (D, K * c) that it changed, where any.
+        updated: what came of each block's update, where there was one.
     """
 
     method: PruningMethod
@@ -84,6 +87,8 @@ class Pruning:
     pruners: dict[BlockKey, PrunedBlock] = field(default_factory=dict)
     choices: dict[BlockKey, Tensor] = field(default_factory=dict)
     biases: dict[BlockKey, Tensor] = field(default_factory=dict)
+    columns: dict[BlockKey, Tensor] = field(default_factory=dict)
+    updated: dict[BlockKey, UpdatedBlock] = field(default_factory=dict)
     _sliced: dict[BlockKey, SlicedBlock] = field(default_factory=dict)
     _hooks: list[RemovableHandle] = field(default_factory=list)
     _can_undo: bool = True
@@ -108,6 +113,7 @@ def prune_(
     held_slices: int | str = 1,
     prefill: Prefill | None = None,
     refresh: int | None = None,
+    update: LeastSquares | None = None,
 ) -> None:
     """Prune a transformer in place. It stays the transformers model it was: same class, same call.
 
@@ -139,6 +145,8 @@ def prune_(
             takes the method's own.
         refresh: decoded tokens after which a dynamic method chooses MLP channels again, by what they show. Heads stay:
             those that were dropped have no keys for these tokens. None holds the prompt's choice.
+        update: let what a static method keeps take over what goes, block by block on calibration batches; a mistake on
+            the way leaves the model as it was, unless ``keep_dense`` is off. None keeps the weights as they are.
 
     Raises:
         UserError: the model is not supported or already pruned, the ratios leave nothing, or ``evidence`` is missing,
@@ -170,11 +178,13 @@ def prune_(
     if isinstance(method, DynamicMethod):
         below = dense_below(method.prefill if prefill is None else prefill, model.device)
         serving = _Serving(HeldSlices(held_slices), below, checked_refresh(refresh))
+        if update is not None:
+            raise UserError(f"{type(method).__name__} chooses for every batch, leave update out")
         pruning = _prune_dynamic(surgery, method, stats, release_stats, serving)
     else:
         assert isinstance(method, StaticMethod)
         found = Statistics(model="") if evidence is None else evidence
-        pruning = _prune_static(surgery, method, found, keep_dense)
+        pruning = _prune_static(surgery, method, found, keep_dense, update)
     heads = {key for key in pruning.keep if key[1] is Block.ATTENTION} - surgery.whole().keys()
     guard(model, dynamic=pruning.context is not None, narrow_heads=bool(heads))
     setattr(model, _ATTRIBUTE, pruning)
@@ -472,22 +482,44 @@ def _pruned_block(
     return block
 
 
-def _prune_static(surgery: _Surgery, method: StaticMethod, evidence: Evidence, keep_dense: bool) -> Pruning:
+def _prune_static(
+    surgery: _Surgery, method: StaticMethod, evidence: Evidence, keep_dense: bool, update: LeastSquares | None
+) -> Pruning:
     plan = surgery.plan
     pruning = Pruning(method, plan, {}, surgery.shape, _can_undo=keep_dense)
     for index in plan.layers:
         whole = [block for block in plan.blocks if block.ratio == 0 and (index, block.block) in surgery.blocks]
         pruning.choices |= {(index, block.block): torch.arange(block.units.number) for block in whole}
+    if method.updates and update is None:
+        raise UserError(f"{type(method).__name__} updates the weights that stay: pass update=LeastSquares(batches)")
     targets = blocks_to_prune(surgery.model, plan, surgery.keep)
     for target in targets:  # all of them before the first is sliced
         check_sliceable(surgery.blocks[target.key], "static pruning slices")
-    with torch.no_grad():
+    with torch.no_grad(), _undone_on_mistakes(pruning):
+        updating = None if update is None else Updating(surgery.model, update, method.restores_means)
         for target, choice in method.choose(targets, evidence):
+            if updating is not None:
+                choice = updating(target, surgery.blocks[target.key], choice)
             sliced = slice_block(surgery.blocks[target.key], surgery.shape, plan.unit, choice)
             pruning.choices[target.key] = choice.kept
             if choice.bias is not None:
                 pruning.biases[target.key] = choice.bias
+            if choice.columns is not None:
+                pruning.columns[target.key] = surgery.blocks[target.key].output_weight.detach()
             if keep_dense:
                 pruning._sliced[target.key] = sliced
+        if updating is not None:
+            pruning.updated = updating.updated
     pruning.keep = {key: len(kept) for key, kept in pruning.choices.items()}
     return pruning
+
+
+@contextmanager
+def _undone_on_mistakes(pruning: Pruning) -> Iterator[None]:
+    """Within this context whatever ends the pruning makes the blocks that were sliced already dense again."""
+    try:
+        yield
+    except BaseException:
+        for sliced in pruning._sliced.values():
+            restore_block(sliced)
+        raise

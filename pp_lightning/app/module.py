@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -20,12 +20,13 @@ from pp_lightning.compilation import Compilation, compile_, uncompile_
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.windows import Batch
 from pp_lightning.errors import UserError
-from pp_lightning.methods import PruningMethod
+from pp_lightning.methods import PruningMethod, StaticMethod
 from pp_lightning.methods.base import AllocationName
 from pp_lightning.prefill import Prefill, checked_refresh
 from pp_lightning.recovery import Recovered, Recovery
 from pp_lightning.state import skipped_batches
 
+UpdateName = Literal["least_squares"]
 _DEFAULT_RATIO = 0.2
 
 
@@ -61,6 +62,8 @@ class PrunedLM(PrunableModule):
         prefill: how a dynamic method runs prompts: ``probe``, ``dense``, ``auto``, or a number of tokens below
             which they run dense, see ``prune_``; none takes the method's own.
         refresh: decoded tokens after which a dynamic method chooses MLP channels again; none holds the prompt's choice.
+        update: ``least_squares``: what a static method keeps takes over what goes, block by block on the calibration
+            text; none does so with methods that are made for it (StaticBest).
         statistics: a safetensors file of calibration statistics: read if it exists, else written (and resumed after an
             interruption).
         importances: the same for what LLM-Pruner and LoRAPrune choose from: a safetensors file of importances, read if
@@ -94,6 +97,7 @@ class PrunedLM(PrunableModule):
         frozen_on: FrozenOn | None = None,
         prefill: Prefill | None = None,
         refresh: int | None = None,
+        update: UpdateName | None = None,
         statistics: str | None = None,
         importances: str | None = None,
         dtype: Dtype = "float32",
@@ -121,6 +125,7 @@ class PrunedLM(PrunableModule):
             frozen_on=frozen_on,
             prefill=prefill,
             refresh=checked_refresh(refresh),
+            updates=update is not None,
             statistics_file=statistics,
             importances_file=importances,
         )
@@ -295,11 +300,12 @@ class PrunedLM(PrunableModule):
             dict(self.allocating),
             recovery,
             partial(self.evidence_for, data=self.data),
+            partial(self.update_for, data=self.data),
             self.out,
             total_steps=self.trainer.max_steps,
             seed=self.data.seed,
         )
 
     def _trained(self, method: PruningMethod) -> PruningMethod:
-        """The method as ``uniform`` wants it; a choice per batch is not trained, frozen or not."""
-        return method.with_uniform_counts() if self.uniform else method
+        """The method as ``uniform`` and ``update`` want it; a choice per batch is not trained, frozen or not."""
+        return self.settled(method) if isinstance(method, StaticMethod) else method

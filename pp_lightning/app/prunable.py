@@ -18,15 +18,17 @@ from pp_lightning.evidence import Evidence
 from pp_lightning.families import shape_of
 from pp_lightning.freezing import choice_for
 from pp_lightning.importances import Importances
-from pp_lightning.methods import DynamicMethod, PruningMethod
+from pp_lightning.methods import DynamicMethod, PruningMethod, StaticMethod, Updated
 from pp_lightning.methods.base import AllocationName
 from pp_lightning.methods.frozen import FrozenOnHistory
 from pp_lightning.methods.gradient import GradientMethod
 from pp_lightning.plan import make_plan
 from pp_lightning.prefill import BreakEven, Prefill, break_even_file
+from pp_lightning.progress import ignore_line, write_line
 from pp_lightning.pruning import check_family, is_pruned, prune_, pruning_of, unprune_
 from pp_lightning.recovery import Adapters, Recovered
 from pp_lightning.statistics import Statistics
+from pp_lightning.updating import LeastSquares
 
 FrozenOn = Literal["history", "text"]
 
@@ -59,6 +61,7 @@ class PrunableModule(L.LightningModule):
         label: name of the row that is evaluated.
         reuse: whether further rows follow: what one pass over the calibration text gives is kept for them, and the
             dense weights too.
+        update_folder: where an update keeps what it has finished; None keeps nothing.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class PrunableModule(L.LightningModule):
         frozen_on: FrozenOn | None,
         prefill: Prefill | None,
         refresh: int | None,
+        updates: bool,
         statistics_file: str | None,
         importances_file: str | None,
     ) -> None:
@@ -94,11 +98,13 @@ class PrunableModule(L.LightningModule):
         self.frozen_on: FrozenOn | None = frozen_on
         self.prefill: Prefill | None = prefill
         self.refresh = refresh
+        self.updates = updates
         self.statistics_file = statistics_file
         self.importances_file = importances_file
         self.recovered: Recovered | None = None
         self.label = "dense" if method is None else method.label
         self.reuse = False
+        self.update_folder: Path | None = None
         self._adapters: Adapters | None = None
         self._statistics: Statistics | None = None
         self._importances: dict[PruningMethod, Importances] = {}
@@ -129,7 +135,7 @@ class PrunableModule(L.LightningModule):
             _check_can_rank(method)
         check_family(self.model, method)
         shape = shape_of(self.model.config)
-        plan = make_plan(shape, self._settled(method), **self.amounts(pruning_ratio))
+        plan = make_plan(shape, self.settled(method), **self.amounts(pruning_ratio))
         if (allocation or self._allocation or method.allocation) == "global":
             settled_floors(plan, shape.keys, self.floor, window)
 
@@ -152,12 +158,12 @@ class PrunableModule(L.LightningModule):
         """Whether pruning by this method reads the calibration text, for statistics or for gradients."""
         if isinstance(method, GradientMethod):
             return not _exists(self.importances_file)
-        return method.needs_statistics or self._ranks_globally(method)
+        return method.needs_statistics or method.updates or self._ranks_globally(method)
 
     def prune(self, data: EvaluationData) -> Evidence | None:
         """Prune, with adapters merged where there are some; returns what was chosen from, collected on ``data``."""
         assert self.method is not None
-        method, amounts = self._settled(self.method), self.amounts(self.pruning_ratio)
+        method, amounts = self.settled(self.method), self.amounts(self.pruning_ratio)
         evidence = self.evidence_for(method, data)
         allocation = self.allocating
         if self.frozen_on == "text" and isinstance(method, DynamicMethod):
@@ -167,12 +173,20 @@ class PrunableModule(L.LightningModule):
         serving: dict[str, Any] = {}
         if isinstance(method, DynamicMethod) or not self.reuse:  # a table has static rows too, which have no prompts
             serving = {"prefill": self._prefill(method), "refresh": self.refresh}
-        keep = {"keep_dense": self.reuse, "release_stats": not self.reuse}
-        prune_(self.model, method, evidence, **amounts, **allocation, **keep, **serving)
+        serving |= {"keep_dense": self.reuse, "release_stats": not self.reuse, "update": self.update_for(method, data)}
+        prune_(self.model, method, evidence, **amounts, **allocation, **serving)
         if self.recovered is not None:
             self._adapters = self.recovered.attach(self.model)
             self._adapters.merge()
         return evidence
+
+    def update_for(self, method: PruningMethod, data: EvaluationData) -> LeastSquares | None:
+        """How the weights that stay are updated, on the calibration text; None for methods that leave them."""
+        if not method.updates:
+            return None
+        shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        batches = list(UntilTerminated(data.calibration_batches(), self.trainer))
+        return LeastSquares(batches, folder=self.update_folder, tell=write_line if shown else ignore_line)
 
     def read_evidence(self) -> str | None:
         """Take the method's file as it stands, if there is one: what needs no calibration text at hand.
@@ -265,10 +279,12 @@ class PrunableModule(L.LightningModule):
     def _ranks_globally(self, method: PruningMethod) -> bool:
         return (self._allocation or method.allocation) == "global"
 
-    def _settled(self, method: PruningMethod) -> PruningMethod:
-        """The method as ``uniform`` and ``frozen_on`` want it."""
+    def settled(self, method: PruningMethod) -> PruningMethod:
+        """The method as ``uniform``, ``update`` and ``frozen_on`` want it."""
         if self.uniform:
             method = method.with_uniform_counts()
+        if self.updates and isinstance(method, StaticMethod) and not method.updates:
+            method = Updated(method)
         if self.frozen_on == "history" and isinstance(method, DynamicMethod):
             method = FrozenOnHistory(method)
         return method
@@ -314,7 +330,7 @@ class PrunableModule(L.LightningModule):
             return self._statistics
         assert self.method is not None
         shared = self.reuse or self.statistics_file is not None  # then other methods will want to use them too
-        method = self._settled(self.method)
+        method = self.settled(self.method)
         plan = make_plan(shape_of(self.model.config), method, **self.amounts(self.pruning_ratio))
         statistics = calibrate(
             self.model,

@@ -26,6 +26,7 @@ from pp_lightning.pruning import blocks_to_prune, is_pruned, prune_, pruning_of,
 from pp_lightning.recovery import Adapters, GradualPruning, Recovery
 from pp_lightning.recovery.folder import CHOICES
 from pp_lightning.recovery.gradual import check_schedule
+from pp_lightning.updating import LeastSquares
 
 UNFINISHED = "unfinished.ckpt"  # what an interrupted training goes on from
 
@@ -42,6 +43,7 @@ class RecoveryRun:
         allocating: ``allocation`` and ``floor``, likewise; LoRAPrune takes no part in them.
         recovery: the adapters' settings.
         evidence: collects what the method chooses from.
+        update: how the weights that stay are updated, if they are.
         folder: where the result goes.
         total_steps: optimiser steps.
         seed: of the adapters.
@@ -64,6 +66,7 @@ class RecoveryRun:
         allocating: dict[str, Any],
         recovery: Recovery,
         evidence: Callable[[PruningMethod], Evidence | None],
+        update: Callable[[PruningMethod], LeastSquares | None],
         folder: Path,
         total_steps: int,
         seed: int,
@@ -84,7 +87,7 @@ class RecoveryRun:
             self.adapters = self._adapters(seed)
             self.gradual = GradualPruning(self.adapters, blocks, method, total_steps)
         else:
-            prune_(model, method, evidence(method), **amounts, **allocating)
+            prune_(model, method, evidence(method), **amounts, **allocating, update=update(method))
             self.adapters = self._adapters(seed)
         if recovery.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -166,7 +169,10 @@ class RecoveryRun:
         if self.gradual is not None:
             return self.gradual.choices()
         pruning = pruning_of(self.model)
-        return {key: StaticChoice(kept, pruning.biases.get(key)) for key, kept in pruning.choices.items()}
+        return {
+            key: StaticChoice(kept, pruning.biases.get(key), pruning.columns.get(key))
+            for key, kept in pruning.choices.items()
+        }
 
 
 def check_recovery(method: PruningMethod | None, recovery: Recovery, total_steps: int) -> None:

@@ -13,18 +13,35 @@ from pp_lightning.methods.griffin import Griffin
 from pp_lightning.methods.llm_pruner import LLMPruner
 from pp_lightning.methods.lora_prune import LoRAPrune
 from pp_lightning.methods.probe_pruning import ProbePruning
+from pp_lightning.methods.static_best import StaticBest
 from pp_lightning.methods.static_ppsp import StaticPPsp
+from pp_lightning.methods.updated import Updated
 from pp_lightning.methods.wanda_sp import WandaSP
+
+
+def _updated(method: type[StaticMethod]) -> PruningMethod:
+    return Updated(method())
+
 
 METHODS: Mapping[str, type[PruningMethod]] = {
     method.label: method
-    for method in (FullBatchProbing, ProbePruning, AfterOCP, Griffin, StaticPPsp, FLAP, WandaSP, LLMPruner, LoRAPrune)
+    for method in (
+        *(FullBatchProbing, ProbePruning, AfterOCP, Griffin),
+        *(StaticBest, StaticPPsp, FLAP, WandaSP, LLMPruner, LoRAPrune),
+    )
 }
 
 # Settings of these methods that have a name of their own.
 PRESETS: Mapping[str, Callable[[], PruningMethod]] = {
     "best": ProbePruning.best,
     "best_generation": partial(ProbePruning.best, generation=True),
+}
+
+# Static methods whose kept weights take over what went.
+UPDATED: Mapping[str, Callable[[], PruningMethod]] = {
+    f"{label}_updated": partial(_updated, method)
+    for label, method in METHODS.items()
+    if issubclass(method, StaticMethod) and not method.updates and method is not LoRAPrune
 }
 
 
@@ -34,7 +51,7 @@ def method_named(label: str) -> PruningMethod:
     Raises:
         UserError: there is no such method.
     """
-    named: dict[str, Callable[[], PruningMethod]] = {**METHODS, **PRESETS}
+    named: dict[str, Callable[[], PruningMethod]] = {**METHODS, **PRESETS, **UPDATED}
     if label not in named:
         raise UserError(f"unknown method {label!r}: choose from {', '.join(named)}")
     return named[label]()
@@ -52,8 +69,10 @@ __all__ = [
     "LoRAPrune",
     "ProbePruning",
     "PruningMethod",
+    "StaticBest",
     "StaticMethod",
     "StaticPPsp",
+    "Updated",
     "WandaSP",
     "method_named",
 ]

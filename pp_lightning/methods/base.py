@@ -35,6 +35,7 @@ class PruningMethod(ABC):
         label: short name for tables and the command line.
         needs_statistics: whether :func:`~pp_lightning.prune_` must be given something to choose from.
         evidence: what that is: calibration statistics, or gradient importances.
+        updates: whether the weights that stay are meant to take over what goes (``update`` of ``prune_``).
         splits_groups: whether it can choose single query heads where several share a key/value head.
         allocation: how the removed units are spread over the layers, unless :func:`~pp_lightning.prune_` is told.
     """
@@ -44,6 +45,7 @@ class PruningMethod(ABC):
     evidence: ClassVar[type[Evidence]] = Statistics
     allocation: AllocationName = "uniform"
     splits_groups: ClassVar[bool] = True
+    updates: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -147,10 +149,12 @@ class StaticChoice:
     Attributes:
         kept: (K,) int64, ascending.
         bias: added to the block's output, (D,) float32, or None.
+        columns: new columns of the output matrix for the channels that stay, (D, K * c) float32; None keeps them.
     """
 
     kept: Tensor
     bias: Tensor | None = None
+    columns: Tensor | None = None
 
 
 class StaticMethod(PruningMethod, Generic[E]):

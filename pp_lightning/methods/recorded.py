@@ -44,12 +44,14 @@ class Choices(Evidence):
             )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Kept indices and biases by name, on the CPU."""
+        """Kept indices, biases and changed columns by name, on the CPU."""
         tensors = {}
         for (layer, block), choice in self.choices.items():
             tensors[f"{layer}.{block.value}.kept"] = choice.kept.cpu()
             if choice.bias is not None:
                 tensors[f"{layer}.{block.value}.bias"] = choice.bias.cpu()
+            if choice.columns is not None:
+                tensors[f"{layer}.{block.value}.columns"] = choice.columns.cpu().contiguous()
         return tensors
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -67,7 +69,8 @@ class Choices(Evidence):
         choices = {}
         for name in [name for name in tensors if name.endswith(".kept")]:
             layer, block, _ = name.split(".")
-            choices[int(layer), Block(block)] = StaticChoice(tensors[name], tensors.get(f"{layer}.{block}.bias"))
+            parts = (tensors.get(f"{layer}.{block}.{part}") for part in ("bias", "columns"))
+            choices[int(layer), Block(block)] = StaticChoice(tensors[name], *parts)
         return cls(header["model"], choices, header["about"])
 
 
@@ -102,8 +105,8 @@ class Recorded(StaticMethod[Choices]):
             raise UserError(f"these choices do not cover the {kind.value} block of layer {layer}: prune it again")
         for block in blocks:
             choice, device = evidence.choices[block.key], block.weight.device
-            bias = None if choice.bias is None else choice.bias.to(device)
-            yield block, StaticChoice(choice.kept.to(device), bias)
+            parts = (None if part is None else part.to(device) for part in (choice.bias, choice.columns))
+            yield block, StaticChoice(choice.kept.to(device), *parts)
 
     def unit_scores(self, block: BlockToPrune, evidence: Choices) -> Tensor:
         """1 for kept units (U,) float32, 0 for the others."""

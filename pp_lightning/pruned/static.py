@@ -93,7 +93,10 @@ def slice_block(modules: BlockModules, shape: ModelShape, unit: AttentionUnit, c
             sliced.hooks.append(one.module.register_forward_hook(TakeHeads(kept // one.repeats, shape.head_size)))
         else:
             setattr(module, one.name, _narrow(one, kept))
-    columns = take_columns(like.weight, kept, runner.units.channels).contiguous()
+    columns = choice.columns
+    if columns is None:
+        columns = take_columns(like.weight, kept, runner.units.channels)
+    columns = columns.to(like.weight.dtype).contiguous()
     setattr(module, modules.output, _linear_like(like, columns, _total_bias(like, choice.bias)))
     if runner.fields is not None:
         runner.fields.install()

@@ -1,0 +1,43 @@
+"""What came out best of static choices; ours, not the paper's (docs/beyond.md, "Weights that take over")."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pp_lightning.methods.base import BOTH_BLOCKS, AllocationName, BlockName, UnitName
+from pp_lightning.methods.static_ppsp import StaticPPsp
+
+
+class StaticBest(StaticPPsp):
+    """Static: PPsp's scores, and kept weights that take over what the removed ones did.
+
+    Args:
+        allocation: how the removed units are spread over the layers.
+        bias: put what is left of the mean into a bias. Better where the text to come is of the calibration text's kind,
+            worse where it is not.
+        blocks: which blocks are pruned, ``attention``, ``mlp`` or both.
+        attention_unit: ``query_head`` or ``kv_group``; None takes groups where query heads share key/value heads.
+    """
+
+    label: ClassVar[str] = "static_best"
+    updates: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        allocation: AllocationName = "uniform",
+        bias: bool = False,
+        blocks: Sequence[BlockName] = BOTH_BLOCKS,
+        attention_unit: UnitName | None = None,
+    ) -> None:
+        super().__init__(blocks, attention_unit)
+        self.allocation = allocation
+        self.bias = bias
+
+    @property
+    def restores_means(self) -> bool:
+        """The bias does."""
+        return self.bias
+
+    @property
+    def needs_means(self) -> bool:
+        """A ranking over layers looks at deviations from what is restored."""
+        return self.bias

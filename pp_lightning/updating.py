@@ -1,0 +1,220 @@
+"""Weights that make up for what went: block by block, on calibration text as it arrives through the blocks before."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pp_lightning.blocks import BlockKey
+from pp_lightning.errors import UserError
+from pp_lightning.evidence import fingerprint
+from pp_lightning.families import BlockModules
+from pp_lightning.functional.least_squares import SecondMoments, solve_kept, squared_error
+from pp_lightning.functional.selection import unit_channels
+from pp_lightning.interfaces import INPUTS
+from pp_lightning.layerwise import LayerByLayer
+from pp_lightning.methods.base import BlockToPrune, StaticChoice
+from pp_lightning.progress import Tell, ignore_line
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+_RIDGE_UNTRIED = 1e-2  # where nothing is held out
+_HELD_OUT = 8192  # tokens at most: their states are kept in memory beside the moments
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """How a static choice's weights are updated: kept columns of every output matrix take over what removed ones did.
+
+    Args:
+        batches: calibration batches, as :func:`~pp_lightning.calibrate` takes them. The last tenth decides the ridge.
+        ridge: fraction of the mean variance of a block's channels that is added to each; None takes, for each block,
+            the one of :data:`RIDGES` that is best on the batches held out.
+        bias: fit deviations from the mean, and put what is left of the mean into a bias. Better where the text to come
+            is of the calibration text's kind, worse where it is not; without it stock classes hold the result. None does so where the method
+            restores means.
+        folder: keep hidden states and finished blocks in this folder: memory then holds one block's moments, and an
+            interrupted run goes on where it stopped. None keeps hidden states on the model's device.
+        tell: told of each layer, one line at a time.
+    """
+
+    batches: Sequence[Mapping[str, Any]]
+    ridge: float | None = None
+    bias: bool | None = None
+    folder: str | Path | None = None
+    tell: Tell = ignore_line
+
+
+@dataclass(frozen=True)
+class UpdatedBlock:
+    """What the update of one block came to.
+
+    Attributes:
+        ridge: the one that was taken.
+        error_before: squared error of the block's output on the tokens held out, without the update, as a fraction of
+            the output's square.
+        error: the same with it.
+    """
+
+    ridge: float
+    error_before: float | None = None
+    error: float | None = None
+
+
+_Solved = tuple[UpdatedBlock, Tensor, Tensor | None]  # columns (D, K) and bias (D,), float32
+
+
+class Updating:
+    """Updates one block after the other while a static method prunes.
+
+    Args:
+        model: dense; evaluation mode.
+        update: batches and settings.
+        restores_means: whether there is a bias unless the settings say.
+
+    Attributes:
+        updated: what came of each block.
+
+    Raises:
+        UserError: no batches, or a model whose layers are not called one after the other.
+    """
+
+    def __init__(self, model: PreTrainedModel, update: LeastSquares, restores_means: bool) -> None:
+        if not update.batches:
+            raise UserError("the update needs calibration batches")
+        if update.ridge is not None and not update.ridge >= 0.0:
+            raise UserError(f"ridge must not be negative, not {update.ridge}")
+        self.update = replace(update, bias=restores_means if update.bias is None else update.bias)
+        self.updated: dict[BlockKey, UpdatedBlock] = {}
+        folder = None if update.folder is None else Path(update.folder)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._carried = LayerByLayer(model, update.batches, folder)
+        self._held_out = len(update.batches) // 10 or (1 if len(update.batches) > 1 else 0)
+        self._digest = _digest(model, self.update)
+
+    def __call__(self, target: BlockToPrune, modules: BlockModules, choice: StaticChoice) -> StaticChoice:
+        """The choice with new columns and bias for the block's output matrix.
+
+        Args:
+            target: the next block, in the model's order; those before it are pruned already.
+            modules: of the same block, still dense.
+            choice: the units that stay; a bias that it brings is replaced.
+
+        Raises:
+            UserError: states are not finite, or their second moments are singular.
+        """
+        while self._carried.layer < target.layer:
+            self.update.tell(f"layer {self._carried.layer} is done")
+            self._carried.advance()
+        if len(choice.kept) == target.units.number:
+            return choice
+        self._digest = hashlib.sha256(f"{self._digest}{target.key}{choice.kept.tolist()}".encode()).hexdigest()
+        found = self._finished(target)
+        if found is None:
+            found = self._solved(target, modules, choice)
+            self._keep(target, *found)
+        block, columns, bias = found
+        self.updated[target.key] = block
+        device = target.weight.device
+        return StaticChoice(choice.kept, None if bias is None else bias.to(device), columns.to(device))
+
+    def _solved(self, target: BlockToPrune, modules: BlockModules, choice: StaticChoice) -> _Solved:
+        weight, update = modules.output_weight.detach(), self.update
+        kept = unit_channels(choice.kept.to(weight.device), target.units.channels)
+        moments, held = self._moments(target, modules)
+        matrix = moments.matrix(about_mean=bool(update.bias))
+        if not torch.isfinite(matrix).all():
+            raise UserError(f"states of {_named(target)} are not finite: check the checkpoint, or use another dtype")
+        if moments.count < len(matrix):
+            update.tell(f"{_named(target)}: {moments.count} calibration tokens for {len(matrix)} channels are few")
+        ridges = RIDGES if update.ridge is None else (update.ridge,)
+        if update.ridge is None and held is None:
+            ridges = (_RIDGE_UNTRIED,)
+        try:
+            candidates = solve_kept(weight, matrix, kept, ridges)
+        except torch.linalg.LinAlgError as error:
+            raise UserError(
+                f"second moments of {_named(target)} are singular: raise the ridge, or give more calibration text"
+            ) from error
+        biases = [self._bias(weight, columns, kept, moments) for columns in candidates]
+        if held is None:
+            return UpdatedBlock(ridges[0]), candidates[0].float(), biases[0]
+        errors = [squared_error(weight, columns, kept, held, b) for columns, b in zip(candidates, biases, strict=True)]
+        best = min(range(len(ridges)), key=errors.__getitem__)
+        plain = weight[:, kept].double()
+        before = squared_error(weight, plain, kept, held, self._bias(weight, plain, kept, moments))
+        whole = float((held @ weight.float().t()).square().sum(dtype=torch.float64)) or 1.0
+        return UpdatedBlock(ridges[best], before / whole, errors[best] / whole), candidates[best].float(), biases[best]
+
+    def _bias(self, weight: Tensor, columns: Tensor, kept: Tensor, moments: SecondMoments) -> Tensor | None:
+        """What new columns lose of the mean, ``(W - W') E[x]``, (D,) float32; None where the update has no bias."""
+        mean = moments.mean
+        return (weight.double() @ mean - columns @ mean[kept]).float() if self.update.bias else None
+
+    def _moments(self, target: BlockToPrune, modules: BlockModules) -> tuple[SecondMoments, Tensor | None]:
+        """Of the batches that are fitted to, and the states (N, C) of those held out."""
+        moments = SecondMoments(target.weight.shape[1], target.weight.device)
+        held: list[Tensor] = []
+        for number, states in enumerate(self._carried.states(modules)):
+            if number >= len(self._carried) - self._held_out:
+                if sum(map(len, held)) < _HELD_OUT:
+                    held.append(states)
+            else:
+                moments.add(states)
+        return moments, torch.cat(held)[:_HELD_OUT] if held else None
+
+    def _file(self, target: BlockToPrune) -> Path | None:
+        layer, block = target.key
+        return None if self._folder is None else self._folder / f"block-{layer}-{block.value}.safetensors"
+
+    def _finished(self, target: BlockToPrune) -> _Solved | None:
+        """What an earlier run left of this block, if it had the same model, text and choices so far."""
+        file = self._file(target)
+        if file is None or not file.exists():
+            return None
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                if metadata.get("digest") != self._digest:
+                    return None
+                block = UpdatedBlock(**json.loads(metadata["block"]))
+                bias = opened.get_tensor("bias") if self.update.bias else None
+                return block, opened.get_tensor("columns"), bias
+        except (OSError, SafetensorError):
+            return None  # cut off while it was written
+
+    def _keep(self, target: BlockToPrune, block: UpdatedBlock, columns: Tensor, bias: Tensor | None) -> None:
+        file = self._file(target)
+        if file is None:
+            return
+        unfinished = file.with_suffix(".unfinished")
+        metadata = {"digest": self._digest, "block": json.dumps(vars(block))}
+        try:
+            tensors = {"columns": columns.contiguous()} | ({} if bias is None else {"bias": bias})
+            save_file(tensors, unfinished, metadata=metadata)
+            unfinished.replace(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write {file}: {error}") from error
+
+
+def _digest(model: PreTrainedModel, update: LeastSquares) -> str:
+    """What tells one update from another: model, text and settings."""
+    digest = hashlib.sha256(f"{fingerprint(model)} {update.ridge} {update.bias}".encode())
+    for batch in update.batches:
+        for name in INPUTS:
+            if name in batch:
+                digest.update(batch[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _named(target: BlockToPrune) -> str:
+    return f"the {target.key[1].value} block of layer {target.layer}"
