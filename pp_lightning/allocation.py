@@ -32,12 +32,14 @@ class Evidence:
         output_weights: the output matrix (D, C) of every block of the model, the skipped layers' included.
         restores_means: whether the method puts back the mean of what it removes: then only deviations from it are lost.
         floor: fraction of its units that every block keeps, in [0, 1]; None takes :data:`FLOORS`.
+        losses: of every block's units (U,) where those that stay take over what goes; None where they do not.
     """
 
     statistics: Statistics | None
     output_weights: Mapping[BlockKey, Tensor]
     restores_means: bool
     floor: float | None
+    losses: Mapping[BlockKey, Tensor] | None = None
 
 
 def spread(
@@ -47,6 +49,7 @@ def spread(
     statistics: Statistics | None,
     allocation: AllocationName | None,
     floor: float | None,
+    losses: Mapping[BlockKey, Tensor] | None = None,
 ) -> tuple[Plan, dict[BlockKey, int]]:
     """The layers that are pruned, and the units that stay in each of their blocks.
 
@@ -57,6 +60,7 @@ def spread(
         statistics: of the dense model; None where there are none.
         allocation: ``uniform`` or ``global``.
         floor: fraction of its units that every block keeps under ``global``; None takes :data:`FLOORS`.
+        losses: of every block's units, where they are known better than from statistics.
 
     Raises:
         UserError: no such allocation, the method has its own, or the allocation cannot be made.
@@ -67,7 +71,7 @@ def spread(
         raise UserError(f"allocation must be {', '.join(others)} or {last}, not {name!r}")
     if name != "uniform" and method.allocates:
         raise UserError(f"{type(method).__name__} spreads units over the layers itself: leave allocation out")
-    return ALLOCATIONS[name](plan, Evidence(statistics, output_weights, method.restores_means, floor))
+    return ALLOCATIONS[name](plan, Evidence(statistics, output_weights, method.restores_means, floor, losses))
 
 
 Allocation = Callable[[Plan, Evidence], tuple[Plan, dict[BlockKey, int]]]
@@ -151,6 +155,9 @@ def unit_flops(plan: BlockPlan, tokens: int) -> int:
 def _removable(
     plan: BlockPlan, cost: int, floor: float, key: BlockKey, evidence: Evidence, statistics: Statistics
 ) -> Removable:
+    least = floor_count(plan.units.number, floor, plan.round_to)
+    if evidence.losses is not None:
+        return Removable(evidence.losses[key], cost, plan.round_to, least)
     weight = evidence.output_weights[key]
     lost = statistics.deviations(*key) if evidence.restores_means else statistics.second_moment(*key)
     losses = relative_output_losses(
@@ -160,7 +167,7 @@ def _removable(
         statistics.counts.to(weight.device),
         plan.units.channels,
     )
-    return Removable(losses, cost, plan.round_to, floor_count(plan.units.number, floor, plan.round_to))
+    return Removable(losses, cost, plan.round_to, least)
 
 
 # Of outlier-weighed ratios (OWL, arXiv 2310.05175): a channel is an outlier that is so many times its block's mean, and

@@ -39,7 +39,7 @@ from pp_lightning.pruned.runner import BlockRunner
 from pp_lightning.pruned.static import SlicedBlock, check_sliceable, restore_block, slice_block
 from pp_lightning.saving import guard, release
 from pp_lightning.statistics import Statistics
-from pp_lightning.updating import LeastSquares, UpdatedBlock, Updating
+from pp_lightning.updating import LeastSquares, UpdatedBlock, Updating, losses_after_update
 
 _ATTRIBUTE = "_pp_lightning"
 COMPILED = "_pp_lightning_compiled"  # where compile_ leaves its record
@@ -172,7 +172,10 @@ def prune_(
         raise UserError(f"{type(method).__name__} has chosen before any prompt: leave prefill and refresh out")
     stats = evidence if isinstance(evidence, Statistics) else None
     weights = {key: block.scored_weight for key, block in blocks.items()}
-    plan, keep = spread(plan, method, weights, stats, allocation, floor)
+    losses = None
+    if update is not None and isinstance(method, StaticMethod) and (allocation or method.allocation) == "global":
+        losses = _losses_after_update(model, plan, method, evidence, update)
+    plan, keep = spread(plan, method, weights, stats, allocation, floor, losses)
     met = _checked(model, blocks, shape, plan, keep)
     surgery = _Surgery(model, blocks, shape, plan, keep, met)
     if isinstance(method, DynamicMethod):
@@ -306,6 +309,18 @@ def blocks_to_prune(
         for block in (plan.blocks if keep is None else counted(plan, keep, index))
         if block.ratio > 0 and (key := (index, block.block)) in blocks
     ]
+
+
+def _losses_after_update(
+    model: PreTrainedModel, plan: Plan, method: StaticMethod, evidence: Evidence | None, update: LeastSquares
+) -> dict[BlockKey, Tensor]:
+    """Of all layers' units, in the method's order."""
+    everywhere = replace(plan, layers=tuple(range(len(layers_of(model)))))
+    targets = blocks_to_prune(model, everywhere)
+    scores = {target.key: method.unit_scores(target, evidence) for target in targets}
+    return losses_after_update(
+        model, update, blocks_of(model), scores, {block.block: block.units.channels for block in plan.blocks}
+    )
 
 
 def _check_evidence(model: PreTrainedModel, method: PruningMethod, evidence: Evidence | None) -> None:

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pp_lightning.blocks import BlockKey
+from pp_lightning.blocks import Block, BlockKey
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import fingerprint
 from pp_lightning.families import BlockModules
-from pp_lightning.functional.least_squares import SecondMoments, solve_kept, squared_error
+from pp_lightning.functional.least_squares import SecondMoments, losses_in_order, solve_kept, squared_error
 from pp_lightning.functional.selection import unit_channels
 from pp_lightning.interfaces import INPUTS
 from pp_lightning.layerwise import LayerByLayer
@@ -26,6 +26,7 @@ from pp_lightning.progress import Tell, ignore_line
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 _RIDGE_UNTRIED = 1e-2  # where nothing is held out
+_FEW_BATCHES = 2
 _HELD_OUT = 8192  # tokens at most: their states are kept in memory beside the moments
 
 
@@ -37,9 +38,8 @@ class LeastSquares:
         batches: calibration batches, as :func:`~pp_lightning.calibrate` takes them. The last tenth decides the ridge.
         ridge: fraction of the mean variance of a block's channels that is added to each; None takes, for each block,
             the one of :data:`RIDGES` that is best on the batches held out.
-        bias: fit deviations from the mean, and put what is left of the mean into a bias. Better where the text to come
-            is of the calibration text's kind, worse where it is not; without it stock classes hold the result. None does so where the method
-            restores means.
+        bias: fit deviations from the mean, and put what is left of the mean into a bias; without it stock classes hold
+            the result. None does so where the method restores means.
         folder: keep hidden states and finished blocks in this folder: memory then holds one block's moments, and an
             interrupted run goes on where it stopped. None keeps hidden states on the model's device.
         tell: told of each layer, one line at a time.
@@ -204,6 +204,51 @@ class Updating:
             unfinished.replace(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write {file}: {error}") from error
+
+
+def losses_after_update(
+    model: PreTrainedModel,
+    update: LeastSquares,
+    blocks: Mapping[BlockKey, BlockModules],
+    scores: Mapping[BlockKey, Tensor],
+    channels: Mapping[Block, int],
+) -> dict[BlockKey, Tensor]:
+    """What losing each unit adds to its block's output, in squares relative to the residual, after an update.
+
+    Of the dense model, on a quarter of the batches: for a ranking over all layers.
+
+    Args:
+        model: dense.
+        update: brings the batches.
+        blocks: in the model's order.
+        scores: (U,) of each: units with the smallest go first.
+        channels: of one unit, by kind of block.
+
+    Returns:
+        By block (U,) float32, the unit that stays longest first.
+
+    Raises:
+        UserError: second moments are singular or not finite.
+    """
+    losses = {}
+    carried = LayerByLayer(model, update.batches[: max(_FEW_BATCHES, len(update.batches) // 4)])
+    for key in [key for key in blocks if key in scores]:
+        while carried.layer < key[0]:
+            carried.advance()
+        weight, width = blocks[key].output_weight, channels[key[1]]
+        moments = SecondMoments(weight.shape[1], weight.device)
+        for states in carried.states(blocks[key]):
+            moments.add(states)
+        order = unit_channels(scores[key].to(weight.device).argsort(descending=True, stable=True), width)
+        try:
+            lost = losses_in_order(weight, moments.matrix(), order, _RIDGE_UNTRIED)
+        except torch.linalg.LinAlgError as error:
+            raise UserError(
+                f"second moments of the {key[1].value} block of layer {key[0]} are singular or not finite: give more "
+                "calibration text, or another dtype"
+            ) from error
+        losses[key] = lost.view(-1, width).sum(1).float()
+    return losses
 
 
 def _digest(model: PreTrainedModel, update: LeastSquares) -> str:

@@ -76,6 +76,29 @@ def solve_kept(weight: Tensor, moments: Tensor, kept: Tensor, ridges: Sequence[f
     return solved
 
 
+def losses_in_order(weight: Tensor, moments: Tensor, order: Tensor, ridge: float) -> Tensor:
+    """What each channel's loss adds to the squared error of ``W x``, where those that stay take over what they can.
+
+    Channels go from the end of ``order``. With S = L L^T in that order, those from j on leave ``||(W L)_{j..}||^2``
+    behind, whatever j is: one factorisation gives the error of every count.
+
+    Args:
+        weight: W, (D, C) of any dtype.
+        moments: S, (C, C) float64.
+        order: (C,) int64, the channel that stays longest first.
+        ridge: as a fraction of the mean diagonal of S.
+
+    Returns:
+        (C,) float64, in the order of ``order``.
+
+    Raises:
+        torch.linalg.LinAlgError: S with its ridge is singular, or not finite.
+    """
+    ordered = moments[order][:, order]
+    ordered.diagonal().add_(ridge * moments.diagonal().mean())
+    return (weight.detach().double()[:, order] @ torch.linalg.cholesky(ordered)).square().sum(0)
+
+
 def squared_error(weight: Tensor, columns: Tensor, kept: Tensor, states: Tensor, bias: Tensor | None = None) -> float:
     """Sum over states (N, C) of ``||W x - W'_K x_K - b||^2``: what a new matrix does to tokens it was not made of.
 

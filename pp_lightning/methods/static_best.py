@@ -12,8 +12,7 @@ class StaticBest(StaticPPsp):
 
     Args:
         allocation: how the removed units are spread over the layers.
-        bias: put what is left of the mean into a bias. Better where the text to come is of the calibration text's kind,
-            worse where it is not.
+        bias: fit deviations from the mean and put what is left of the mean into a bias.
         blocks: which blocks are pruned, ``attention``, ``mlp`` or both.
         attention_unit: ``query_head`` or ``kv_group``; None takes groups where query heads share key/value heads.
     """
