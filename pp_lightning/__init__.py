@@ -11,10 +11,12 @@ from pp_lightning.importances import Importances
 from pp_lightning.pruning import KeptUnits, frozen_history, kept_units, prune_, unprune_
 from pp_lightning.state import load_pruning_state, pruning_state, skipped_batches
 from pp_lightning.statistics import Statistics
+from pp_lightning.updating import LeastSquares
 
 __all__ = [
     "Importances",
     "KeptUnits",
+    "LeastSquares",
     "Statistics",
     "UserError",
     "calibrate",

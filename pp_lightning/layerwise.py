@@ -54,6 +54,7 @@ class LayerByLayer:
         UserError: the layers are not called one after the other.
     """
 
+    @torch.no_grad()
     def __init__(
         self, model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], folder: Path | None = None
     ) -> None:
@@ -76,6 +77,7 @@ class LayerByLayer:
         """How many batches there are."""
         return len(self._hidden)
 
+    @torch.no_grad()
     def advance(self) -> None:
         """Carry all batches through the layer as it is now."""
         layer = self._layers[self.layer]
@@ -87,6 +89,7 @@ class LayerByLayer:
                 hidden.copy_(out)
         self.layer += 1
 
+    @torch.no_grad()
     def states(self, modules: BlockModules) -> Iterator[Tensor]:
         """What enters a block's output projection in the layer, of each batch: the real tokens' states (N, C) float32.
 
@@ -173,7 +176,9 @@ def _check_chain(model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
         for hook in hooks:
             hook.remove()
     between = zip(given[1:-1:2], given[2::2], strict=True)
-    if len(wraps) != len(layers_of(model)) or any(not torch.equal(*pair) for pair in between):
+    if len(wraps) != len(layers_of(model)) or any(
+        not torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in between
+    ):
         raise UserError(
             f"{model.config.model_type} does more between its layers than to hand on hidden states: they cannot be "
             "carried through it layer by layer"

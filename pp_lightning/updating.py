@@ -68,7 +68,7 @@ class UpdatedBlock:
     error: float | None = None
 
 
-_Solved = tuple[UpdatedBlock, Tensor, Tensor | None]  # columns (D, K) and bias (D,), float32
+_Solved = tuple[UpdatedBlock, Tensor, Tensor | None]  # columns (D, K) and bias (D,), float64
 
 
 class Updating:
@@ -147,18 +147,18 @@ class Updating:
             ) from error
         biases = [self._bias(weight, columns, kept, moments) for columns in candidates]
         if held is None:
-            return UpdatedBlock(ridges[0]), candidates[0].float(), biases[0]
+            return UpdatedBlock(ridges[0]), candidates[0], biases[0]
         errors = [squared_error(weight, columns, kept, held, b) for columns, b in zip(candidates, biases, strict=True)]
         best = min(range(len(ridges)), key=errors.__getitem__)
         plain = weight[:, kept].double()
         before = squared_error(weight, plain, kept, held, self._bias(weight, plain, kept, moments))
-        whole = float((held @ weight.float().t()).square().sum(dtype=torch.float64)) or 1.0
-        return UpdatedBlock(ridges[best], before / whole, errors[best] / whole), candidates[best].float(), biases[best]
+        whole = float((held.float() @ weight.float().t()).square().sum(dtype=torch.float64)) or 1.0
+        return UpdatedBlock(ridges[best], before / whole, errors[best] / whole), candidates[best], biases[best]
 
     def _bias(self, weight: Tensor, columns: Tensor, kept: Tensor, moments: SecondMoments) -> Tensor | None:
-        """What new columns lose of the mean, ``(W - W') E[x]``, (D,) float32; None where the update has no bias."""
+        """What new columns lose of the mean, ``(W - W') E[x]``, (D,) float64; None where the update has no bias."""
         mean = moments.mean
-        return (weight.double() @ mean - columns @ mean[kept]).float() if self.update.bias else None
+        return (weight.double() @ mean - columns @ mean[kept]) if self.update.bias else None
 
     def _moments(self, target: BlockToPrune, modules: BlockModules) -> tuple[SecondMoments, Tensor | None]:
         """Of the batches that are fitted to, and the states (N, C) of those held out."""
@@ -206,6 +206,7 @@ class Updating:
             raise UserError(f"cannot write {file}: {error}") from error
 
 
+@torch.no_grad()
 def losses_after_update(
     model: PreTrainedModel,
     update: LeastSquares,
