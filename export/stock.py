@@ -42,7 +42,7 @@ def stock_models(sizes: PrunedSizes, widths: Widths, names: set[str]) -> Iterato
     """
     kind, fields = type(sizes.config), sizes.config.to_dict()
     yield from _holding(kind, fields, sizes, widths, names)
-    if sizes.config.model_type in _LLAMA_LIKE and not _has_windows(sizes.config):
+    if sizes.config.model_type in _LLAMA_LIKE and not has_windows(sizes.config):
         for model_type, settings in _LLAMA_LIKE.items():
             other = type(AutoConfig.for_model(model_type))
             without_biases = {name: False for name, value in other().to_dict().items() if _is_bias(name, value)}
@@ -71,7 +71,7 @@ def _holding(
         yield model
 
 
-def _has_windows(config: PreTrainedConfig) -> bool:
+def has_windows(config: PreTrainedConfig) -> bool:
     """Whether any layer attends a sliding window only: each class has its own way of saying so."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
