@@ -83,7 +83,7 @@ def _stock(layout: Layout, model: PreTrainedModel, sizes: PrunedSizes) -> Target
             model_class = type(holder).__name__
             return Target(
                 layout=layout,
-                config=_content(holder.config) | {"architectures": [model_class]},
+                config=config_content(holder.config) | {"architectures": [model_class]},
                 model_class=model_class,
                 layers=PrunedSizes.of(holder).layers,
                 entries=entries,
@@ -100,7 +100,7 @@ def _per_layer(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
     stock, entries = check_exportable(model), entries_of(model, sizes)
     dense = empty_model(sizes.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(dense).items()}
-    content = _content(sizes.config) | {
+    content = config_content(sizes.config) | {
         "architectures": ["PrunedForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{BUNDLED}.PrunedConfig",
@@ -141,9 +141,19 @@ def _counts(dense: PreTrainedModel, sizes: PrunedSizes) -> dict[str, int]:
     return found
 
 
-def _content(config: PreTrainedConfig) -> dict[str, Any]:
-    """Every field of a config that matters, defaults included: they may change from version to version."""
-    return {name: value for name, value in config.to_dict().items() if name not in _UNTOLD}
+def config_content(config: PreTrainedConfig) -> dict[str, Any]:
+    """Every field of a config that matters, defaults included: they may change from version to version.
+
+    ``rope_theta`` and ``rope_scaling`` stand at the top level too: transformers 4 and engines read them there, and
+    silently take 10000 where there is none.
+    """
+    content = {name: value for name, value in config.to_dict().items() if name not in _UNTOLD}
+    rope = content.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        content["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            content["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return content
 
 
 LAYOUTS: Mapping[Layout, Callable[[PreTrainedModel, PrunedSizes], Target]] = {

