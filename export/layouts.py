@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from export.entries import Entry, entries_of, held_by, tensors_of
 from export.sizes import PrunedSizes, Widths, check_exportable
-from export.stock import stock_models
+from export.stock import count_fields, stock_models
 from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
 from pp_lightning.families import blocks_of, empty_model, layer_prefix
@@ -100,23 +100,29 @@ def _per_layer(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
     stock, entries = check_exportable(model), entries_of(model, sizes)
     dense = empty_model(sizes.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(dense).items()}
-    content = config_content(sizes.config) | {
+    fields = config_content(sizes.config)
+    per_layer = {str(index): count_fields(fields, sizes, widths) for index, widths in enumerate(sizes.layers)}
+    content = fields | {
         "architectures": ["PrunedForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{BUNDLED}.PrunedConfig",
+            "AutoModel": f"{BUNDLED}.PrunedModel",
             "AutoModelForCausalLM": f"{BUNDLED}.PrunedForCausalLM",
         },
+        "per_layer_config": per_layer,
+        "allow_global_per_layer_attribute_access": True,
         "pruned_shapes": {e.name: list(e.shape) for e in entries if e.shape != shapes.get(e.name)},
         "pruned_counts": _counts(dense, sizes),
     }
     code = files("export.bundled").joinpath("per_layer.py").read_text(encoding="utf-8")
+    base = type(model.base_model).__name__
     return Target(
         layout="per-layer",
         config=content,
         model_class=f"PrunedForCausalLM ({stock})",
         layers=sizes.layers,
         entries=entries,
-        code=code.replace("LlamaConfig", type(sizes.config).__name__).replace("LlamaForCausalLM", stock),
+        code=code.replace("LlamaConfig", type(sizes.config).__name__).replace("LlamaForCausalLM", stock).replace("LlamaModel", base),
         loads_in="transformers with trust_remote_code=True",
     )
 

@@ -58,7 +58,7 @@ def _holding(
     kind: type[PreTrainedConfig], fields: Mapping[str, Any], sizes: PrunedSizes, widths: Widths, names: set[str]
 ) -> Iterator[PreTrainedModel]:
     """The class with these widths, and with the biases that are needed, if it can be built so."""
-    counted = {**fields, **_counts(fields, sizes, widths)}
+    counted = {**fields, **count_fields(fields, sizes, widths)}
     model = _built(kind, counted)
     for name in [name for name, value in counted.items() if _is_bias(name, value) and not value]:
         missing = set() if model is None else names - tensors_of(model).keys()
@@ -79,7 +79,7 @@ def has_windows(config: PreTrainedConfig) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
-def _counts(fields: Mapping[str, Any], sizes: PrunedSizes, widths: Widths) -> dict[str, int]:
+def count_fields(fields: Mapping[str, Any], sizes: PrunedSizes, widths: Widths) -> dict[str, int]:
     """Config fields that say how many units there are, as the config calls them."""
     shape = sizes.shape
     counts = dict.fromkeys([name for name in _MLP_WIDTHS if fields.get(name) == shape.mlp_width], widths.channels)

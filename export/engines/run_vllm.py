@@ -17,7 +17,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         trust_remote_code=code,
         skip_tokenizer_init=True,
         enforce_eager=True,
-        dtype="auto",
+        dtype=json.loads(Path(request["folder"], "config.json").read_text())["dtype"],  # by itself it would halve float32
         max_model_len=longest,
         max_num_batched_tokens=max(longest, 2048),
         kv_cache_memory_bytes=1 << 28,
