@@ -87,11 +87,11 @@ def _tokens(
         text, kind = by_id.get(number, f"[PAD{number}]"), _NORMAL
         if number not in by_id:
             kind = _UNUSED
+        elif plain and re.fullmatch(r"<0x[0-9A-F]{2}>", text):
+            kind = _BYTE
         elif number in added:
             kind = _CONTROL if added[number]["special"] else _USER_DEFINED
             text = text if kind == _CONTROL else text.replace("▁", " ")
-        elif plain and re.fullmatch(r"<0x[0-9A-F]{2}>", text):
-            kind = _BYTE
         if plain and number == tokenizer.unk_token_id:
             kind = _UNKNOWN
         texts.append(text)

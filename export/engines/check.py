@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from export.engines.run import Engine, ask
@@ -24,11 +25,13 @@ class Expected:
         prompts: token ids (rows, tokens).
         tokens: greedy continuation of each, by the model.
         losses: of each prompt continued so: negative log-likelihood, summed.
+        step_logits: that the tokens were read from, (rows, steps, V) float32.
     """
 
     prompts: list[list[int]]
     tokens: list[list[int]]
     losses: list[float]
+    step_logits: Tensor
 
     @staticmethod
     @torch.no_grad()
@@ -39,15 +42,17 @@ class Expected:
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(0, model.config.vocab_size, (_PROMPTS, size), generator=generator)
         run, text, given, cache = model_runner(model), prompts, prompts, None
+        found = []
         for _ in range(steps):
             logits, cache = run(given, torch.ones_like(text), cache)
-            given = logits[:, -1].argmax(-1, keepdim=True)
+            found.append(logits[:, -1])
+            given = found[-1].argmax(-1, keepdim=True)
             text = torch.cat([text, given], dim=1)
             given = text if cache is None else given
         mask = torch.ones_like(text)
         scores = run(text, mask, None)[0].double().log_softmax(-1)[:, :-1]
         losses = -scores.gather(2, text[:, 1:, None]).sum((1, 2))
-        return Expected(prompts.tolist(), text[:, size:].tolist(), losses.tolist())
+        return Expected(prompts.tolist(), text[:, size:].tolist(), losses.tolist(), torch.stack(found, dim=1))
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class EngineCheck:
         engine: its name.
         version: package and version.
         same_tokens: greedy tokens equal to the model's.
-        of_tokens: that were compared.
+        of_tokens: that were compared; a tie within the tolerance ends the comparison of its row.
         loss_difference: largest relative difference of a loss.
     """
 
@@ -85,12 +90,23 @@ def check_with(engine: Engine, folder: Path, expected: Expected, *, exact: bool,
     prompts = expected.prompts
     windows = [[*prompt, *found] for prompt, found in zip(prompts, expected.tokens, strict=True)]
     answer = ask(engine, folder, prompts=prompts, steps=len(expected.tokens[0]), windows=windows, **more)
-    pairs = zip(expected.tokens, answer.tokens, strict=True)
-    same = sum(a == b for wanted, found in pairs for a, b in zip(wanted, found, strict=True))
-    number = sum(len(row) for row in expected.tokens)
+    rows = zip(expected.tokens, answer.tokens, expected.step_logits, strict=True)
+    counted = [_compared(wanted, found, logits) for wanted, found, logits in rows]
+    same, number = (sum(numbers) for numbers in zip(*counted, strict=True))
     off = max(abs(a - b) / max(abs(a), 1e-9) for a, b in zip(expected.losses, answer.losses, strict=True))
     if exact and (same < number or not off <= LOSS_TOLERANCE):
         raise UserError(
             f"{answer.version} computes something else: {same} of {number} greedy tokens equal, losses off by {off:.1e}"
         )
     return EngineCheck(engine, answer.version, same, number, off)
+
+
+def _compared(wanted: list[int], found: list[int], logits: Tensor) -> tuple[int, int]:
+    """Greedy tokens of a row that are equal, and that were compared."""
+    for step, (own, other) in enumerate(zip(wanted, found, strict=True)):
+        if own != other:
+            gap, scale = float(logits[step, own] - logits[step, other]), float(logits[step].abs().max())
+            if gap <= LOSS_TOLERANCE * scale:
+                return step, step
+            return sum(a == b for a, b in zip(wanted, found, strict=True)), len(wanted)
+    return len(wanted), len(wanted)
