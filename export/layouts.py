@@ -102,7 +102,8 @@ def _per_layer(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(dense).items()}
     fields = config_content(sizes.config)
     per_layer = {str(index): count_fields(fields, sizes, widths) for index, widths in enumerate(sizes.layers)}
-    content = fields | {
+    head_size = {"head_dim": one.pop("head_dim") for one in per_layer.values() if "head_dim" in one}
+    content = fields | head_size | {
         "architectures": ["PrunedForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{BUNDLED}.PrunedConfig",
