@@ -7,6 +7,7 @@ their beginning and hands them back as they came.
 import ctypes
 import json
 import math
+import struct
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -70,6 +71,7 @@ class Runtime:
             raise ValueError(f"llama.cpp ({self.version}) cannot load {path}")
         parameters = c.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = context
+        _in_full_precision(parameters)
         self._context = c.llama_init_from_model(ctypes.c_void_p(self._model), parameters)
         self._words = c.llama_vocab_n_tokens(ctypes.c_void_p(c.llama_model_get_vocab(ctypes.c_void_p(self._model))))
         self._batch, self._held = c.llama_batch_init(context, 0, 1), 0
@@ -101,6 +103,22 @@ class Runtime:
         flags = (ctypes.c_bool(True), ctypes.c_bool(True))
         number = self._library.llama_tokenize(vocabulary, data, len(data), found, room, *flags)
         return list(found[:number])
+
+
+def _in_full_precision(parameters: _Parameters) -> None:
+    """As ``-fa off -ctk f32 -ctv f32``: no flash attention, keys and values in float32, as transformers computes.
+
+    Both stand further back in the structure, so they are found by what is around them: four types that are -1 before
+    six numbers of rotary positions, and two types that are 1 (float16) between two pairs of null pointers.
+    """
+    start, content = ctypes.addressof(parameters), bytes(parameters)
+    automatic = struct.pack("=4i6f", -1, -1, -1, -1, 0, 0, -1, -1, -1, -1)
+    place = content.find(automatic)
+    if place > 0:
+        ctypes.memset(start + place + 12, 0, 4)
+    place = content.find(bytes(16) + struct.pack("=2i", 1, 1) + bytes(16))
+    if place > 0 and place % 8 == 0:
+        ctypes.memset(start + place + 16, 0, 8)
 
 
 def _say_errors(level: int, text: bytes, _: Any) -> None:
