@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = {
@@ -32,7 +33,7 @@ LAYOUTS = ("uniform", "per-layer", "padded")
 METHODS = {"wanda_sp": "no biases", "flap": "biases"}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("install", "run"):
@@ -54,7 +55,7 @@ def main():
         print(table(json.loads(given.file.read_text())))
 
 
-def install(place, engine):
+def install(place: Path, engine: str) -> None:
     python = place / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
@@ -63,7 +64,7 @@ def install(place, engine):
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *UNWANTED[engine]], check=True)
 
 
-def run(given):
+def run(given: argparse.Namespace) -> None:
     from export.engines.check import Expected
     from export.engines.choice import FORMATS
     from pp_lightning import UserError
@@ -94,7 +95,7 @@ def run(given):
                         given.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def write(model, out, form, layout):
+def write(model: Any, out: Path, form: str, layout: Any) -> str:
     """Export; what stands in the way, where something does."""
     from export import export_checkpoint, export_graph
     from export.gguf_file import export_gguf
@@ -116,7 +117,7 @@ def write(model, out, form, layout):
     return ""
 
 
-def cell(engine, folder, expected, refused):
+def cell(engine: Any, folder: Path, expected: Any, refused: str) -> dict[str, Any]:
     from export.engines.check import check_with
     from pp_lightning import UserError
 
@@ -132,7 +133,7 @@ def cell(engine, folder, expected, refused):
     return {"state": "equal", "loss": check.loss_difference, "version": check.version}
 
 
-def table(results):
+def table(results: dict[str, Any]) -> str:
     """Markdown: a row a model, a column an engine."""
     versions = {key.rsplit("/", 1)[1]: one["version"] for key, one in results.items() if "version" in one}
     engines = [engine for engine in PACKAGES if any(key.endswith(f"/{engine}") for key in results)]

@@ -91,8 +91,8 @@ def graph_card(folder: Path, record: Mapping[str, Any], graph: Graph, form: str,
         *(["| `position_ids` | (batch, sequence) int64 |"] if "position_ids" in graph.inputs else []),
         *(
             [
-                f"| `past_key_values.i.key`, `.value` | (batch, heads of layer i, past, {graph.head_size}), past is 0 at "
-                f"the start; heads: {list(graph.caches)} |",
+                f"| `past_key_values.i.key`, `.value` | (batch, heads of layer i, past, {graph.head_size}), past is 0 "
+                f"at the start; heads: {list(graph.caches)} |",
                 "| out: `present.i.key`, `.value` | the same, past + sequence long: the next call's past |",
             ]
             if cached
@@ -113,7 +113,7 @@ def _example(form: str, graph: Graph) -> str:
     if form == "onnx":
         caches = f"""
 heads_of = {list(graph.caches)}
-inputs |= {{{rows} for i, heads in enumerate(heads_of) for part in ("key", "value")}}"""
+inputs |= {{{rows} for i, heads in enumerate(heads_of) for part in ("key", "value")}}""" * bool(graph.caches)
         genai = """
 ```python
 import onnxruntime_genai as og  # pip install onnxruntime-genai
@@ -134,7 +134,7 @@ import onnxruntime
 
 session = onnxruntime.InferenceSession("model.onnx")
 ids = np.array([[1, 2, 3]])
-inputs = {{"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(3)[None]}}{caches * bool(graph.caches)}
+inputs = {{"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(3)[None]}}{caches}
 known = {{one.name for one in session.get_inputs()}}
 logits, *cache = session.run(None, {{name: array for name, array in inputs.items() if name in known}})
 ```

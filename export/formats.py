@@ -64,7 +64,7 @@ def _write_onnx(graph: Graph, folder: Path, size: int) -> None:
 
 def _name_sizes(graph: Any) -> None:
     """Call open sizes by what they are, in all shapes: the tracer calls them s10 or s43."""
-    found = {}
+    found: dict[str, str] = {}
     for value in graph.inputs:
         for size, name in zip(value.shape, _SIZES.get(value.name, ()), strict=False):
             if not isinstance(size, int):

@@ -206,7 +206,9 @@ def _read_again(path: Path, plan: GgufPlan, types: Mapping[str, GgufType]) -> Gg
         largest = float(tensor.abs().max())
         difference = float((tensor - read).abs().max()) / (largest or 1.0)
         if not difference <= _ROUNDING[types[name]]:  # NaN too
-            raise UserError(f"the export failed its check: {name} came back different, by {difference:.2g} of {largest:.2g}")
+            raise UserError(
+                f"the export failed its check: {name} came back different, by {difference:.2g} of {largest:.2g}"
+            )
         worst = max(worst, difference)
     return GgufCheck(plan.architecture, len(wanted), path.stat().st_size, worst, _wider(types, wanted))
 

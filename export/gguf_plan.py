@@ -115,7 +115,9 @@ def check_family(config: PreTrainedConfig, layout: str) -> None:
         raise UserError(f"llama.cpp's llama has no activation {config.hidden_act!r}: use --format safetensors or onnx")
     rope = _rope(config)
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
-        raise UserError(f"rotary positions of type {rope['rope_type']!r} go into no GGUF here: use --format safetensors")
+        raise UserError(
+            f"rotary positions of type {rope['rope_type']!r} go into no GGUF here: use --format safetensors"
+        )
     if float(rope.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UserError("llama.cpp's llama rotates whole heads, this model a part of them: use --format safetensors")
 

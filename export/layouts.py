@@ -102,19 +102,24 @@ def _per_layer(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(dense).items()}
     fields = config_content(sizes.config)
     per_layer = {str(index): count_fields(fields, sizes, widths) for index, widths in enumerate(sizes.layers)}
-    head_size = {"head_dim": one.pop("head_dim") for one in per_layer.values() if "head_dim" in one}
-    content = fields | head_size | {
-        "architectures": ["PrunedForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{BUNDLED}.PrunedConfig",
-            "AutoModel": f"{BUNDLED}.PrunedModel",
-            "AutoModelForCausalLM": f"{BUNDLED}.PrunedForCausalLM",
-        },
-        "per_layer_config": per_layer,
-        "allow_global_per_layer_attribute_access": True,
-        "pruned_shapes": {e.name: list(e.shape) for e in entries if e.shape != shapes.get(e.name)},
-        "pruned_counts": _counts(dense, sizes),
-    }
+    sizes_of_heads = [one.pop("head_dim") for one in per_layer.values() if "head_dim" in one]
+    head_size = {"head_dim": sizes_of_heads[0]} if sizes_of_heads else {}
+    content = (
+        fields
+        | head_size
+        | {
+            "architectures": ["PrunedForCausalLM"],
+            "auto_map": {
+                "AutoConfig": f"{BUNDLED}.PrunedConfig",
+                "AutoModel": f"{BUNDLED}.PrunedModel",
+                "AutoModelForCausalLM": f"{BUNDLED}.PrunedForCausalLM",
+            },
+            "per_layer_config": per_layer,
+            "allow_global_per_layer_attribute_access": True,
+            "pruned_shapes": {e.name: list(e.shape) for e in entries if e.shape != shapes.get(e.name)},
+            "pruned_counts": _counts(dense, sizes),
+        }
+    )
     code = files("export.bundled").joinpath("per_layer.py").read_text(encoding="utf-8")
     base = type(model.base_model).__name__
     return Target(
@@ -123,7 +128,9 @@ def _per_layer(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
         model_class=f"PrunedForCausalLM ({stock})",
         layers=sizes.layers,
         entries=entries,
-        code=code.replace("LlamaConfig", type(sizes.config).__name__).replace("LlamaForCausalLM", stock).replace("LlamaModel", base),
+        code=code.replace("LlamaConfig", type(sizes.config).__name__)
+        .replace("LlamaForCausalLM", stock)
+        .replace("LlamaModel", base),
         loads_in="transformers with trust_remote_code=True",
     )
 

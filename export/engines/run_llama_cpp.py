@@ -59,7 +59,12 @@ class Runtime:
         c = self._library
         for name in ("llama_model_default_params", "llama_context_default_params"):
             getattr(c, name).restype = _Parameters
-        for name in ("llama_model_load_from_file", "llama_init_from_model", "llama_model_get_vocab", "llama_get_memory"):
+        for name in (
+            "llama_model_load_from_file",
+            "llama_init_from_model",
+            "llama_model_get_vocab",
+            "llama_get_memory",
+        ):
             getattr(c, name).restype = ctypes.c_void_p
         c.llama_batch_init.restype = _Batch
         c.llama_get_logits_ith.restype = ctypes.POINTER(ctypes.c_float)

@@ -17,7 +17,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         trust_remote_code=code,
         skip_tokenizer_init=True,
         enforce_eager=True,
-        dtype=json.loads(Path(request["folder"], "config.json").read_text())["dtype"],  # by itself it would halve float32
+        dtype=json.loads(Path(request["folder"], "config.json").read_text())[
+            "dtype"
+        ],  # by itself it would halve float32
         max_model_len=longest,
         max_num_batched_tokens=max(longest, 2048),
         kv_cache_memory_bytes=1 << 28,
@@ -29,7 +31,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         given = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
         tokens = [list(one.outputs[0].token_ids) for one in model.generate(given, settings)]
     if request["windows"]:
-        settings = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, ignore_eos=True, detokenize=False)
+        settings = vllm.SamplingParams(
+            temperature=0, max_tokens=1, prompt_logprobs=0, ignore_eos=True, detokenize=False
+        )
         given = [{"prompt_token_ids": window} for window in request["windows"]]
         for window, one in zip(request["windows"], model.generate(given, settings), strict=True):
             rows = list(one.prompt_logprobs)[1:]

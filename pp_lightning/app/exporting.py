@@ -37,7 +37,7 @@ from pp_lightning.errors import UserError
 from pp_lightning.methods import DynamicMethod
 from pp_lightning.progress import Tell, ignore_line, write_line
 
-Quantize = Literal["int8", "q8_0"]
+Quantize = Literal["q8_0"]
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> bool:
             raise UserError("a graph holds any widths as they are: --layout is for --format safetensors or gguf")
         if settings.engine is not None and (dynamic or not settings.kv_cache):
             raise UserError(
-                f"{settings.engine} generates from a static choice with keys and values: freeze a choice per batch with "
-                "--model.frozen_on history (or text), and leave --kv_cache true"
+                f"{settings.engine} generates from a static choice with keys and values: freeze a choice per batch "
+                "with --model.frozen_on history (or text), and leave --kv_cache true"
             )
     elif dynamic:
         raise UserError(
@@ -216,9 +216,8 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> bool:
 
 
 def _check_quantize(settings: ExportSettings) -> None:
-    wanted = {"q8_0": "gguf", "int8": "safetensors"}
-    if settings.quantize is not None and wanted[settings.quantize] != settings.written:
-        raise UserError(f"--quantize {settings.quantize} is for --format {wanted[settings.quantize]}")
+    if settings.quantize is not None and settings.written != "gguf":
+        raise UserError(f"--quantize {settings.quantize} is for --format gguf: other engines quantise what they load")
 
 
 def _for_engine(module: PrunedLM, settings: ExportSettings) -> ExportSettings:
@@ -310,8 +309,8 @@ def _outcome(check: Agreement) -> str:
 
 def _gguf_outcome(check: GgufCheck) -> str:
     text = (
-        f"read again: {check.tensors} tensors differ by at most {check.largest_difference:.1e} of their largest number; "
-        f"{check.bytes:,} bytes"
+        f"read again: {check.tensors} tensors differ by at most {check.largest_difference:.1e} of their largest "
+        f"number; {check.bytes:,} bytes"
     )
     if check.kept_wider:
         text += f"; {len(check.kept_wider)} tensors stay in float16: q8_0 wants rows of multiples of 32"
@@ -320,8 +319,8 @@ def _gguf_outcome(check: GgufCheck) -> str:
 
 def _engine_outcome(check: EngineCheck) -> str:
     return (
-        f"run in {check.version}: {check.same_tokens} of {check.of_tokens} greedy tokens are equal, losses differ by at "
-        f"most {check.loss_difference:.1e}"
+        f"run in {check.version}: {check.same_tokens} of {check.of_tokens} greedy tokens are equal, losses differ "
+        f"by at most {check.loss_difference:.1e}"
     )
 
 

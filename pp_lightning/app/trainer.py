@@ -195,15 +195,15 @@ class PruningTrainer(L.Trainer):
             model: the module; its method makes the choice.
             datamodule: the data to calibrate on; not read where ``--model.statistics`` names a finished file. Graphs of
                 dynamic methods are for batches of its ``batch_size`` and ``window``.
-            format: ``safetensors`` (the default) is a transformers folder; ``gguf`` one file for llama.cpp; ``onnx`` and ``pt2`` (torch.export) are graphs;
-                ``compiled`` adds kernels for this machine to ``pt2`` (AOTInductor).
+            format: ``safetensors`` (the default) is a transformers folder; ``gguf`` a file for llama.cpp; ``onnx`` and
+                ``pt2`` (torch.export) are graphs; ``compiled`` adds kernels for this machine to ``pt2`` (AOTInductor).
             engine: ``--for`` on the command line: choose the format and layout that this engine was seen to load.
             check_with: ``--check-with``: engines to run the export in, found in this Python or in the folder that
                 ``PP_LIGHTNING_ENGINES`` names.
-            quantize: ``q8_0`` of a GGUF; ``int8`` (weights only, torchao) of a transformers folder.
-            layout: of a transformers folder or a GGUF. ``uniform`` (the default) chooses the same counts in every layer and
-                writes a stock class; ``per-layer`` keeps a count of its own in every layer and brings a modelling file;
-                ``padded`` fills up to the widest layer.
+            quantize: ``q8_0``: 8 bits a weight, of a GGUF.
+            layout: of a transformers folder or a GGUF. ``uniform`` (the default) chooses the same counts in every layer
+                and writes a stock class; ``per-layer`` keeps a count of its own in every layer and brings a modelling
+                file; ``padded`` fills up to the widest layer.
             dtype: of the weights written; none takes that of ``--model.dtype``.
             kv_cache: whether the graph of a static choice takes and gives keys and values.
             overwrite: replace an earlier export.

@@ -155,14 +155,18 @@ def test_settings_that_llama_cpp_does_not_compute(name, overrides, message):
 
 
 def test_biases_that_qwen3_does_not_read(tmp_path):
-    with pytest.raises(UserError, match="WandaSP|no stock class"):
+    with pytest.raises(UserError, match=r"WandaSP|no stock class"):
         write(small_pruned("qwen3", "flap"), tmp_path / "out", layout="uniform")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fields_of_a_tokenizer():
     fields = tokenizer_fields(tokenizer_of("metaspace"), 1030)
-    assert (fields["ggml.model"], fields["ggml.add_bos_token"], fields["ggml.add_space_prefix"]) == ("llama", True, True)
+    assert (fields["ggml.model"], fields["ggml.add_bos_token"], fields["ggml.add_space_prefix"]) == (
+        "llama",
+        True,
+        True,
+    )
     assert fields["ggml.tokens"][-1] == "[PAD1029]" and fields["ggml.token_type"][:4] == [2, 3, 3, 6]
     fields = tokenizer_fields(tokenizer_of("opt"), 1024)
     assert (fields["ggml.model"], fields["ggml.pre"], fields["ggml.add_bos_token"]) == ("gpt2", "gpt-2", True)
@@ -171,7 +175,8 @@ def test_fields_of_a_tokenizer():
 
 
 needs_llama_cpp = pytest.mark.skipif(
-    interpreter_of("llama.cpp") is None, reason="llama.cpp is not installed: make test-engines, or pip install xllamacpp"
+    interpreter_of("llama.cpp") is None,
+    reason="llama.cpp is not installed: make test-engines, or pip install xllamacpp",
 )
 
 
