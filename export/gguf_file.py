@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from export.costs import Costs, costs_of
 from export.folder import appearing, check_free, check_space
-from export.gguf_plan import GgufPlan, GgufTensor, plan_for
+from export.gguf_plan import GgufPlan, GgufTensor, check_biases, check_family, plan_for
 from export.gguf_tokenizer import tokenizer_fields
 from export.layouts import Layout, target_for
 from export.record import gguf_card, pruning_record, write_record
@@ -107,6 +107,8 @@ def export_gguf(
     """
     check_gguf()
     check_free(out, overwrite)
+    check_family(model.config, layout)
+    check_biases(model)
     target = target_for(layout, model)
     plan, chosen = plan_for(model, target), kind or gguf_type_of(model.dtype)
     fields = tokenizer_fields(tokenizer, model.config.vocab_size)

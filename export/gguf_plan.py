@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from export.entries import Entry
+from export.entries import Entry, tensors_of
 from export.layouts import Target
 from export.sizes import Widths
 from export.stock import has_windows
@@ -122,6 +122,22 @@ def check_family(config: PreTrainedConfig, layout: str) -> None:
         raise UserError("llama.cpp's llama rotates whole heads, this model a part of them: use --format safetensors")
 
 
+def check_biases(model: PreTrainedModel) -> None:
+    """Refuse biases that llama.cpp does not read: only its ``llama`` and ``deci`` have those of outputs and MLPs.
+
+    Raises:
+        UserError: there are some.
+    """
+    kind = model.config.model_type
+    inputs = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
+    biased = [name for name in tensors_of(model) if name.endswith(".bias") and not name.endswith(inputs)]
+    if kind in _OWN and biased:
+        raise UserError(
+            f"llama.cpp's {kind} reads no bias such as {biased[0]}: choose a method that needs none (WandaSP, FLAP with "
+            "bias false), or use --for vllm, onnxruntime-genai or openvino"
+        )
+
+
 def plan_for(model: PreTrainedModel, target: Target) -> GgufPlan:
     """Names, order and description of what a target holds.
 
@@ -135,7 +151,6 @@ def plan_for(model: PreTrainedModel, target: Target) -> GgufPlan:
     if not all(all(widths) for widths in target.layers):
         raise UserError("a layer without heads or channels goes into no GGUF: use --format safetensors")
     tensors = [tensor for entry in target.entries for tensor in _renamed(entry, target.layers, config)]
-    _check_biases(config.model_type, tensors)
     return GgufPlan(architecture, _fields(model, target.layers, alike), [*_rope_factors(config), *tensors])
 
 
@@ -168,17 +183,6 @@ def _part_rows(part: str, widths: Widths, rows: int) -> int:
         return widths.channels
     units = widths.heads if part.endswith("q_proj") else widths.groups
     return units * (rows // (widths.heads + 2 * widths.groups))
-
-
-def _check_biases(kind: str, tensors: Sequence[GgufTensor]) -> None:
-    """Only its ``llama`` and ``deci`` read biases of output and MLP projections."""
-    inputs = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
-    biased = [one.name for one in tensors if one.name.endswith(".bias") and not one.name.endswith(inputs)]
-    if kind in _OWN and biased:
-        raise UserError(
-            f"llama.cpp's {kind} reads no biases such as {biased[0]}: choose a method that needs none (WandaSP), or "
-            "use --for vllm or onnxruntime-genai"
-        )
 
 
 def _fields(model: PreTrainedModel, layers: Sequence[Widths], alike: bool) -> dict[str, Any]:

@@ -93,6 +93,7 @@ def write_card(
     origin = f"`{base['name']}` ({base['model_type']})"
     text = f"""---
 library_name: transformers
+base_model: {base["name"]}
 tags: [pruned, structured-pruning, pp-lightning]
 ---
 # {base["name"]}, pruned
@@ -107,6 +108,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("."{trust})
 tokenizer = AutoTokenizer.from_pretrained("."{trust})
 ```
+```bash
+vllm serve . {_vllm(costs)}
+lm_eval --model hf --model_args pretrained=.{trust.replace(", ", ",")} --tasks hellaswag
+```
 
 | | |
 |---|---|
@@ -117,7 +122,8 @@ tokenizer = AutoTokenizer.from_pretrained("."{trust})
 | parameters | {costs.parameters:,} ({costs.parameters_ratio:.1%} of the dense model) |
 | FLOPs | {costs.flops_ratio:.1%} of the dense model |
 | loads in | {costs.loads_in} |
-| checked | reloaded after writing: logits differ by at most {check.largest_difference:.1e}, greedy tokens equal |
+| checked | reloaded after writing by transformers {version("transformers")}: logits differ by at most \
+{check.largest_difference:.1e}, greedy tokens equal |
 
 `pruning.json` has the settings, the kept units of every layer, the calibration's digest and all versions.
 """
@@ -165,6 +171,14 @@ Llama("model.gguf")("Once upon a time", max_tokens=32)
 `pruning.json` has the settings, the kept units of every layer, the calibration's digest and all versions.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _vllm(costs: Costs) -> str:
+    """Options that vLLM was seen to need for a class."""
+    if costs.layout == "per-layer":
+        return "--trust-remote-code"
+    computes_head_sizes = costs.model_class in ("SeedOssForCausalLM", "Qwen2ForCausalLM")
+    return "--model-impl transformers" if computes_head_sizes else ""
 
 
 def _range(counts: tuple[int, int]) -> str:

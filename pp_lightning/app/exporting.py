@@ -24,8 +24,10 @@ from export.engines.run import Engine, check_installed
 from export.folder import check_free
 from export.formats import GRAPH_FORMATS
 from export.gguf_file import GgufCheck, GgufType, check_gguf, export_gguf
-from export.gguf_plan import check_family
+from export.gguf_plan import check_biases, check_family
 from export.gguf_tokenizer import tokenizer_fields
+from export.layouts import target_for
+from export.quantisers import shared_among, suits
 from export.record import base_model_name, calibration_record
 from export.sizes import PrunedSizes, check_exportable
 from export.weights import check_shard_size
@@ -34,6 +36,7 @@ from pp_lightning.app.report import Grid, show_grid
 from pp_lightning.checkpoints import Dtype
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.errors import UserError
+from pp_lightning.families import shape_of
 from pp_lightning.methods import DynamicMethod
 from pp_lightning.progress import Tell, ignore_line, write_line
 
@@ -123,6 +126,7 @@ def export_pruned(
 def _write_checkpoint(module: PrunedLM, out: Path, settings: ExportSettings, shared: "_Shared") -> None:
     layout = settings.layout or "uniform"
     _show_costs(compare_layouts(module.model), layout)
+    _say_what_suits(module, layout)
     _say_if_shared_keys_went(module)
     costs, check = export_checkpoint(
         module.model, out, layout=layout, max_shard_size=settings.max_shard_size, release=True, **shared
@@ -134,6 +138,7 @@ def _write_checkpoint(module: PrunedLM, out: Path, settings: ExportSettings, sha
 def _write_gguf(module: PrunedLM, out: Path, settings: ExportSettings, shared: "_Shared") -> None:
     layout = settings.layout or "uniform"
     _show_costs(compare_layouts(module.model), layout)
+    _say_what_suits(module, layout)
     _say_if_shared_keys_went(module)
     kind: GgufType | None = "q8_0" if settings.quantize == "q8_0" else None
     costs, check = export_gguf(module.model, out, layout=layout, kind=kind, **shared)
@@ -151,6 +156,21 @@ def _write_dynamic_graph(
     )
     _say(f"written to {out}: see pruning.json for the names of inputs and outputs")
     _say(_outcome(check))
+
+
+def _say_what_suits(module: PrunedLM, layout: Layout) -> None:
+    """Quantisers that these widths do not suit, and how many devices can share them."""
+    layers, shape = target_for(layout, module.model).layers, shape_of(module.model.config)
+    counted = suits(layers, shape.head_size, shape.hidden_size)
+    unsuited = [f"{name}: {number}" for name, number in counted.items() if number]
+    if unsuited:
+        _say(
+            f"matrices whose rows a quantiser leaves wider or refuses (choose --model.round_to): {'; '.join(unsuited)}"
+        )
+    devices = shared_among(layers)
+    _say(
+        f"tensor parallelism: heads and channels divide among {', '.join(map(str, devices)) or 'no number of'} devices"
+    )
 
 
 def _say_if_shared_keys_went(module: PrunedLM) -> None:
@@ -210,6 +230,7 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> bool:
     if settings.written == "gguf":
         check_gguf()
         check_family(module.model.config, settings.layout or "uniform")
+        check_biases(module.model)
         tokenizer_fields(module.tokenizer, module.model.config.vocab_size)
     _check_quantize(settings)
     return dynamic
