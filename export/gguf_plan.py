@@ -122,8 +122,12 @@ def check_family(config: PreTrainedConfig, layout: str) -> None:
         raise UserError("llama.cpp's llama rotates whole heads, this model a part of them: use --format safetensors")
 
 
-def check_biases(model: PreTrainedModel) -> None:
+def check_biases(model: PreTrainedModel, *, more: bool = False) -> None:
     """Refuse biases that llama.cpp does not read: only its ``llama`` and ``deci`` have those of outputs and MLPs.
+
+    Args:
+        model: pruned or not yet.
+        more: whether pruning is going to add some to outputs.
 
     Raises:
         UserError: there are some.
@@ -131,10 +135,10 @@ def check_biases(model: PreTrainedModel) -> None:
     kind = model.config.model_type
     inputs = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
     biased = [name for name in tensors_of(model) if name.endswith(".bias") and not name.endswith(inputs)]
-    if kind in _OWN and biased:
+    if kind in _OWN and (biased or more):
         raise UserError(
-            f"llama.cpp's {kind} reads no bias such as {biased[0]}: choose a method that needs none (WandaSP, FLAP with "
-            "bias false), or use --for vllm, onnxruntime-genai or openvino"
+            f"llama.cpp's {kind} reads no biases of output projections: choose a method that needs none (WandaSP, or "
+            "FLAP with --model.method.bias false), or use --for vllm, onnxruntime-genai or openvino"
         )
 
 

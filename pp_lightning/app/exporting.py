@@ -230,7 +230,7 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> bool:
     if settings.written == "gguf":
         check_gguf()
         check_family(module.model.config, settings.layout or "uniform")
-        check_biases(module.model)
+        check_biases(module.model, more=module.method.restores_means)
         tokenizer_fields(module.tokenizer, module.model.config.vocab_size)
     _check_quantize(settings)
     return dynamic
