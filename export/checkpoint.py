@@ -13,6 +13,7 @@ from export.costs import Costs, costs_of
 from export.folder import appearing, check_free, check_space
 from export.layouts import BUNDLED, Layout, Target, target_for
 from export.record import pruning_record, write_card, write_record
+from export.tokenizer import write_tokenizer
 from export.verify import Agreement, Behaviour, verify
 from export.weights import check_shard_size, write_weights
 from pp_lightning.progress import Tell, ignore_line
@@ -104,6 +105,6 @@ def _write_small_files(
     if model.generation_config is not None:
         model.generation_config.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        write_tokenizer(tokenizer, folder)
     if target.code is not None:
         (folder / f"{BUNDLED}.py").write_text(target.code, encoding="utf-8")

@@ -1,10 +1,12 @@
 """Files that hold a graph: ONNX, and PyTorch's own exported program with or without compiled kernels."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,13 @@ from pp_lightning.errors import UserError
 
 # Runs a graph on its inputs in order, flat; gives its outputs in order, on the CPU.
 Session = Callable[[Sequence[Tensor]], list[Tensor]]
+
+# What the open sizes of a graph's inputs are called.
+_SIZES = {
+    "input_ids": ("batch", "sequence"),
+    "attention_mask": ("batch", "total_sequence"),
+    "past_key_values.0.key": ("batch", "heads", "past"),
+}
 
 _LARGEST_PROTOBUF = 2 * 1000**3  # bytes; the format ends at 2 GiB
 
@@ -40,16 +49,31 @@ class GraphFormat:
 def _write_onnx(graph: Graph, folder: Path, size: int) -> None:
     assert graph.program is not None
     with _quiet():
-        torch.onnx.export(
+        written = torch.onnx.export(
             graph.program,
             (),
-            folder / "model.onnx",
             dynamo=True,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            external_data=size > _LARGEST_PROTOBUF,
             verbose=False,
         )
+        assert written is not None
+        _name_sizes(written.model.graph)
+        written.save(folder / "model.onnx", external_data=size > _LARGEST_PROTOBUF)
+
+
+def _name_sizes(graph: Any) -> None:
+    """Call open sizes by what they are, in all shapes: the tracer calls them s10 or s43."""
+    found: dict[str, str] = {}
+    for value in graph.inputs:
+        for size, name in zip(value.shape, _SIZES.get(value.name, ()), strict=False):
+            if not isinstance(size, int):
+                found.setdefault(str(size), name)
+    values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+    for shape in (value.shape for value in values if value.shape is not None):
+        for axis, size in enumerate(shape):
+            if not isinstance(size, int) and size.value is not None:
+                shape[axis] = re.sub(r"\bs\d+\b", lambda symbol: found.get(symbol[0], symbol[0]), size.value)
 
 
 def _load_onnx(folder: Path, graph: Graph) -> Session:

@@ -63,8 +63,9 @@ def trace(model: PreTrainedModel, *, kv_cache: bool) -> Graph:
     ids = torch.zeros(2, tokens, dtype=torch.long, device=model.device)
     mask = torch.ones(2, held + tokens, dtype=torch.long, device=model.device)
     positions = torch.arange(held, held + tokens, device=model.device).expand(2, tokens).contiguous()
-    open_text = {0: Dim.AUTO, 1: Dim.AUTO}
-    shapes: tuple[Any, ...] = (open_text, open_text, open_text, [{0: Dim.AUTO, 2: Dim.AUTO} for _ in past])
+    batch, sequence, before = Dim("batch", min=0), Dim("sequence", min=0), Dim("past", min=0)
+    text = {0: batch, 1: sequence}
+    shapes: tuple[Any, ...] = (text, {0: batch, 1: Dim.AUTO}, text, [{0: batch, 2: before} for _ in past])
     with attention_for_graphs(model):
         program = traced(_WithCache(model), (ids, mask, positions, past), shapes)
     names = ("input_ids", "attention_mask", "position_ids")

@@ -9,10 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from export.beside import graph_card, write_beside
 from export.dynamic import trace_dynamic
 from export.dynamic_check import DynamicBehaviour
 from export.folder import appearing, check_free, check_space
-from export.formats import GRAPH_FORMATS, GraphFormat, Session
+from export.formats import GRAPH_FORMATS, Session
 from export.graph import Graph, trace
 from export.record import graph_record, pruning_record, write_record
 from export.sizes import check_exportable, longest_text
@@ -55,7 +56,7 @@ def export_graph(
     Raises:
         UserError: a package or disk space is missing, ``out`` is taken, or the check failed. Nothing is left behind.
     """
-    chosen = _ready(form, model, out, overwrite)
+    _check_ready(form, model, out, overwrite)
     dtype, layers = model.dtype, model.config.num_hidden_layers
     longest = longest_text(model) - STEPS
     runner, vocabulary = model_runner(model), model.config.vocab_size
@@ -70,7 +71,7 @@ def export_graph(
         model,
         out,
         lambda: trace(model, kv_cache=kv_cache),
-        chosen,
+        form,
         check,
         tokenizer=tokenizer,
         overwrite=overwrite,
@@ -112,7 +113,7 @@ def export_dynamic_graph(
     Raises:
         UserError: as :func:`export_graph`, or the batch does not fit the histories.
     """
-    chosen = _ready(form, model, out, overwrite)
+    _check_ready(form, model, out, overwrite)
     expected = DynamicBehaviour.of(model, rows, tokens)
     dtype, layers = model.dtype, model.config.num_hidden_layers
     start = {label: tensor for label, tensor in pruning_state(model).items() if tensor.dim() > 0}
@@ -120,7 +121,7 @@ def export_dynamic_graph(
         model,
         out,
         lambda: trace_dynamic(model, rows, tokens),
-        chosen,
+        form,
         lambda session, _: expected.check(session, list(start.values()), dtype, layers),
         tokenizer=tokenizer,
         overwrite=overwrite,
@@ -144,22 +145,20 @@ def cached_runner(session: Session, graph: Graph, dtype: torch.dtype) -> Runner:
     return run
 
 
-def _ready(form: str, model: PreTrainedModel, out: Path, overwrite: bool) -> GraphFormat:
-    """The format, if nothing stands in its way."""
+def _check_ready(form: str, model: PreTrainedModel, out: Path, overwrite: bool) -> None:
     chosen = GRAPH_FORMATS[form]
     chosen.check()
     check_exportable(model)
     check_free(out, overwrite)
     model.eval()
     check_space(out, chosen.copies * _bytes(model))
-    return chosen
 
 
 def _write(
     model: PreTrainedModel,
     out: Path,
     traced: Callable[[], Graph],
-    chosen: GraphFormat,
+    form: str,
     check: Callable[[Session, Graph], Agreement],
     *,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -169,7 +168,7 @@ def _write(
     tell: Tell,
     histories: Mapping[str, Tensor] | None = None,
 ) -> Agreement:
-    size = _bytes(model)
+    size, chosen = _bytes(model), GRAPH_FORMATS[form]
     with appearing(out, overwrite) as folder:
         tell("tracing the model")
         graph = _or_refuse(traced, "the model cannot be traced")
@@ -178,8 +177,7 @@ def _write(
         graph = graph.without_program()
         if histories:
             save_file(dict(histories), folder / "history.safetensors")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        write_beside(folder, model, tokenizer, graph, form)
         if release:
             model.to("meta")
         tell("loading the graph and comparing it with the model")
@@ -187,6 +185,7 @@ def _write(
         agreement = _or_refuse(lambda: check(chosen.load(folder, graph), graph), failed)
         described = {"graph": graph_record(graph, chosen.runs_in), "check": vars(agreement)}
         write_record(folder, {**record, **described})
+        graph_card(folder, record, graph, form, agreement)
     return agreement
 
 

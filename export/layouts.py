@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from export.entries import Entry, entries_of, held_by, tensors_of
 from export.sizes import PrunedSizes, Widths, check_exportable
-from export.stock import stock_models
+from export.stock import count_fields, stock_models
 from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
 from pp_lightning.families import blocks_of, empty_model, layer_prefix
@@ -83,7 +83,7 @@ def _stock(layout: Layout, model: PreTrainedModel, sizes: PrunedSizes) -> Target
             model_class = type(holder).__name__
             return Target(
                 layout=layout,
-                config=_content(holder.config) | {"architectures": [model_class]},
+                config=config_content(holder.config) | {"architectures": [model_class]},
                 model_class=model_class,
                 layers=PrunedSizes.of(holder).layers,
                 entries=entries,
@@ -100,23 +100,37 @@ def _per_layer(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
     stock, entries = check_exportable(model), entries_of(model, sizes)
     dense = empty_model(sizes.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(dense).items()}
-    content = _content(sizes.config) | {
-        "architectures": ["PrunedForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{BUNDLED}.PrunedConfig",
-            "AutoModelForCausalLM": f"{BUNDLED}.PrunedForCausalLM",
-        },
-        "pruned_shapes": {e.name: list(e.shape) for e in entries if e.shape != shapes.get(e.name)},
-        "pruned_counts": _counts(dense, sizes),
-    }
+    fields = config_content(sizes.config)
+    per_layer = {str(index): count_fields(fields, sizes, widths) for index, widths in enumerate(sizes.layers)}
+    sizes_of_heads = [one.pop("head_dim") for one in per_layer.values() if "head_dim" in one]
+    head_size = {"head_dim": sizes_of_heads[0]} if sizes_of_heads else {}
+    content = (
+        fields
+        | head_size
+        | {
+            "architectures": ["PrunedForCausalLM"],
+            "auto_map": {
+                "AutoConfig": f"{BUNDLED}.PrunedConfig",
+                "AutoModel": f"{BUNDLED}.PrunedModel",
+                "AutoModelForCausalLM": f"{BUNDLED}.PrunedForCausalLM",
+            },
+            "per_layer_config": per_layer,
+            "allow_global_per_layer_attribute_access": True,
+            "pruned_shapes": {e.name: list(e.shape) for e in entries if e.shape != shapes.get(e.name)},
+            "pruned_counts": _counts(dense, sizes),
+        }
+    )
     code = files("export.bundled").joinpath("per_layer.py").read_text(encoding="utf-8")
+    base = type(model.base_model).__name__
     return Target(
         layout="per-layer",
         config=content,
         model_class=f"PrunedForCausalLM ({stock})",
         layers=sizes.layers,
         entries=entries,
-        code=code.replace("LlamaConfig", type(sizes.config).__name__).replace("LlamaForCausalLM", stock),
+        code=code.replace("LlamaConfig", type(sizes.config).__name__)
+        .replace("LlamaForCausalLM", stock)
+        .replace("LlamaModel", base),
         loads_in="transformers with trust_remote_code=True",
     )
 
@@ -141,9 +155,19 @@ def _counts(dense: PreTrainedModel, sizes: PrunedSizes) -> dict[str, int]:
     return found
 
 
-def _content(config: PreTrainedConfig) -> dict[str, Any]:
-    """Every field of a config that matters, defaults included: they may change from version to version."""
-    return {name: value for name, value in config.to_dict().items() if name not in _UNTOLD}
+def config_content(config: PreTrainedConfig) -> dict[str, Any]:
+    """Every field of a config that matters, defaults included: they may change from version to version.
+
+    ``rope_theta`` and ``rope_scaling`` stand at the top level too: transformers 4 and engines read them there, and
+    silently take 10000 where there is none.
+    """
+    content = {name: value for name, value in config.to_dict().items() if name not in _UNTOLD}
+    rope = content.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        content["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            content["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return content
 
 
 LAYOUTS: Mapping[Layout, Callable[[PreTrainedModel, PrunedSizes], Target]] = {

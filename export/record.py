@@ -93,6 +93,7 @@ def write_card(
     origin = f"`{base['name']}` ({base['model_type']})"
     text = f"""---
 library_name: transformers
+base_model: {base["name"]}
 tags: [pruned, structured-pruning, pp-lightning]
 ---
 # {base["name"]}, pruned
@@ -107,6 +108,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("."{trust})
 tokenizer = AutoTokenizer.from_pretrained("."{trust})
 ```
+```bash
+vllm serve . {_vllm(costs)}
+lm_eval --model hf --model_args pretrained=.{trust.replace(", ", ",")} --tasks hellaswag
+```
 
 | | |
 |---|---|
@@ -117,11 +122,63 @@ tokenizer = AutoTokenizer.from_pretrained("."{trust})
 | parameters | {costs.parameters:,} ({costs.parameters_ratio:.1%} of the dense model) |
 | FLOPs | {costs.flops_ratio:.1%} of the dense model |
 | loads in | {costs.loads_in} |
-| checked | reloaded after writing: logits differ by at most {check.largest_difference:.1e}, greedy tokens equal |
+| checked | reloaded after writing by transformers {version("transformers")}: logits differ by at most \
+{check.largest_difference:.1e}, greedy tokens equal |
 
 `pruning.json` has the settings, the kept units of every layer, the calibration's digest and all versions.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def gguf_card(
+    folder: Path, base: Mapping[str, Any], pruning: Mapping[str, Any], costs: Costs, written: Mapping[str, Any]
+) -> None:
+    """Write the model card of a GGUF."""
+    heads, key_heads, channels = (_range(counts) for counts in (costs.heads, costs.key_heads, costs.channels))
+    check = written["check"]
+    text = f"""---
+library_name: llama.cpp
+base_model: {base["name"]}
+tags: [gguf, pruned, structured-pruning, pp-lightning]
+---
+# {base["name"]}, pruned, as GGUF
+
+`{base["name"]}` ({base["model_type"]}), pruned by **{pruning.get("method", "none")}** with
+[pp-lightning](https://pypi.org/project/pp-lightning/), for llama.cpp as its architecture `{written["architecture"]}`;
+the weights come from a `{base["model_type"]}` model and keep its licence.
+
+```bash
+llama-cli -m model.gguf -p "Once upon a time"
+llama-quantize model.gguf model-q4_k_m.gguf Q4_K_M     # rows that are no multiple of 256 fall back to q5_0 or q8_0
+```
+```python
+from llama_cpp import Llama  # pip install llama-cpp-python
+
+Llama("model.gguf")("Once upon a time", max_tokens=32)
+```
+
+| | |
+|---|---|
+| type of the matrices | {written["type"]} |
+| layout | {costs.layout} |
+| heads in a layer | {heads} |
+| key/value heads in a layer | {key_heads} |
+| MLP channels in a layer | {channels} |
+| parameters | {costs.parameters:,} ({costs.parameters_ratio:.1%} of the dense model) |
+| FLOPs | {costs.flops_ratio:.1%} of the dense model |
+| checked | {check["tensors"]} tensors read again: differ by at most {check["largest_difference"]:.1e} of the largest |
+
+`pruning.json` has the settings, the kept units of every layer, the calibration's digest and all versions.
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _vllm(costs: Costs) -> str:
+    """Options that vLLM was seen to need for a class."""
+    if costs.layout == "per-layer":
+        return "--trust-remote-code"
+    computes_head_sizes = costs.model_class in ("SeedOssForCausalLM", "Qwen2ForCausalLM")
+    return "--model-impl transformers" if computes_head_sizes else ""
 
 
 def _range(counts: tuple[int, int]) -> str:

@@ -42,7 +42,7 @@ def stock_models(sizes: PrunedSizes, widths: Widths, names: set[str]) -> Iterato
     """
     kind, fields = type(sizes.config), sizes.config.to_dict()
     yield from _holding(kind, fields, sizes, widths, names)
-    if sizes.config.model_type in _LLAMA_LIKE and not _has_windows(sizes.config):
+    if sizes.config.model_type in _LLAMA_LIKE and not has_windows(sizes.config):
         for model_type, settings in _LLAMA_LIKE.items():
             other = type(AutoConfig.for_model(model_type))
             without_biases = {name: False for name, value in other().to_dict().items() if _is_bias(name, value)}
@@ -58,7 +58,7 @@ def _holding(
     kind: type[PreTrainedConfig], fields: Mapping[str, Any], sizes: PrunedSizes, widths: Widths, names: set[str]
 ) -> Iterator[PreTrainedModel]:
     """The class with these widths, and with the biases that are needed, if it can be built so."""
-    counted = {**fields, **_counts(fields, sizes, widths)}
+    counted = {**fields, **count_fields(fields, sizes, widths)}
     model = _built(kind, counted)
     for name in [name for name, value in counted.items() if _is_bias(name, value) and not value]:
         missing = set() if model is None else names - tensors_of(model).keys()
@@ -71,7 +71,7 @@ def _holding(
         yield model
 
 
-def _has_windows(config: PreTrainedConfig) -> bool:
+def has_windows(config: PreTrainedConfig) -> bool:
     """Whether any layer attends a sliding window only: each class has its own way of saying so."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
@@ -79,7 +79,7 @@ def _has_windows(config: PreTrainedConfig) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
-def _counts(fields: Mapping[str, Any], sizes: PrunedSizes, widths: Widths) -> dict[str, int]:
+def count_fields(fields: Mapping[str, Any], sizes: PrunedSizes, widths: Widths) -> dict[str, int]:
     """Config fields that say how many units there are, as the config calls them."""
     shape = sizes.shape
     counts = dict.fromkeys([name for name in _MLP_WIDTHS if fields.get(name) == shape.mlp_width], widths.channels)

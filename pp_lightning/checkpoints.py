@@ -54,7 +54,7 @@ def new_model(path: str | None = None, *, seed: int = 0) -> PreTrainedModel:
 
 
 def load_tokenizer(path: str | None = None, pad_token: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer at ``path`` (None: the embedded model's), with a padding token.
+    """The tokenizer at ``path`` (None: the embedded model's). Padding is masked everywhere, so none is needed for it.
 
     Args:
         path: a transformers folder or a hub id.
@@ -62,17 +62,17 @@ def load_tokenizer(path: str | None = None, pad_token: str | None = None) -> Pre
             be in the vocabulary.
 
     Raises:
-        UserError: no tokenizer there, or none with a padding token.
+        UserError: no tokenizer there, or ``pad_token`` is not in its vocabulary.
     """
     source = _checked_source(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # see load_model
         raise UserError(f"cannot load a tokenizer from {source}: {_first_line(error)}") from error
-    if tokenizer.pad_token_id is None:
-        if pad_token is None or pad_token not in tokenizer.get_vocab():
+    if tokenizer.pad_token_id is None and pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
             raise UserError(
-                f"the tokenizer of {source} has no padding token: name one of its tokens with --model.pad_token"
+                f"{pad_token!r} is no token of {source}: name another one with --model.pad_token, or leave it out"
             )
         tokenizer.pad_token = pad_token
     return tokenizer

@@ -37,6 +37,7 @@ LAYERS = [
 TOP = {"data", "commonsense", "recovery", "app"}
 HEAVY = {
     "datasets",
+    "gguf",
     "jsonargparse",
     "lightning",
     "lm_eval",
@@ -128,7 +129,9 @@ def test_layers_import_torch_and_transformers_only(name):
     assert {i.split(".")[0] for i in imports(name)} <= allowed
 
 
-EXPORT = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "export").rglob("*.py"))}
+SOURCES = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "export").rglob("*.py"))}
+RUNNERS = {path: tree for path, tree in SOURCES.items() if path.name.startswith("run_")}  # in an engine's own Python
+EXPORT = {path: tree for path, tree in SOURCES.items() if path not in RUNNERS}
 
 
 def _dotted(path: Path) -> str:
@@ -144,7 +147,7 @@ def imported_by(tree: ast.Module) -> set[str]:
 def test_export_stands_on_the_library_alone(path):
     """No Lightning, no data, no command line; onnx and its runtime only inside the functions that need them."""
     allowed = {PACKAGE, "export", "torch", "transformers", "safetensors", "huggingface_hub"}
-    allowed |= {"onnxruntime", "onnxscript"}
+    allowed |= {"onnxruntime", "onnxscript", "gguf", "numpy"}
     names = imported_by(EXPORT[path])
     assert {name.split(".")[0] for name in names} <= allowed | sys.stdlib_module_names
     assert not {name for name in names if name.split(".")[0] == PACKAGE and set(name.split(".")[1:2]) & TOP}
@@ -153,6 +156,11 @@ def test_export_stands_on_the_library_alone(path):
     inside = [node for node in EXPORT[path].body if isinstance(node, functions)]
     lazily = {name for node in inside for name in imported_by(ast.Module([node], []))}
     assert not {name for name in at_top - lazily if name.split(".")[0] in HEAVY}
+
+
+@pytest.mark.parametrize("path", RUNNERS, ids=lambda path: path.name)
+def test_what_runs_in_an_engines_own_python_knows_nothing_of_us(path):
+    assert not {name.split(".")[0] for name in imported_by(RUNNERS[path])} & {PACKAGE, "export"}
 
 
 def test_the_library_does_not_know_export():

@@ -54,6 +54,8 @@ DATA = {
     "commonsense": f"{CommonsenseData.__module__}.{CommonsenseData.__name__}",
 }
 
+_OPTIONS = {"--for": "--engine", "--check-with": "--check_with"}
+
 EXAMPLES = """
 examples:
   every method on the model that comes with the package, no network needed
@@ -72,6 +74,8 @@ examples:
     pp-lightning lm-eval --tasks hellaswag --batch_size 20 --model_args path=DIR,method=pp,pruning_ratio=0.4
   a static choice as a transformers folder, checked after writing
     pp-lightning export --model.path DIR --model.method WandaSP --model.pruning_ratio 0.4 --out DIR2
+  for an engine, and run in it: llama.cpp, vllm, openvino, onnxruntime-genai, transformers
+    pp-lightning export --for llama.cpp --check-with [llama.cpp] --model.path DIR --model.method FLAP --out DIR2
   all settings as a file to edit
     pp-lightning test --print_config > my.yaml
 """
@@ -296,11 +300,11 @@ def _run_harness(words: Sequence[str]) -> None:
 
 
 def with_full_names(words: Sequence[str]) -> list[str]:
-    """The command line with the short names of ``--data`` spelled out as class paths."""
+    """The command line with the short names of ``--data`` spelled out, and options called as arguments can be."""
     named = {f"--data={name}": f"--data={path}" for name, path in DATA.items()}
     after_data = ["", *words]
     return [
-        DATA.get(word, word) if before == "--data" else named.get(word, word)
+        _OPTIONS.get(word, DATA.get(word, word) if before == "--data" else named.get(word, word))
         for before, word in zip(after_data, words, strict=False)
     ]
 

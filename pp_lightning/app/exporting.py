@@ -1,6 +1,6 @@
 """``pp-lightning export``: from the command line's settings to the exporter and back to the terminal."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -18,8 +18,16 @@ from export import (
     export_graph,
 )
 from export.checkpoint import cast_weights
+from export.engines.check import EngineCheck, Expected, check_with
+from export.engines.choice import Format, choice_for
+from export.engines.run import Engine, check_installed
 from export.folder import check_free
 from export.formats import GRAPH_FORMATS
+from export.gguf_file import GgufCheck, GgufType, check_gguf, export_gguf
+from export.gguf_plan import check_biases, check_family
+from export.gguf_tokenizer import tokenizer_fields
+from export.layouts import target_for
+from export.quantisers import shared_among, suits
 from export.record import base_model_name, calibration_record
 from export.sizes import PrunedSizes, check_exportable
 from export.weights import check_shard_size
@@ -28,27 +36,41 @@ from pp_lightning.app.report import Grid, show_grid
 from pp_lightning.checkpoints import Dtype
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.errors import UserError
+from pp_lightning.families import shape_of
 from pp_lightning.methods import DynamicMethod
 from pp_lightning.progress import Tell, ignore_line, write_line
 
-Format = Literal["safetensors", "onnx", "pt2", "compiled"]
+Quantize = Literal["q8_0"]
 
 
 @dataclass(frozen=True)
 class ExportSettings:
     """What the user asked of ``export``; see :meth:`pp_lightning.app.trainer.PruningTrainer.export`."""
 
-    format: Format
+    format: Format | None
     layout: Layout | None
     dtype: Dtype | None
     kv_cache: bool
     overwrite: bool
     max_shard_size: str
+    engine: Engine | None = None
+    check_with: tuple[Engine, ...] = ()
+    quantize: Quantize | None = None
+
+    @property
+    def written(self) -> Format:
+        """The format: that of the engine, or a checkpoint where nothing was asked."""
+        return self.format or "safetensors"
+
+    @property
+    def graph(self) -> bool:
+        """Whether it holds any widths as they are."""
+        return self.written in GRAPH_FORMATS
 
     @property
     def uniform(self) -> bool:
-        """Whether all layers are to keep the same counts: a checkpoint by default, a graph only if told so."""
-        return self.layout == "uniform" or (self.layout is None and self.format == "safetensors")
+        """Whether all layers are to keep the same counts: by default, but in a graph only if told so."""
+        return self.layout == "uniform" or (self.layout is None and not self.graph)
 
 
 def export_pruned(
@@ -59,6 +81,7 @@ def export_pruned(
     Raises:
         UserError: nothing to prune, a choice per batch for a checkpoint, or whatever :mod:`export` refuses.
     """
+    settings = _for_engine(module, settings)
     dynamic = _check(module, out, settings)
     if settings.uniform:
         _choose_uniformly(module)
@@ -76,36 +99,99 @@ def export_pruned(
         provenance["calibration"] = calibration_record(statistics)
     if settings.dtype not in (None, "auto"):
         cast_weights(module.model, getattr(torch, str(settings.dtype)))
+    exact = module.model.dtype == torch.float32 and settings.quantize is None
+    expected = Expected.of(module.model) if settings.check_with else None
     shared: _Shared = {
         "tokenizer": module.tokenizer,
         "overwrite": settings.overwrite,
         "provenance": provenance,
-        "release": True,
         "tell": ignore_line if module.trainer.progress_bar_callback is None else write_line,
     }
-    if settings.format == "safetensors":
-        layout = settings.layout or "uniform"
-        _show_costs(compare_layouts(module.model), layout)
-        if PrunedSizes.of(module.model).key_heads:
-            _say(
-                "single query heads went out of groups that share keys and values: each one that stays is written with "
-                "keys and values of its own (counted under added)"
-            )
-        costs, check = export_checkpoint(
-            module.model, out, layout=layout, max_shard_size=settings.max_shard_size, **shared
-        )
-        _say(f"written to {out}: {costs.model_class}, {costs.parameters:,} parameters")
+    if settings.written == "safetensors":
+        _write_checkpoint(module, out, settings, shared)
+    elif settings.written == "gguf":
+        _write_gguf(module, out, settings, shared)
     elif dynamic:
-        rows, tokens = data.batch_size, data.window
-        _say(
-            f"one graph for batches of {rows} x {tokens} tokens (--data.batch_size, --data.window), history in and out"
-        )
-        check = export_dynamic_graph(module.model, out, form=settings.format, rows=rows, tokens=tokens, **shared)
-        _say(f"written to {out}: see pruning.json for the names of inputs and outputs")
+        _write_dynamic_graph(module, data, out, settings, shared)
     else:
-        check = export_graph(module.model, out, form=settings.format, kv_cache=settings.kv_cache, **shared)
-        _say(f"written to {out}: see pruning.json for the names of inputs and outputs")
+        check = export_graph(
+            module.model, out, form=settings.written, kv_cache=settings.kv_cache, release=True, **shared
+        )
+        _say(f"written to {out}: README.md says how it is called, pruning.json has all names of inputs and outputs")
+        _say(_outcome(check))
+    if expected is not None:
+        _check_in_engines(out, expected, settings.check_with, exact=exact)
+
+
+def _write_checkpoint(module: PrunedLM, out: Path, settings: ExportSettings, shared: "_Shared") -> None:
+    layout = settings.layout or "uniform"
+    _show_costs(compare_layouts(module.model), layout)
+    _say_what_suits(module, layout)
+    _say_if_shared_keys_went(module)
+    costs, check = export_checkpoint(
+        module.model, out, layout=layout, max_shard_size=settings.max_shard_size, release=True, **shared
+    )
+    _say(f"written to {out}: {costs.model_class}, {costs.parameters:,} parameters")
     _say(_outcome(check))
+
+
+def _write_gguf(module: PrunedLM, out: Path, settings: ExportSettings, shared: "_Shared") -> None:
+    layout = settings.layout or "uniform"
+    _show_costs(compare_layouts(module.model), layout)
+    _say_what_suits(module, layout)
+    _say_if_shared_keys_went(module)
+    kind: GgufType | None = "q8_0" if settings.quantize == "q8_0" else None
+    costs, check = export_gguf(module.model, out, layout=layout, kind=kind, **shared)
+    _say(f"written to {out}: model.gguf, architecture {check.architecture}, {costs.parameters:,} parameters")
+    _say(_gguf_outcome(check))
+
+
+def _write_dynamic_graph(
+    module: PrunedLM, data: EvaluationData, out: Path, settings: ExportSettings, shared: "_Shared"
+) -> None:
+    rows, tokens = data.batch_size, data.window
+    _say(f"one graph for batches of {rows} x {tokens} tokens (--data.batch_size, --data.window), history in and out")
+    check = export_dynamic_graph(
+        module.model, out, form=settings.written, rows=rows, tokens=tokens, release=True, **shared
+    )
+    _say(f"written to {out}: see pruning.json for the names of inputs and outputs")
+    _say(_outcome(check))
+
+
+def _say_what_suits(module: PrunedLM, layout: Layout) -> None:
+    """Quantisers that these widths do not suit, and how many devices can share them."""
+    layers, shape = target_for(layout, module.model).layers, shape_of(module.model.config)
+    counted = suits(layers, shape.head_size, shape.hidden_size)
+    unsuited = [f"{name}: {number}" for name, number in counted.items() if number]
+    if unsuited:
+        _say(
+            f"matrices whose rows a quantiser leaves wider or refuses (choose --model.round_to): {'; '.join(unsuited)}"
+        )
+    devices = shared_among(layers)
+    _say(
+        f"tensor parallelism: heads and channels divide among {', '.join(map(str, devices)) or 'no number of'} devices"
+    )
+
+
+def _say_if_shared_keys_went(module: PrunedLM) -> None:
+    if PrunedSizes.of(module.model).key_heads:
+        _say(
+            "single query heads went out of groups that share keys and values: each one that stays is written with "
+            "keys and values of its own (counted under added)"
+        )
+
+
+def _check_in_engines(out: Path, expected: Expected, engines: tuple[Engine, ...], *, exact: bool) -> None:
+    """Run the export in engines; one that cannot is said, and the export stays."""
+    failed = []
+    for engine in engines:
+        try:
+            _say(_engine_outcome(check_with(engine, out, expected, exact=exact)))
+        except UserError as reason:
+            failed.append(engine)
+            _say(f"not confirmed by {engine}: {reason}")
+    if failed:
+        raise UserError(f"{out} is written, but {', '.join(failed)} did not confirm it: see above")
 
 
 class _Shared(TypedDict):
@@ -114,7 +200,6 @@ class _Shared(TypedDict):
     tokenizer: PreTrainedTokenizerBase
     overwrite: bool
     provenance: dict[str, Any]
-    release: bool
     tell: Tell
 
 
@@ -125,17 +210,60 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> bool:
     check_shard_size(settings.max_shard_size)
     if module.method is None:
         raise UserError("nothing to prune: name a method with --model.method")
-    if settings.format != "safetensors":
-        GRAPH_FORMATS[settings.format].check()
-        if settings.layout not in (None, "uniform"):
-            raise UserError("a graph holds any widths as they are: --layout is for --format safetensors")
+    for engine in settings.check_with:
+        check_installed(engine)
     dynamic = isinstance(module.method, DynamicMethod) and module.frozen_on is None
-    if dynamic and settings.format == "safetensors":
+    if settings.graph:
+        GRAPH_FORMATS[settings.written].check()
+        if settings.layout not in (None, "uniform"):
+            raise UserError("a graph holds any widths as they are: --layout is for --format safetensors or gguf")
+        if settings.engine is not None and (dynamic or not settings.kv_cache):
+            raise UserError(
+                f"{settings.engine} generates from a static choice with keys and values: freeze a choice per batch "
+                "with --model.frozen_on history (or text), and leave --kv_cache true"
+            )
+    elif dynamic:
         raise UserError(
             f"{type(module.method).__name__} chooses per batch, which no checkpoint can: freeze its choice with "
             "--model.frozen_on history (or text), or write a graph with --format onnx (or pt2)"
         )
+    if settings.written == "gguf":
+        check_gguf()
+        check_family(module.model.config, settings.layout or "uniform")
+        check_biases(module.model, more=module.method.restores_means)
+        tokenizer_fields(module.tokenizer, module.model.config.vocab_size)
+    _check_quantize(settings)
     return dynamic
+
+
+def _check_quantize(settings: ExportSettings) -> None:
+    if settings.quantize is not None and settings.written != "gguf":
+        raise UserError(f"--quantize {settings.quantize} is for --format gguf: other engines quantise what they load")
+
+
+def _for_engine(module: PrunedLM, settings: ExportSettings) -> ExportSettings:
+    """The settings with what an engine was seen to load."""
+    if settings.engine is None or module.method is None:
+        return settings
+    choice = choice_for(
+        settings.engine,
+        module.model.config,
+        own_counts=_differs(module),
+        format=settings.format,
+        layout=settings.layout,
+    )
+    layout = "" if choice.layout is None else f", layout {choice.layout}"
+    _say(f"for {settings.engine}: format {choice.format}{layout}: {choice.told}")
+    return replace(settings, format=choice.format, layout=choice.layout or settings.layout)
+
+
+def _differs(module: PrunedLM) -> bool:
+    """Whether the choice as it is asked for leaves layers different numbers of units."""
+    assert module.method is not None
+    if module.uniform or module.recovered is not None:
+        return module.recovered is not None and not module.recovered.uniform
+    spread = module.allocation not in (None, "uniform") or bool(module.skip_layers)
+    return spread or module.method.with_uniform_counts() is not module.method
 
 
 def _choose_uniformly(module: PrunedLM) -> None:
@@ -198,6 +326,23 @@ def _outcome(check: Agreement) -> str:
     if check.swapped_units:
         text += f"; {check.swapped_units} kept units differ by rounding"
     return text
+
+
+def _gguf_outcome(check: GgufCheck) -> str:
+    text = (
+        f"read again: {check.tensors} tensors differ by at most {check.largest_difference:.1e} of their largest "
+        f"number; {check.bytes:,} bytes"
+    )
+    if check.kept_wider:
+        text += f"; {len(check.kept_wider)} tensors stay in float16: q8_0 wants rows of multiples of 32"
+    return text
+
+
+def _engine_outcome(check: EngineCheck) -> str:
+    return (
+        f"run in {check.version}: {check.same_tokens} of {check.of_tokens} greedy tokens are equal, losses differ "
+        f"by at most {check.loss_difference:.1e}"
+    )
 
 
 def _say(text: str) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import lightning as L
 
 from export import Layout
+from export.engines.choice import Format
+from export.engines.run import Engine
 from pp_lightning.app.ablation.answers import Answer
 from pp_lightning.app.ablation.questions import QUESTIONS
 from pp_lightning.app.ablation.runner import (
@@ -20,7 +22,7 @@ from pp_lightning.app.ablation.runner import (
     measure,
     settings_of,
 )
-from pp_lightning.app.exporting import ExportSettings, Format, export_pruned
+from pp_lightning.app.exporting import ExportSettings, Quantize, export_pruned
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.recovery import check_recovery
 from pp_lightning.app.results import Comparison, Evaluation
@@ -177,7 +179,10 @@ class PruningTrainer(L.Trainer):
         self,
         model: PrunedLM,
         datamodule: EvaluationData,
-        format: Format = "safetensors",
+        format: Format | None = None,
+        engine: Engine | None = None,
+        check_with: list[Engine] | None = None,
+        quantize: Quantize | None = None,
         layout: Layout | None = None,
         dtype: Dtype | None = None,
         kv_cache: bool = True,
@@ -190,11 +195,15 @@ class PruningTrainer(L.Trainer):
             model: the module; its method makes the choice.
             datamodule: the data to calibrate on; not read where ``--model.statistics`` names a finished file. Graphs of
                 dynamic methods are for batches of its ``batch_size`` and ``window``.
-            format: ``safetensors`` is a transformers folder; ``onnx`` and ``pt2`` (torch.export) are graphs;
-                ``compiled`` adds kernels for this machine to ``pt2`` (AOTInductor).
-            layout: of a transformers folder. ``uniform`` (the default) chooses the same counts in every layer and
-                writes a stock class; ``per-layer`` keeps a count of its own in every layer and brings a modelling file;
-                ``padded`` fills up to the widest layer.
+            format: ``safetensors`` (the default) is a transformers folder; ``gguf`` a file for llama.cpp; ``onnx`` and
+                ``pt2`` (torch.export) are graphs; ``compiled`` adds kernels for this machine to ``pt2`` (AOTInductor).
+            engine: ``--for`` on the command line: choose the format and layout that this engine was seen to load.
+            check_with: ``--check-with``: engines to run the export in, found in this Python or in the folder that
+                ``PP_LIGHTNING_ENGINES`` names.
+            quantize: ``q8_0``: 8 bits a weight, of a GGUF.
+            layout: of a transformers folder or a GGUF. ``uniform`` (the default) chooses the same counts in every layer
+                and writes a stock class; ``per-layer`` keeps a count of its own in every layer and brings a modelling
+                file; ``padded`` fills up to the widest layer.
             dtype: of the weights written; none takes that of ``--model.dtype``.
             kv_cache: whether the graph of a static choice takes and gives keys and values.
             overwrite: replace an earlier export.
@@ -204,7 +213,17 @@ class PruningTrainer(L.Trainer):
             UserError: whatever stands in the way; nothing is left behind.
         """
         model.trainer = self
-        settings = ExportSettings(format, layout, dtype, kv_cache, overwrite, max_shard_size)
+        settings = ExportSettings(
+            format,
+            layout,
+            dtype,
+            kv_cache,
+            overwrite,
+            max_shard_size,
+            engine=engine,
+            check_with=tuple(check_with or ()),
+            quantize=quantize,
+        )
         export_pruned(model, datamodule, self.strategy.root_device, Path(self.default_root_dir), settings)
 
     def _rows(

@@ -271,7 +271,7 @@ def _statistics(
         return list(tokenizer(text, verbose=False)["input_ids"])
 
     windows = document_windows(C4(calibration).documents(), encode, window or _CALIBRATION_WINDOW, samples, seed=0)
-    batches = batched(windows, _CALIBRATION_ROWS, int(tokenizer.pad_token_id))
+    batches = batched(windows, _CALIBRATION_ROWS, int(tokenizer.pad_token_id or 0))
     return calibrate(model, cast(list[Mapping[str, torch.Tensor]], batches))
 
 

@@ -210,8 +210,11 @@ MISTAKES = {
     "ratio of one": ({"--model.pruning_ratio": 1.0}, r"must be in \[0, 1\)"),
     "folder without config": ({"--model.path": str(REPOSITORY / "tests")}, r"has no config.json"),
     "no such layout": ({"--layout": "diagonal"}, "layout"),
-    "a layout for a graph": ({"--format": "onnx", "--layout": "padded"}, "--layout is for --format safetensors"),
-    "no such format": ({"--format": "gguf"}, "format"),
+    "a layout for a graph": (
+        {"--format": "onnx", "--layout": "padded"},
+        "--layout is for --format safetensors or gguf",
+    ),
+    "no such format": ({"--format": "tflite"}, "format"),
     "no such dtype": ({"--dtype": "int3"}, "dtype"),
     "shards of no size": ({"--max_shard_size": "big"}, "max_shard_size"),
 }

@@ -1,0 +1,112 @@
+"""Proof that an export computes in a real engine what the pruned model computed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from export.engines.run import Engine, ask
+from export.sizes import longest_text
+from export.verify import model_runner
+from pp_lightning.errors import UserError
+
+_PROMPTS, _TOKENS, _STEPS = 3, 16, 32
+LOSS_TOLERANCE = 1e-3  # relative: engines keep keys and values in half precision, or fuse
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an engine is asked, and what the model answers.
+
+    Attributes:
+        prompts: token ids (rows, tokens).
+        tokens: greedy continuation of each, by the model.
+        losses: of each prompt continued so: negative log-likelihood, summed.
+        step_logits: that the tokens were read from, (rows, steps, V) float32.
+    """
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    losses: list[float]
+    step_logits: Tensor
+
+    @staticmethod
+    @torch.no_grad()
+    def of(model: PreTrainedModel) -> "Expected":
+        """Ask the model, on whatever device it is."""
+        size = min(_TOKENS, longest_text(model) // 2)
+        steps = min(_STEPS, longest_text(model) - size)
+        generator = torch.Generator().manual_seed(0)
+        prompts = torch.randint(0, model.config.vocab_size, (_PROMPTS, size), generator=generator)
+        run, text, given, cache = model_runner(model), prompts, prompts, None
+        found = []
+        for _ in range(steps):
+            logits, cache = run(given, torch.ones_like(text), cache)
+            found.append(logits[:, -1])
+            given = found[-1].argmax(-1, keepdim=True)
+            text = torch.cat([text, given], dim=1)
+            given = text if cache is None else given
+        mask = torch.ones_like(text)
+        scores = run(text, mask, None)[0].double().log_softmax(-1)[:, :-1]
+        losses = -scores.gather(2, text[:, 1:, None]).sum((1, 2))
+        return Expected(prompts.tolist(), text[:, size:].tolist(), losses.tolist(), torch.stack(found, dim=1))
+
+
+@dataclass(frozen=True)
+class EngineCheck:
+    """How an engine answered.
+
+    Attributes:
+        engine: its name.
+        version: package and version.
+        same_tokens: greedy tokens equal to the model's.
+        of_tokens: that were compared; a tie within the tolerance ends the comparison of its row.
+        loss_difference: largest relative difference of a loss.
+    """
+
+    engine: Engine
+    version: str
+    same_tokens: int
+    of_tokens: int
+    loss_difference: float
+
+
+def check_with(engine: Engine, folder: Path, expected: Expected, *, exact: bool, **more: Any) -> EngineCheck:
+    """Run an export in an engine.
+
+    Args:
+        engine: its name.
+        folder: of the export.
+        expected: of the model.
+        exact: whether all tokens must be equal; else, in half precision or quantised, they are counted only.
+        more: what the engine's runner understands besides.
+
+    Raises:
+        UserError: the engine cannot run it, or computes something else.
+    """
+    prompts = expected.prompts
+    windows = [[*prompt, *found] for prompt, found in zip(prompts, expected.tokens, strict=True)]
+    answer = ask(engine, folder, prompts=prompts, steps=len(expected.tokens[0]), windows=windows, **more)
+    rows = zip(expected.tokens, answer.tokens, expected.step_logits, strict=True)
+    counted = [_compared(wanted, found, logits) for wanted, found, logits in rows]
+    same, number = (sum(numbers) for numbers in zip(*counted, strict=True))
+    off = max(abs(a - b) / max(abs(a), 1e-9) for a, b in zip(expected.losses, answer.losses, strict=True))
+    if exact and (same < number or not off <= LOSS_TOLERANCE):
+        raise UserError(
+            f"{answer.version} computes something else: {same} of {number} greedy tokens equal, losses off by {off:.1e}"
+        )
+    return EngineCheck(engine, answer.version, same, number, off)
+
+
+def _compared(wanted: list[int], found: list[int], logits: Tensor) -> tuple[int, int]:
+    """Greedy tokens of a row that are equal, and that were compared."""
+    for step, (own, other) in enumerate(zip(wanted, found, strict=True)):
+        if own != other:
+            gap, scale = float(logits[step, own] - logits[step, other]), float(logits[step].abs().max())
+            if gap <= LOSS_TOLERANCE * scale:
+                return step, step
+            return sum(a == b for a, b in zip(wanted, found, strict=True)), len(wanted)
+    return len(wanted), len(wanted)

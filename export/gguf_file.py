@@ -1,0 +1,220 @@
+"""A statically pruned model as one GGUF file for llama.cpp, read again tensor by tensor."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from export.costs import Costs, costs_of
+from export.folder import appearing, check_free, check_space
+from export.gguf_plan import GgufPlan, GgufTensor, check_biases, check_family, plan_for
+from export.gguf_tokenizer import tokenizer_fields
+from export.layouts import Layout, target_for
+from export.record import gguf_card, pruning_record, write_record
+from pp_lightning.errors import UserError
+from pp_lightning.progress import Tell, ignore_line
+
+GgufType = Literal["float32", "float16", "bfloat16", "q8_0"]
+FILE = "model.gguf"
+
+# llama.cpp's numbers of file types, and the names of tensor types in the gguf package.
+_FILE_TYPES: Mapping[GgufType, int] = {"float32": 0, "float16": 1, "bfloat16": 32, "q8_0": 7}
+_TENSOR_TYPES: Mapping[GgufType, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+_BLOCK = 32  # numbers that share a scale in q8_0
+# What a type may change, relative to the largest number of a tensor.
+_ROUNDING: Mapping[GgufType, float] = {"float32": 0.0, "float16": 2**-10, "bfloat16": 2**-8, "q8_0": 2**-7}
+
+
+@dataclass(frozen=True)
+class GgufCheck:
+    """What was read again.
+
+    Attributes:
+        architecture: llama.cpp's name.
+        tensors: that were compared.
+        bytes: of the file.
+        largest_difference: of a number from the model's, relative to the largest of its tensor; rounding to the type.
+        kept_wider: tensors whose rows q8_0's blocks do not divide: float16 instead.
+    """
+
+    architecture: str
+    tensors: int
+    bytes: int
+    largest_difference: float
+    kept_wider: tuple[str, ...] = ()
+
+
+def check_gguf() -> None:
+    """Refuse what is missing on this machine.
+
+    Raises:
+        UserError: the gguf package is not installed.
+    """
+    try:
+        import gguf  # noqa: F401 (only whether it is there)
+    except ImportError as error:
+        raise UserError("GGUF needs gguf: pip install 'pp-lightning[gguf]'") from error
+
+
+def gguf_type_of(dtype: torch.dtype) -> GgufType:
+    """The type that holds a dtype as it is.
+
+    Raises:
+        UserError: there is none.
+    """
+    names: dict[torch.dtype, GgufType] = {
+        torch.float32: "float32",
+        torch.float16: "float16",
+        torch.bfloat16: "bfloat16",
+    }
+    if dtype not in names:
+        raise UserError(f"no GGUF holds {dtype}: say --dtype float32, float16 or bfloat16")
+    return names[dtype]
+
+
+def export_gguf(
+    model: PreTrainedModel,
+    out: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: Layout = "uniform",
+    kind: GgufType | None = None,
+    overwrite: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+    tell: Tell = ignore_line,
+) -> tuple[Costs, GgufCheck]:
+    """Write a pruned model as ``model.gguf`` and read it again.
+
+    One tensor is in memory at a time, beside the model. Norms and biases stay in float32, as llama.cpp wants them.
+
+    Args:
+        model: pruned by a static method (or dense).
+        out: the folder; it appears whole or not at all.
+        tokenizer: goes into the file.
+        layout: ``per-layer`` is llama.cpp's architecture ``deci``, with counts of its own in every layer.
+        kind: of the matrices; None keeps the model's.
+        overwrite: replace an earlier export at ``out``.
+        provenance: for ``pruning.json``.
+        tell: told what is going on.
+
+    Raises:
+        UserError: llama.cpp cannot hold it, a package or disk space is missing, ``out`` is taken, or a tensor came back
+            different. Nothing is left behind.
+    """
+    check_gguf()
+    check_free(out, overwrite)
+    check_family(model.config, layout)
+    check_biases(model)
+    target = target_for(layout, model)
+    plan, chosen = plan_for(model, target), kind or gguf_type_of(model.dtype)
+    fields = tokenizer_fields(tokenizer, model.config.vocab_size)
+    types = {one.name: _type_of(one, chosen) for one in plan.tensors}
+    costs, pruning = costs_of(model, target), pruning_record(model)
+    check_space(out, costs.bytes)
+    given = dict(provenance or {})
+    base = {"name": given.pop("base_model", "a model in memory"), "model_type": model.config.model_type}
+    with appearing(out, overwrite) as folder:
+        tell("writing the tensors")
+        _write(folder / FILE, plan, fields, types, chosen, base["name"])
+        tell("reading the file again and comparing it with the model")
+        check = _read_again(folder / FILE, plan, types)
+        written = {"layout": layout, "architecture": plan.architecture, "type": chosen, "check": vars(check)}
+        write_record(folder, {"base_model": base, "pruning": pruning, "written": written, **given})
+        gguf_card(folder, base, pruning, costs, written)
+    return costs, check
+
+
+def wider_in_q8_0(plan: GgufPlan) -> tuple[str, ...]:
+    """Matrices whose rows q8_0's blocks do not divide: they are written in float16."""
+    return tuple(one.name for one in plan.tensors if len(one.shape) > 1 and one.shape[-1] % _BLOCK)
+
+
+def _type_of(tensor: GgufTensor, chosen: GgufType) -> GgufType:
+    if len(tensor.shape) == 1:
+        return "float32"
+    return "float16" if chosen == "q8_0" and tensor.shape[-1] % _BLOCK else chosen
+
+
+def _write(
+    path: Path,
+    plan: GgufPlan,
+    tokenizer: Mapping[str, Any],
+    types: Mapping[str, GgufType],
+    chosen: GgufType,
+    base: str,
+) -> None:
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(path, plan.architecture)
+    writer.add_type("model")
+    writer.add_name(f"{base} pruned")
+    writer.add_tags(["pruned", "structured-pruning"])
+    writer.add_file_type(_FILE_TYPES[chosen])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    for key, value in _keys(plan, tokenizer):
+        _add(writer, key, value)
+    for one in plan.tensors:
+        kind = GGMLQuantizationType[_TENSOR_TYPES[types[one.name]]]
+        numbers, size = GGML_QUANT_SIZES[kind]
+        count = math.prod(one.shape) // numbers * size
+        writer.add_tensor_info(one.name, one.shape, np.dtype(np.float32), count, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for one in plan.tensors:
+        writer.write_tensor_data(_packed(one, types[one.name]))
+    writer.close()
+
+
+def _keys(plan: GgufPlan, tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from ((f"{plan.architecture}.{key}", value) for key, value in plan.fields.items())
+    yield from ((f"tokenizer.{key}", value) for key, value in tokenizer.items())
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    adders = {bool: "bool", str: "string", int: "uint32", float: "float32", list: "array"}
+    getattr(writer, f"add_{adders[type(value)]}")(key, value)
+
+
+def _packed(tensor: GgufTensor, kind: GgufType) -> Any:
+    """A tensor as the file has it: a numpy array."""
+    from gguf import GGMLQuantizationType, quants
+
+    return quants.quantize(tensor.make().float().numpy(), GGMLQuantizationType[_TENSOR_TYPES[kind]])
+
+
+def _read_again(path: Path, plan: GgufPlan, types: Mapping[str, GgufType]) -> GgufCheck:
+    """Compare every tensor of the file with what it was made from.
+
+    Raises:
+        UserError: one is missing, superfluous, or differs by more than its type rounds.
+    """
+    from gguf import GGUFReader, quants
+
+    found = {one.name: one for one in GGUFReader(path).tensors}
+    wanted = {one.name: one for one in plan.tensors}
+    if found.keys() != wanted.keys():
+        names = sorted(found.keys() ^ wanted.keys())[:3]
+        raise UserError(f"the export failed its check: tensors missing or left over in the file: {names}")
+    worst = 0.0
+    for name, one in wanted.items():
+        tensor = one.make().float()
+        read = torch.tensor(quants.dequantize(found[name].data, found[name].tensor_type)).reshape(tensor.shape)
+        largest = float(tensor.abs().max())
+        difference = float((tensor - read).abs().max()) / (largest or 1.0)
+        if not difference <= _ROUNDING[types[name]]:  # NaN too
+            raise UserError(
+                f"the export failed its check: {name} came back different, by {difference:.2g} of {largest:.2g}"
+            )
+        worst = max(worst, difference)
+    return GgufCheck(plan.architecture, len(wanted), path.stat().st_size, worst, _wider(types, wanted))
+
+
+def _wider(types: Mapping[str, GgufType], wanted: Mapping[str, GgufTensor]) -> tuple[str, ...]:
+    mixed = "q8_0" in types.values()
+    return tuple(name for name in wanted if mixed and types[name] == "float16")
