@@ -44,6 +44,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 COMMANDS = {
     "test": "Evaluate one model: dense, or pruned with --model.method.",
     "compare": "Evaluate the dense model and several methods and ratios in one run: one table, one plot.",
+    "prune": "One command: calibrate, choose, update what stays, evaluate before and after, write and check.",
     "export": "Write a pruned model as a checkpoint or a graph that unmodified tools load, and check that they do.",
     "ablate": "Answer questions about the method, each by variants that differ in one thing, over several seeds.",
     "fit": "Train on --data.train: a dense model, or with --model.recovery the adapters of a pruned one.",
@@ -72,6 +73,8 @@ examples:
     pp-lightning benchmark --config configs/tiny/benchmark.yaml --out DIR
   any task of lm-evaluation-harness, its own options
     pp-lightning lm-eval --tasks hellaswag --batch_size 20 --model_args path=DIR,method=pp,pruning_ratio=0.4
+  from a checkpoint and a text to a smaller checkpoint
+    pp-lightning prune --model.path DIR --data.calibration FILE --target params=0.6 --out DIR2
   a static choice as a transformers folder, checked after writing
     pp-lightning export --model.path DIR --model.method WandaSP --model.pruning_ratio 0.4 --out DIR2
   for an engine, and run in it: llama.cpp, vllm, openvino, onnxruntime-genai, transformers
@@ -82,7 +85,7 @@ examples:
 
 
 class PruningCLI(LightningCLI):
-    """``pp-lightning fit | test | compare | ablate | export``."""
+    """``pp-lightning fit | test | compare | ablate | prune | export``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -91,6 +94,7 @@ class PruningCLI(LightningCLI):
             "test": _FILLED_IN | {"ckpt_path"},
             "compare": _FILLED_IN,
             "ablate": _FILLED_IN,
+            "prune": _FILLED_IN,
             "export": _FILLED_IN,
             "fit": _FILLED_IN,
         }
@@ -300,13 +304,21 @@ def _run_harness(words: Sequence[str]) -> None:
 
 
 def with_full_names(words: Sequence[str]) -> list[str]:
-    """The command line with the short names of ``--data`` spelled out, and options called as arguments can be."""
+    """The command line with the short names of ``--data`` spelled out, and files of text with what reads them.
+
+    ``--data.text FILE`` and ``--data.calibration FILE`` are read as json lines with a field ``text`` where the file's
+    name says so, else as plain text.
+    """
     named = {f"--data={name}": f"--data={path}" for name, path in DATA.items()}
-    after_data = ["", *words]
-    return [
-        _OPTIONS.get(word, DATA.get(word, word) if before == "--data" else named.get(word, word))
-        for before, word in zip(after_data, words, strict=False)
-    ]
+    full: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        if before == "--data":
+            full.append(DATA.get(word, word))
+        elif before in ("--data.text", "--data.calibration") and Path(word).is_file():
+            full += ["C4" if ".json" in Path(word).name else "TextFile", f"{before}.path", word]
+        else:
+            full.append(named.get(word, word))
+    return full
 
 
 def _parser_settings() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """``pp-lightning export``: from the command line's settings to the exporter and back to the terminal."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -74,9 +75,22 @@ class ExportSettings:
 
 
 def export_pruned(
-    module: PrunedLM, data: EvaluationData, device: torch.device, out: Path, settings: ExportSettings
+    module: PrunedLM,
+    data: EvaluationData,
+    device: torch.device,
+    out: Path,
+    settings: ExportSettings,
+    evaluate: Callable[[], dict[str, Any]] | None = None,
 ) -> None:
     """Prune as the module says and write the result.
+
+    Args:
+        module: model and method.
+        data: to calibrate on.
+        device: to do it on.
+        out: a folder that is not there yet.
+        settings: what is written.
+        evaluate: called between the two, for figures that the record keeps.
 
     Raises:
         UserError: nothing to prune, a choice per batch for a checkpoint, or whatever :mod:`export` refuses.
@@ -87,16 +101,14 @@ def export_pruned(
         _choose_uniformly(module)
     assert module.method is not None
     module.check_plan(module.method, module.pruning_ratio, data.window)
-    file = module.read_evidence()
-    if file is not None:
-        _say(f"calibrated before: {file} is taken as it stands, no calibration text is read")
-    if file is None or module.frozen_on == "text":
-        module.prepare(data)
+    _read_evidence(module, data)
     module.model.to(device)
     statistics = module.prune(data)
     provenance: dict[str, Any] = {"base_model": base_model_name(module.path), "asked": _asked(module)}
     if statistics is not None:
         provenance["calibration"] = calibration_record(statistics)
+    if evaluate is not None:
+        provenance["evaluation"] = evaluate()
     if settings.dtype not in (None, "auto"):
         cast_weights(module.model, getattr(torch, str(settings.dtype)))
     exact = module.model.dtype == torch.float32 and settings.quantize is None
@@ -117,10 +129,21 @@ def export_pruned(
         check = export_graph(
             module.model, out, form=settings.written, kv_cache=settings.kv_cache, release=True, **shared
         )
-        _say(f"written to {out}: README.md says how it is called, pruning.json has all names of inputs and outputs")
-        _say(_outcome(check))
+        say(f"written to {out}: README.md says how it is called, pruning.json has all names of inputs and outputs")
+        say(_outcome(check))
     if expected is not None:
         _check_in_engines(out, expected, settings.check_with, exact=exact)
+
+
+def _read_evidence(module: PrunedLM, data: EvaluationData) -> None:
+    """Take what was calibrated before, and get the data ready where anything is to be read of it."""
+    file = module.read_evidence()
+    if file is not None:
+        say(f"calibrated before: {file} is taken as it stands")
+    method = module.method
+    updates = method is not None and module.settled(method).updates
+    if file is None or module.frozen_on == "text" or updates:
+        module.prepare(data)
 
 
 def _write_checkpoint(module: PrunedLM, out: Path, settings: ExportSettings, shared: "_Shared") -> None:
@@ -131,8 +154,8 @@ def _write_checkpoint(module: PrunedLM, out: Path, settings: ExportSettings, sha
     costs, check = export_checkpoint(
         module.model, out, layout=layout, max_shard_size=settings.max_shard_size, release=True, **shared
     )
-    _say(f"written to {out}: {costs.model_class}, {costs.parameters:,} parameters")
-    _say(_outcome(check))
+    say(f"written to {out}: {costs.model_class}, {costs.parameters:,} parameters")
+    say(_outcome(check))
 
 
 def _write_gguf(module: PrunedLM, out: Path, settings: ExportSettings, shared: "_Shared") -> None:
@@ -142,20 +165,20 @@ def _write_gguf(module: PrunedLM, out: Path, settings: ExportSettings, shared: "
     _say_if_shared_keys_went(module)
     kind: GgufType | None = "q8_0" if settings.quantize == "q8_0" else None
     costs, check = export_gguf(module.model, out, layout=layout, kind=kind, **shared)
-    _say(f"written to {out}: model.gguf, architecture {check.architecture}, {costs.parameters:,} parameters")
-    _say(_gguf_outcome(check))
+    say(f"written to {out}: model.gguf, architecture {check.architecture}, {costs.parameters:,} parameters")
+    say(_gguf_outcome(check))
 
 
 def _write_dynamic_graph(
     module: PrunedLM, data: EvaluationData, out: Path, settings: ExportSettings, shared: "_Shared"
 ) -> None:
     rows, tokens = data.batch_size, data.window
-    _say(f"one graph for batches of {rows} x {tokens} tokens (--data.batch_size, --data.window), history in and out")
+    say(f"one graph for batches of {rows} x {tokens} tokens (--data.batch_size, --data.window), history in and out")
     check = export_dynamic_graph(
         module.model, out, form=settings.written, rows=rows, tokens=tokens, release=True, **shared
     )
-    _say(f"written to {out}: see pruning.json for the names of inputs and outputs")
-    _say(_outcome(check))
+    say(f"written to {out}: see pruning.json for the names of inputs and outputs")
+    say(_outcome(check))
 
 
 def _say_what_suits(module: PrunedLM, layout: Layout) -> None:
@@ -164,18 +187,14 @@ def _say_what_suits(module: PrunedLM, layout: Layout) -> None:
     counted = suits(layers, shape.head_size, shape.hidden_size)
     unsuited = [f"{name}: {number}" for name, number in counted.items() if number]
     if unsuited:
-        _say(
-            f"matrices whose rows a quantiser leaves wider or refuses (choose --model.round_to): {'; '.join(unsuited)}"
-        )
+        say(f"matrices whose rows a quantiser leaves wider or refuses (choose --model.round_to): {'; '.join(unsuited)}")
     devices = shared_among(layers)
-    _say(
-        f"tensor parallelism: heads and channels divide among {', '.join(map(str, devices)) or 'no number of'} devices"
-    )
+    say(f"tensor parallelism: heads and channels divide among {', '.join(map(str, devices)) or 'no number of'} devices")
 
 
 def _say_if_shared_keys_went(module: PrunedLM) -> None:
     if PrunedSizes.of(module.model).key_heads:
-        _say(
+        say(
             "single query heads went out of groups that share keys and values: each one that stays is written with "
             "keys and values of its own (counted under added)"
         )
@@ -186,10 +205,10 @@ def _check_in_engines(out: Path, expected: Expected, engines: tuple[Engine, ...]
     failed = []
     for engine in engines:
         try:
-            _say(_engine_outcome(check_with(engine, out, expected, exact=exact)))
+            say(_engine_outcome(check_with(engine, out, expected, exact=exact)))
         except UserError as reason:
             failed.append(engine)
-            _say(f"not confirmed by {engine}: {reason}")
+            say(f"not confirmed by {engine}: {reason}")
     if failed:
         raise UserError(f"{out} is written, but {', '.join(failed)} did not confirm it: see above")
 
@@ -253,7 +272,7 @@ def _for_engine(module: PrunedLM, settings: ExportSettings) -> ExportSettings:
         layout=settings.layout,
     )
     layout = "" if choice.layout is None else f", layout {choice.layout}"
-    _say(f"for {settings.engine}: format {choice.format}{layout}: {choice.told}")
+    say(f"for {settings.engine}: format {choice.format}{layout}: {choice.told}")
     return replace(settings, format=choice.format, layout=choice.layout or settings.layout)
 
 
@@ -276,7 +295,7 @@ def _choose_uniformly(module: PrunedLM) -> None:
         return
     assert module.method is not None
     if module.skip_layers or module.method.with_uniform_counts() is not module.method:
-        _say(
+        say(
             f"layout uniform: chosen anew with the same counts in every layer, {module.pruning_ratio:.0%} over the "
             "whole model, no layer skipped. test and compare evaluate this choice with --model.uniform true."
         )
@@ -345,7 +364,8 @@ def _engine_outcome(check: EngineCheck) -> str:
     )
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Write a line for whoever started the command."""
     Console().print(text, highlight=False, soft_wrap=True)
 
 

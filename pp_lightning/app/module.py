@@ -23,6 +23,7 @@ from pp_lightning.errors import UserError
 from pp_lightning.methods import PruningMethod, StaticMethod
 from pp_lightning.methods.base import AllocationName
 from pp_lightning.prefill import Prefill, checked_refresh
+from pp_lightning.pruning import is_pruned
 from pp_lightning.recovery import Recovered, Recovery
 from pp_lightning.state import skipped_batches
 
@@ -178,7 +179,7 @@ class PrunedLM(PrunableModule):
     def on_test_start(self) -> None:
         """Prune, with all that it takes."""
         self.evaluation = None
-        if self.method is not None:
+        if self.method is not None and not is_pruned(self.model):
             self.prune(self.data)
         self._compilation = compile_(self.model) if self.compiles else None
         bar = self.trainer.progress_bar_callback

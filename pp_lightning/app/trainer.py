@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -24,11 +25,13 @@ from pp_lightning.app.ablation.runner import (
 )
 from pp_lightning.app.exporting import ExportSettings, Quantize, export_pruned
 from pp_lightning.app.module import PrunedLM
+from pp_lightning.app.one_command import PruneSettings, prune_and_export
 from pp_lightning.app.recovery import check_recovery
 from pp_lightning.app.results import Comparison, Evaluation
 from pp_lightning.app.training import check_same, train_recovery
 from pp_lightning.checkpoints import Dtype
 from pp_lightning.data.base import EvaluationData
+from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.data.training import Packed, TrainingRows
 from pp_lightning.errors import UserError
 from pp_lightning.importances import Importances
@@ -83,6 +86,7 @@ class PruningTrainer(L.Trainer):
             datamodule: the data; calibration is run once.
             methods: any of full_batch, pp, best and best_generation (ours, not the paper's), griffin, ppsp, flap,
                 wanda_sp, llm_pruner, lora_prune;
+                static_best (ours); ``_updated`` behind a static one lets what stays take over what goes;
                 ``_lora`` behind a static one (llm_pruner_lora, lora_prune_lora, ...) trains adapters on
                 ``--data.train``, or on the calibration text, for ``--trainer.max_steps``. Models that were trained
                 into the same ``--out`` before are not trained again.
@@ -127,9 +131,7 @@ class PruningTrainer(L.Trainer):
         model.label = row.label
         if row.recovery is not None:
             model.use_recovered(self._recover(model, datamodule, row.recovery, self._folder(row)))
-        self.test(model, datamodule=datamodule, verbose=False)
-        assert model.evaluation is not None
-        return model.evaluation
+        return self._tested(model, datamodule)
 
     def ablate(
         self,
@@ -225,6 +227,48 @@ class PruningTrainer(L.Trainer):
             quantize=quantize,
         )
         export_pruned(model, datamodule, self.strategy.root_device, Path(self.default_root_dir), settings)
+
+    def prune(
+        self,
+        model: PrunedLM,
+        datamodule: EvaluationData,
+        target: str | None = None,
+        layout: Layout = "per-layer",
+        dtype: Dtype | None = None,
+        overwrite: bool = False,
+        max_shard_size: str = "5GB",
+    ) -> None:
+        """Calibrate, choose, update what stays, evaluate before and after, write a checkpoint and check it.
+
+        Args:
+            model: the module; without a method the choice is ``StaticBest``.
+            datamodule: the data to calibrate on, and to evaluate on.
+            target: what is to stay: ``params=0.6`` or ``flops=0.6`` of the decoder layers, or ``memory=8GB`` of all
+                weights; none takes ``--model.pruning_ratio``.
+            layout: ``per-layer`` keeps the choice as it is and brings a modelling file; ``uniform`` prunes every layer
+                alike and writes a stock class; ``padded`` fills up to the widest layer.
+            dtype: of the weights written; none takes that of ``--model.dtype``.
+            overwrite: replace an earlier export.
+            max_shard_size: of a weights file.
+
+        Raises:
+            UserError: whatever stands in the way; the folder is as before, and an interrupted run goes on beside it.
+        """
+        _refuse_recovered(model)
+        if not isinstance(datamodule, LanguageModelling):
+            raise UserError("prune evaluates and calibrates on text: leave out --data commonsense")
+        model.trainer = self
+        export = ExportSettings("safetensors", layout, dtype, True, overwrite, max_shard_size)
+        out, device = Path(self.default_root_dir), self.strategy.root_device
+        prune_and_export(
+            model, datamodule, device, out, PruneSettings(target, export), partial(self._tested, model, datamodule)
+        )
+
+    def _tested(self, model: PrunedLM, datamodule: EvaluationData) -> Evaluation:
+        """The module as it is."""
+        self.test(model, datamodule=datamodule, verbose=False)
+        assert model.evaluation is not None
+        return model.evaluation
 
     def _rows(
         self,

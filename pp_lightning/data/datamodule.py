@@ -42,6 +42,7 @@ class LanguageModelling(EvaluationData):
         limit_tokens: evaluate on this many tokens from the start of the text; None takes all.
 
     Attributes:
+        names_text: whether a text to evaluate on was named.
         distances: under ``continuation``, score the tokens at these distances behind the prompt, the first included and
             the last not; None is all.
     """
@@ -64,6 +65,7 @@ class LanguageModelling(EvaluationData):
         length = 1024 if window is None else window
         super().__init__(calibration or C4(), calibration_samples, length, batch_size, seed, train)
         self.text = text or WikiText2()
+        self.names_text = text is not None
         if prefix is not None and protocol != "continuation":
             raise UserError(f"prefix is for --data.protocol continuation, not {protocol}: leave it out")
         if prefix is not None and not 1 <= prefix < length:

@@ -10,6 +10,9 @@ from pp_lightning.methods.static_ppsp import StaticPPsp
 class StaticBest(StaticPPsp):
     """Static: PPsp's scores, and kept weights that take over what the removed ones did.
 
+    Units are spread over the layers by one ranking of what each adds to its block's error after that update, relative to
+    the residual (:func:`~pp_lightning.updating.losses_after_update`).
+
     Args:
         allocation: how the removed units are spread over the layers.
         bias: fit deviations from the mean and put what is left of the mean into a bias.
@@ -22,7 +25,7 @@ class StaticBest(StaticPPsp):
 
     def __init__(
         self,
-        allocation: AllocationName = "uniform",
+        allocation: AllocationName = "global",
         bias: bool = False,
         blocks: Sequence[BlockName] = BOTH_BLOCKS,
         attention_unit: UnitName | None = None,

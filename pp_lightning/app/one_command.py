@@ -1,0 +1,118 @@
+"""``pp-lightning prune``: from a checkpoint and a text to a smaller checkpoint, evaluated before and after."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from export.folder import check_free
+from export.sizes import check_exportable
+from pp_lightning.app.exporting import ExportSettings, export_pruned, say
+from pp_lightning.app.module import PrunedLM
+from pp_lightning.app.results import Evaluation
+from pp_lightning.data.datamodule import LanguageModelling
+from pp_lightning.errors import UserError
+from pp_lightning.families import shape_of
+from pp_lightning.interfaces import model_inputs
+from pp_lightning.methods import StaticBest, StaticMethod
+from pp_lightning.target import Target
+
+_PASSES_OF_UPDATE = 3  # over the calibration text, beside one that calibrates
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """What the user asked of ``prune`` beside what is written."""
+
+    target: str | None
+    export: ExportSettings
+
+
+def prune_and_export(
+    module: PrunedLM,
+    data: LanguageModelling,
+    device: torch.device,
+    out: Path,
+    settings: PruneSettings,
+    evaluated: Callable[[], Evaluation],
+) -> None:
+    """Say what will be done, evaluate, calibrate, choose, update, evaluate again, write and verify.
+
+    Args:
+        module: model, and the method if one is named.
+        data: text to calibrate on, and to evaluate on.
+        device: to do it on.
+        out: a folder that is not there yet. Beside it, an unfinished update waits to be gone on with.
+        settings: target and files.
+        evaluated: evaluates the module as it is.
+
+    Raises:
+        UserError: a choice per batch, a target that no ratio meets, or whatever stands in the way; ``out`` is as
+            before.
+    """
+    check_exportable(module.model)
+    check_free(out, settings.export.overwrite)
+    method = module.method or StaticBest()
+    if not isinstance(method, StaticMethod):
+        raise UserError(f"prune writes one choice for good and {method.label} chooses per batch: name a static method")
+    if settings.export.layout == "uniform":
+        module.uniform = True
+    if settings.target is not None:
+        module.pruning_ratio = _ratio(module, method, data, Target.parse(settings.target))
+    module.method = None
+    module.prepare(data)
+    module.check_plan(method, module.pruning_ratio, data.window)
+    data.calibration.check()
+    if not data.names_text:
+        data.text = data.calibration
+        say("no --data.text: before and after are evaluated on the calibration text itself, which flatters the result")
+    module.model.to(device)
+    say(_forecast(module, method, data))
+    module.label = "dense"
+    before = evaluated()
+    module.method, module.label = method, method.label
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    module.update_folder = unfinished
+
+    def after() -> dict[str, Any]:
+        row = evaluated()
+        say(
+            f"perplexity: {before.perplexity:.2f} dense, {row.perplexity:.2f} pruned, at {row.flops.layers:.3f} of the "
+            "layers' FLOPs"
+        )
+        return {"dense": before.as_dict(), "pruned": row.as_dict(), "data": data.describe()}
+
+    export_pruned(module, data, device, out, settings.export, after)
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _ratio(module: PrunedLM, method: StaticMethod, data: LanguageModelling, target: Target) -> float:
+    weight = next(module.model.parameters())
+    return target.ratio(
+        shape_of(module.model.config),
+        module.settled(method),
+        dict(module.amounts(0.0)),
+        data.window,
+        module.model.num_parameters(),
+        weight.element_size(),
+    )
+
+
+@torch.no_grad()
+def _forecast(module: PrunedLM, method: StaticMethod, data: LanguageModelling) -> str:
+    """What will be done, and how long it will take, by the time of one batch."""
+    batches = data.calibration_batches()
+    start = time.perf_counter()
+    module.model(**model_inputs(module.model, batches[0]), logits_to_keep=1)
+    batch = time.perf_counter() - start
+    passes = (1 if module.reads_calibration(method) else 0) + (_PASSES_OF_UPDATE if method.updates else 0)
+    seconds = batch * (passes * len(batches) + 2 * len(data.test_batches()))
+    return (
+        f"{method.label} at pruning ratio {module.pruning_ratio:.3f}: about {seconds / 60:.1f} minutes for {passes} "
+        f"passes over {data.calibration_samples} calibration windows of {data.window} tokens and two evaluations "
+        "(fewer: --data.calibration_samples, --data.limit_tokens)"
+    )
