@@ -109,7 +109,7 @@ def graph_card(folder: Path, record: Mapping[str, Any], graph: Graph, form: str,
 
 
 def _example(form: str, graph: Graph) -> str:
-    rows = f'"past_key_values.{{i}}.{{part}}": np.zeros((1, heads, 0, {graph.head_size}), np.float32)'
+    rows = f'f"past_key_values.{{i}}.{{part}}": np.zeros((1, heads, 0, {graph.head_size}), np.float32)'
     if form == "onnx":
         caches = f"""
 heads_of = {list(graph.caches)}
