@@ -41,6 +41,7 @@ def pruning_record(model: PreTrainedModel) -> dict[str, Any]:
         "attention_unit": pruning.plan.unit.value,
         "ratio_in_pruned_layers": {block.block.value: block.ratio for block in pruning.plan.blocks},
         "kept": kept,
+        "updated": {f"{layer}.{block.value}": vars(done) for (layer, block), done in pruning.updated.items()},
     }
 
 

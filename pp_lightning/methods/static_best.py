@@ -10,8 +10,8 @@ from pp_lightning.methods.static_ppsp import StaticPPsp
 class StaticBest(StaticPPsp):
     """Static: PPsp's scores, and kept weights that take over what the removed ones did.
 
-    Units are spread over the layers by one ranking of what each adds to its block's error after that update, relative to
-    the residual (:func:`~pp_lightning.updating.losses_after_update`).
+    Units are spread over the layers by one ranking of what each adds to its block's error after that update, relative
+    to the residual (:func:`~pp_lightning.updating.losses_after_update`).
 
     Args:
         allocation: how the removed units are spread over the layers.

@@ -35,31 +35,6 @@ def without_data(given):
     return {key: value for key, value in given.items() if not key.startswith("--data")}
 
 
-@pytest.fixture
-def stock_perplexity(place):
-    """Perplexity of a folder on the test text, in a process that has never heard of us."""
-
-    def run(folder):
-        code = f"""
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({str(folder)!r}).eval()
-text = open({str(place / "text.txt")!r}).read()
-ids = torch.tensor(AutoTokenizer.from_pretrained({str(folder)!r})(text)["input_ids"])
-total = count = 0
-with torch.no_grad():
-    for window in ids.split(32):
-        loss = model(input_ids=window[None], labels=window[None]).loss
-        total, count = total + float(loss) * (len(window) - 1), count + len(window) - 1
-assert not {{"pp_lightning", "export", "lightning"}} & set(sys.modules)
-print(float(torch.tensor(total / count).exp()))
-"""
-        done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)
-        return float(done.stdout)
-
-    return run
-
-
 @pytest.mark.parametrize(
     "method", ["WandaSP", *(pytest.param(m, marks=pytest.mark.slow) for m in ("FLAP", "LLMPruner"))]
 )
