@@ -20,10 +20,24 @@ PrefillName = Literal["probe", "dense", "auto"]
 Prefill = PrefillName | int
 
 # Tokens (rows x length) of a prompt from which on a probe is faster than a dense run, where it was not measured on the
-# model at hand. CPU: between 64, where it took 1.14 times as long, and 512, where it took 0.76 (README, Speed); others:
-# arithmetic for a layer of LLaMA-2-7B, not measured yet.
-BREAK_EVEN: Mapping[str, int] = {"cpu": 192}
-_ELSEWHERE = 1024
+# model at hand. CPU: between 64, where it took 1.14 times as long, and 512, where it took 0.76 (README, Speed). CUDA:
+# LLaMA-2-7B's shape in bfloat16 on one NVIDIA H200, eager, 20 rows: between 4100, where it took 1.34 times as long, and
+# 8200, where it took 0.81 (benchmarks/results). Other accelerators: as CUDA, not measured yet.
+BREAK_EVEN: Mapping[str, int] = {"cpu": 192, "cuda": 8192}
+_ELSEWHERE = BREAK_EVEN["cuda"]
+
+# Prompts of no more rows always run dense there. The probe of one row is half of it: 1.55 times dense at 8192 tokens.
+_FEW_ROWS = 1
+
+
+def dense_rows(prefill: Prefill, device: torch.device) -> int:
+    """Rows up to which a prompt runs dense, whatever its length: those that ``auto`` knows no gain for.
+
+    Args:
+        prefill: see :func:`dense_below`.
+        device: of the model.
+    """
+    return _FEW_ROWS if prefill == "auto" and device.type != "cpu" else 0
 
 
 def dense_below(prefill: Prefill, device: torch.device) -> float:

@@ -27,7 +27,7 @@ from pp_lightning.interfaces import argument_names
 from pp_lightning.methods.base import AllocationName, BlockToPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import Plan, make_plan
-from pp_lightning.prefill import Prefill, checked_refresh, dense_below
+from pp_lightning.prefill import Prefill, checked_refresh, dense_below, dense_rows
 from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruned.check import Meeting, check_block, kinds_of, meetings
 from pp_lightning.pruned.choice import Choice
@@ -179,10 +179,11 @@ def prune_(
     met = _checked(model, blocks, shape, plan, keep)
     surgery = _Surgery(model, blocks, shape, plan, keep, met)
     if isinstance(method, DynamicMethod):
-        below = dense_below(method.prefill if prefill is None else prefill, model.device)
-        serving = _Serving(HeldSlices(held_slices), below, checked_refresh(refresh))
         if update is not None:
             raise UserError(f"{type(method).__name__} chooses for every batch, leave update out")
+        way = method.prefill if prefill is None else prefill
+        below, rows = dense_below(way, model.device), dense_rows(way, model.device)
+        serving = _Serving(HeldSlices(held_slices), below, checked_refresh(refresh), rows)
         pruning = _prune_dynamic(surgery, method, stats, release_stats, serving)
     else:
         assert isinstance(method, StaticMethod)
@@ -409,6 +410,7 @@ class _Serving(NamedTuple):
     held: HeldSlices
     dense_below: float
     refresh: int | None
+    dense_rows: int
 
 
 def _prune_dynamic(

@@ -10,6 +10,7 @@ from pp_lightning import UserError, compile_, frozen_history, kept_units, prune_
 from pp_lightning.blocks import AttentionUnit, Block
 from pp_lightning.families import blocks_of, shape_of
 from pp_lightning.methods import FullBatchProbing, Griffin, ProbePruning, WandaSP
+from pp_lightning.prefill import dense_rows
 from pp_lightning.pruning import pruning_of
 from tests.models import (
     FAMILIES,
@@ -185,6 +186,17 @@ def test_auto_is_dense_below_a_number_of_tokens_and_a_probe_from_there_on():
     for prefill, is_dense in ((4 * PROMPT, False), (4 * PROMPT + 1, True), ("auto", True), ("probe", False)):
         found = continued(pruned(prefill=prefill), ids())[0]
         assert torch.allclose(found, dense, atol=2e-5) is is_dense
+
+
+def test_auto_runs_one_row_dense_on_an_accelerator():
+    """The probe of one row is half of it, which never paid there; an explicit number of tokens is taken at its word."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert (dense_rows("auto", cuda), dense_rows("auto", cpu)) == (1, 0)
+    assert [dense_rows(prefill, cuda) for prefill in ("probe", "dense", 192)] == [0, 0, 0]
+    context = pruning_of(pruned(prefill="auto")).context
+    assert (context.runs_dense(1, 192), context.runs_dense(2, 96), context.runs_dense(2, 95)) == (False, False, True)
+    context.dense_rows = 1
+    assert (context.runs_dense(1, 192), context.runs_dense(2, 96)) == (True, False)
 
 
 def test_without_a_cache_nothing_runs_dense():

@@ -8,12 +8,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from pp_lightning.app.help import ExamplesFormatter
 from pp_lightning.benchmark import BenchmarkSettings, run_benchmark
-from pp_lightning.benchmark.break_even import measure_break_even
+from pp_lightning.benchmark.break_even import write_break_even
 from pp_lightning.benchmark.rows import Row
 from pp_lightning.benchmark.write import caption, write_results
-from pp_lightning.prefill import break_even_file
 from pp_lightning.progress import write_line
-from pp_lightning.records import check_place, write_json
+from pp_lightning.records import check_place
 
 EXAMPLES = """
 examples:
@@ -39,7 +38,7 @@ def main(words: Sequence[str]) -> None:
     out = Path(options.out)
     check_place(out)
     if settings.calibrate_break_even:
-        _calibrate(settings, out)
+        print(write_break_even(settings, out, write_line))
         return
     rows = run_benchmark(
         settings,
@@ -49,19 +48,6 @@ def main(words: Sequence[str]) -> None:
     print(write_results(rows, settings, out))
     plot(rows, caption(settings), out / "results.png")
     rank_zero_info("written to %s", out)
-
-
-def _calibrate(settings: BenchmarkSettings, out: Path) -> None:
-    """Measure from where on a probe pays, write it and say it."""
-    file = out / "break-even.json" if settings.statistics is None else break_even_file(settings.statistics)
-    check_place(file.parent)
-    found = measure_break_even(settings, write_line)
-    write_json(file, found.as_dict())
-    for tokens, seconds in found.seconds.items():
-        dense, probe = 1000 * seconds["dense"], 1000 * seconds["probe"]
-        print(f"{tokens:6} tokens: dense {dense:8.1f} ms, with a probe {probe:8.1f} ms ({probe / dense:.2f})")
-    pays = "no prompt that was tried" if found.tokens is None else f"prompts of {found.tokens} tokens or more"
-    print(f"a probe pays for {pays}; written to {file}: --model.prefill auto reads it beside the statistics")
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:

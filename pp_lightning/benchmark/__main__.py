@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from pp_lightning.benchmark.break_even import write_break_even
 from pp_lightning.benchmark.run import run_benchmark
 from pp_lightning.benchmark.settings import BenchmarkSettings
 from pp_lightning.benchmark.write import write_results
@@ -23,6 +24,9 @@ def main() -> None:
     try:
         settings = BenchmarkSettings.from_plain(yaml.safe_load(Path(options.config).read_text()) or {})
         check_place(Path(options.out))
+        if settings.calibrate_break_even:
+            print(write_break_even(settings, Path(options.out), write_line))
+            return
         rows = run_benchmark(
             settings,
             tell=write_line,

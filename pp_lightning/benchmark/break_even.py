@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,11 +14,38 @@ from pp_lightning.benchmark.subject import Subject
 from pp_lightning.benchmark.timing import Runner, measured
 from pp_lightning.benchmark.variants import VARIANTS, Variant
 from pp_lightning.methods import ProbePruning
-from pp_lightning.prefill import BreakEven
+from pp_lightning.prefill import BreakEven, break_even_file
 from pp_lightning.progress import Tell
-from pp_lightning.records import environment
+from pp_lightning.records import check_place, environment, write_json
 
-_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
+_SIZES = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096, 8192)
+
+
+def write_break_even(settings: BenchmarkSettings, out: Path, tell: Tell = print) -> str:
+    """Measure from where on a probe pays and write it: beside the statistics, or into a folder where there are none.
+
+    Args:
+        settings: see :func:`measure_break_even`.
+        out: the folder.
+        tell: told what is going on, one line at a time.
+
+    Returns:
+        What was found, as lines.
+
+    Raises:
+        UserError: settings that cannot be measured, or a place that cannot be written to.
+    """
+    file = out / "break-even.json" if settings.statistics is None else break_even_file(settings.statistics)
+    check_place(file.parent)
+    found = measure_break_even(settings, tell)
+    write_json(file, found.as_dict())
+    lines = []
+    for tokens, seconds in found.seconds.items():
+        dense, probe = 1000 * seconds["dense"], 1000 * seconds["probe"]
+        lines.append(f"{tokens:6} tokens: dense {dense:8.1f} ms, with a probe {probe:8.1f} ms ({probe / dense:.2f})")
+    pays = "no prompt that was tried" if found.tokens is None else f"prompts of {found.tokens} tokens or more"
+    lines.append(f"a probe pays for {pays}; written to {file}: --model.prefill auto reads it beside the statistics")
+    return "\n".join(lines)
 
 
 def measure_break_even(settings: BenchmarkSettings, tell: Tell = print) -> BreakEven:

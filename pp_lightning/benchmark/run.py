@@ -39,7 +39,7 @@ def run_benchmark(
     Args:
         settings: what to measure.
         tell: told what is going on, one line at a time.
-        keep: given all rows so far after each case, so that what is measured stays if a later one fails.
+        keep: given all rows so far after each part of a case, so that what is measured stays if a later one fails.
 
     Raises:
         UserError: settings that cannot be measured.
@@ -65,7 +65,7 @@ def _of_ratio(
     models = {name: subject.variant(variant) for name, variant in variants.items()}
     whole = {name: model for name, model in models.items() if variants[name].whole}
     for case in settings.cases:
-        yield _Case(subject, whole, {name: variants[name] for name in whole}, dtype, case, tell).rows()
+        yield from _Case(subject, whole, {name: variants[name] for name in whole}, dtype, case, tell).rows()
     for case in [Case(rows, tokens) for rows in settings.decode for tokens in settings.prompts]:
         yield decoding_rows(subject, models, variants, dtype, case, tell)
 
@@ -100,12 +100,11 @@ class _Case:
         self.where = f"{dtype}, batch {case.rows} x {case.tokens}, ratio {subject.ratio:g}"
         self.tell = tell
 
-    def rows(self) -> list[Row]:
-        """The whole model and, where asked, its blocks."""
-        rows = self._whole_model()
+    def rows(self) -> Iterator[list[Row]]:
+        """The whole model and, where asked, its blocks: one by one, so that the first stay if the second fail."""
+        yield self._whole_model()
         if self.settings.blocks:
-            rows += self._blocks()
-        return rows
+            yield self._blocks()
 
     def _whole_model(self) -> list[Row]:
         compilations = {n: compile_(m, mode=self.settings.mode) for n, m in self.models.items() if self._compiled(n)}

@@ -62,6 +62,11 @@ class AfterOCP(DynamicMethod):
         """Rows and tokens of the probe of a (B, S) batch: as many as Probe Pruning's."""
         return probe_rows(num_rows, self.row_ratio), probe_tokens(num_tokens, self.token_ratio)
 
+    @property
+    def ranks_by_input(self) -> bool:
+        """Importance is told."""
+        return False
+
     def select(
         self,
         residual: Tensor,

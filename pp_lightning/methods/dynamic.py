@@ -74,6 +74,11 @@ class DynamicMethod(PruningMethod):
         """Whether scores are of deviations from a mean, so that a history of second moments alone gives none."""
         return False
 
+    @property
+    def ranks_by_input(self) -> bool:
+        """Whether :meth:`select` looks at ``normed``. If not, the probe alone is normalised in parallel probing."""
+        return True
+
     @abstractmethod
     def probe_sizes(self, num_rows: int, num_tokens: int) -> tuple[int, int]:
         """Rows and tokens of the probe of a (B, S) batch: what FLOPs are counted from."""

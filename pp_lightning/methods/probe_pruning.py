@@ -143,6 +143,11 @@ class ProbePruning(DynamicMethod):
             return 0
         return draws.lots_needed(num_rows, num_tokens, *self.probe_sizes(num_rows, num_tokens))
 
+    @property
+    def ranks_by_input(self) -> bool:
+        """Where the block's normalised input ranks."""
+        return self.rank_by == "input" and not self.scattered_mlp
+
     def select(
         self,
         residual: Tensor,

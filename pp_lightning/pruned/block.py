@@ -285,14 +285,23 @@ class PrunedBlock(nn.Module):
         """Choose by a probe of an earlier residual, beside what the current stream does where there is another one."""
 
         def choose() -> Choice:
-            norm, residual = self.norm, earlier.residual
-            source = residual if norm is None else current_forward(norm)(residual)
-            probe = self._probe(source, residual, inputs, plan)
-            part = source if probe is None else probe.take(source)
+            residual = earlier.residual
+            if self.method.ranks_by_input or self.input_norm is not None:
+                source = self._normed(residual)
+                probe = self._probe(source, residual, inputs, plan)
+                part = source if probe is None else probe.take(source)
+            else:  # the norm of all tokens would take longer than the probe
+                probe = self._probe(residual, residual, inputs, plan)
+                part = self._normed(residual if probe is None else probe.take(residual))
             return self._choice(self.runner.states(part, probe_arguments(given, probe)), probe, inputs)
 
         side = self.context.side_stream(earlier.residual.device)
         return choose() if side is None else side.join(side.start(earlier.since or side.moment(), choose))
+
+    def _normed(self, residual: Tensor) -> Tensor:
+        """What enters the block, from a residual (b, s, D) in front of its norm."""
+        normed: Tensor = residual if self.norm is None else current_forward(self.norm)(residual)
+        return normed
 
     def _choose_late(
         self, source: Tensor, residual: Tensor, inputs: BatchInputs, plan: ExecutionPlan, states: Tensor

@@ -51,6 +51,7 @@ class ModelContext:
         held: conversations whose slices are held.
         dense_below: tokens of a prompt below which it runs dense.
         refresh: decoded tokens after which channels are chosen again; None holds the prompt's choice.
+        dense_rows: rows up to which a prompt runs dense, whatever its length.
         lots: what probes are drawn with; None where none are.
 
     Attributes:
@@ -75,6 +76,7 @@ class ModelContext:
         held: HeldSlices,
         dense_below: float = 0.0,
         refresh: int | None = None,
+        dense_rows: int = 0,
         lots: Lots | None = None,
     ) -> None:
         self.num_positions = num_positions
@@ -82,6 +84,7 @@ class ModelContext:
         self.held = held
         self.dense_below = dense_below
         self.refresh = refresh
+        self.dense_rows = dense_rows
         self.frozen = False
         self.last: list[Choice] | None = None
         self.num_batches = 0
@@ -124,7 +127,7 @@ class ModelContext:
 
     def runs_dense(self, rows: int, tokens: int) -> bool:
         """Whether a prompt of (B, S) runs on all units."""
-        return rows * tokens < self.dense_below
+        return rows <= self.dense_rows or rows * tokens < self.dense_below
 
     def begin_batch(self, stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the module that loops over the layers: tell a prompt from what continues it.

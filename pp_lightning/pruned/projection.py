@@ -65,7 +65,7 @@ class PrunedProjection:
 
     def forward(self, states: Tensor) -> Tensor:
         """Stands in for the module's ``forward``. Hooks of the module see a probe's states too, before the batch's."""
-        does = self.does or self.idle
+        does = self.idle if self.does is None else self.does  # dynamo of torch 2.11 knows no truth of a partial
         return self.stock(states) if does is None else does(states)
 
     def stock(self, states: Tensor) -> Tensor:

@@ -106,6 +106,21 @@ def test_an_attention_probe_starts_before_the_mlp_in_front_of_it(monkeypatch):
     assert first > 0, "a dense layer in front published its residual too"
 
 
+@pytest.mark.parametrize(("rank_by", "whole"), [("residual", False), ("input", True)])
+def test_a_probe_alone_is_normalised_in_front(rank_by, whole):
+    """The batch's own norm comes later: to normalise all of it for the probe took longer than the probe, on an H200."""
+    model = tiny("llama")
+    prune_(model, ProbePruning(probe_source="previous", rank_by=rank_by), statistics("llama"), **SETTINGS)
+    sizes = []
+    for block in pruning_of(model).pruners.values():
+        stock = block.norm.forward
+        block.norm.forward = lambda states, stock=stock: sizes.append(tuple(states.shape[:2])) or stock(states)
+    logits(model, ids())
+    batch, probe = tuple(ids().shape), ProbePruning().probe_sizes(*ids().shape)
+    of_probes, blocks = batch if whole else probe, len(pruning_of(model).pruners)
+    assert sorted(sizes) == sorted([batch] * blocks + [of_probes] * blocks)
+
+
 def test_a_graph_holds_its_probes(monkeypatch):
     side = beside(monkeypatch, late=True)
     model = pruned("llama_gqa")
