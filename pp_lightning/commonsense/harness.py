@@ -115,6 +115,10 @@ class PrunedHFLM(HFLM):
                 raise UserError("recovered brings its own method: leave out method")
             policy = None if method is None else method_named(method)
             trained = None if recovered is None else Recovered.load(recovered)
+            if policy is not None and policy.updates:
+                raise UserError(
+                    f"{method} updates weights: write a folder with pp-lightning prune, and name that as path"
+                )
             if isinstance(policy, GradientMethod) and importances is None:
                 raise UserError(f"{method} chooses from importances: name their file, importances=FILE.safetensors")
             tokenizer = load_tokenizer(path, pad_token)

@@ -12,6 +12,7 @@ def test_labels():
         "pp": "ProbePruning",
         "after_ocp": "AfterOCP",
         "griffin": "Griffin",
+        "static_best": "StaticBest",
         "ppsp": "StaticPPsp",
         "flap": "FLAP",
         "wanda_sp": "WandaSP",
