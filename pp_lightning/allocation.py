@@ -66,6 +66,8 @@ def spread(
         UserError: no such allocation, the method has its own, or the allocation cannot be made.
     """
     name = method.allocation if allocation is None else allocation
+    if name == "searched":
+        raise UserError("allocation=searched moves units by what is lost after an update: give update too")
     if name not in ALLOCATIONS:
         *others, last = ALLOCATIONS
         raise UserError(f"allocation must be {', '.join(others)} or {last}, not {name!r}")

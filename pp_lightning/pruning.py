@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from pp_lightning.families import (
 )
 from pp_lightning.importances import Importances
 from pp_lightning.interfaces import argument_names
+from pp_lightning.measured import measured_counts
 from pp_lightning.methods.base import AllocationName, BlockToPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import Plan, make_plan
@@ -39,7 +40,7 @@ from pp_lightning.pruned.runner import BlockRunner
 from pp_lightning.pruned.static import SlicedBlock, check_sliceable, restore_block, slice_block
 from pp_lightning.saving import guard, release
 from pp_lightning.statistics import Statistics
-from pp_lightning.updating import LeastSquares, UpdatedBlock, Updating, losses_after_update
+from pp_lightning.updating import LeastSquares, UpdatedBlock, Updating
 
 _ATTRIBUTE = "_pp_lightning"
 COMPILED = "_pp_lightning_compiled"  # where compile_ leaves its record
@@ -77,6 +78,7 @@ class Pruning:
         biases: what it added to the outputs of its blocks, where anything.
         columns: the output matrices (D, K * c) that it changed, where any.
         updated: what came of each block's update, where there was one.
+        path: of a search for counts, if there was one.
     """
 
     method: PruningMethod
@@ -88,6 +90,7 @@ class Pruning:
     choices: dict[BlockKey, Tensor] = field(default_factory=dict)
     biases: dict[BlockKey, Tensor] = field(default_factory=dict)
     columns: dict[BlockKey, Tensor] = field(default_factory=dict)
+    path: list[dict[str, Any]] = field(default_factory=list)
     updated: dict[BlockKey, UpdatedBlock] = field(default_factory=dict)
     _sliced: dict[BlockKey, SlicedBlock] = field(default_factory=dict)
     _hooks: list[RemovableHandle] = field(default_factory=list)
@@ -132,7 +135,8 @@ def prune_(
         mlp_ratio: ratio for MLPs alone; None takes ``pruning_ratio``.
         allocation: ``uniform``, the same ratio in every layer that is not skipped; ``outliers``, ratios of the same
             mean, lower in layers with more outliers; or ``global``, where one ranking over the units of all layers
-            decides at the same FLOPs; None takes the method's own.
+            decides at the same FLOPs; or ``searched``, which starts from that and moves units between blocks while the
+            loss on held-out batches of ``update`` falls; None takes the method's own.
         floor: fraction of its units that every block keeps under ``global``; None takes 0.35 in attention and 0.25 in
             MLPs, or 0.25 in both where that would leave too little to remove.
         keep_dense: keep a static method's dense weights for :func:`unprune_`. False saves their memory.
@@ -172,10 +176,13 @@ def prune_(
         raise UserError(f"{type(method).__name__} has chosen before any prompt: leave prefill and refresh out")
     stats = evidence if isinstance(evidence, Statistics) else None
     weights = {key: block.scored_weight for key, block in blocks.items()}
-    losses = None
-    if update is not None and isinstance(method, StaticMethod) and (allocation or method.allocation) == "global":
-        losses = _losses_after_update(model, plan, method, evidence, update)
-    plan, keep = spread(plan, method, weights, stats, allocation, floor, losses)
+    name, path = method.allocation if allocation is None else allocation, []
+    if update is not None and isinstance(method, StaticMethod) and name in ("global", "searched"):
+        targets = blocks_to_prune(model, replace(plan, layers=tuple(range(len(layers_of(model))))))
+        counts = measured_counts(model, plan, method, evidence, update, targets, name, floor)
+        plan, keep, path = counts.plan, counts.keep, counts.path
+    else:
+        plan, keep = spread(plan, method, weights, stats, allocation, floor)
     met = _checked(model, blocks, shape, plan, keep)
     surgery = _Surgery(model, blocks, shape, plan, keep, met)
     if isinstance(method, DynamicMethod):
@@ -190,6 +197,7 @@ def prune_(
         found = Statistics(model="") if evidence is None else evidence
         pruning = _prune_static(surgery, method, found, keep_dense, update)
     heads = {key for key in pruning.keep if key[1] is Block.ATTENTION} - surgery.whole().keys()
+    pruning.path = path
     guard(model, dynamic=pruning.context is not None, narrow_heads=bool(heads))
     setattr(model, _ATTRIBUTE, pruning)
 
@@ -310,18 +318,6 @@ def blocks_to_prune(
         for block in (plan.blocks if keep is None else counted(plan, keep, index))
         if block.ratio > 0 and (key := (index, block.block)) in blocks
     ]
-
-
-def _losses_after_update(
-    model: PreTrainedModel, plan: Plan, method: StaticMethod, evidence: Evidence | None, update: LeastSquares
-) -> dict[BlockKey, Tensor]:
-    """Of all layers' units, in the method's order."""
-    everywhere = replace(plan, layers=tuple(range(len(layers_of(model)))))
-    targets = blocks_to_prune(model, everywhere)
-    scores = {target.key: method.unit_scores(target, evidence) for target in targets}
-    return losses_after_update(
-        model, update, blocks_of(model), scores, {block.block: block.units.channels for block in plan.blocks}
-    )
 
 
 def _check_evidence(model: PreTrainedModel, method: PruningMethod, evidence: Evidence | None) -> None:

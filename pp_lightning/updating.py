@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pp_lightning.blocks import Block, BlockKey
+from pp_lightning.blocks import BlockKey
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import fingerprint
 from pp_lightning.families import BlockModules
-from pp_lightning.functional.least_squares import SecondMoments, losses_in_order, solve_kept, squared_error
+from pp_lightning.functional.least_squares import SecondMoments, solve_kept, squared_error
 from pp_lightning.functional.selection import unit_channels
 from pp_lightning.interfaces import INPUTS
 from pp_lightning.layerwise import LayerByLayer
@@ -25,8 +25,7 @@ from pp_lightning.methods.base import BlockToPrune, StaticChoice
 from pp_lightning.progress import Tell, ignore_line
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
-_RIDGE_UNTRIED = 1e-2  # where nothing is held out
-_FEW_BATCHES = 2
+RIDGE_UNTRIED = 1e-2  # where nothing is held out
 _HELD_OUT = 8192  # tokens at most: their states are kept in memory beside the moments
 
 
@@ -42,6 +41,7 @@ class LeastSquares:
             the result. None does so where the method restores means.
         folder: keep hidden states and finished blocks in this folder: memory then holds one block's moments, and an
             interrupted run goes on where it stopped. None keeps hidden states on the model's device.
+        passes: evaluations of the batches held out that ``allocation="searched"`` may take.
         tell: told of each layer, one line at a time.
     """
 
@@ -49,7 +49,14 @@ class LeastSquares:
     ridge: float | None = None
     bias: bool | None = None
     folder: str | Path | None = None
+    passes: int = 200
     tell: Tell = ignore_line
+
+    @property
+    def held_out(self) -> Sequence[Mapping[str, Any]]:
+        """The last tenth of the batches, at least one where there are two."""
+        number = len(self.batches) // 10 or (1 if len(self.batches) > 1 else 0)
+        return self.batches[len(self.batches) - number :]
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class Updating:
             folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._carried = LayerByLayer(model, update.batches, folder)
-        self._held_out = len(update.batches) // 10 or (1 if len(update.batches) > 1 else 0)
+        self._held_out = len(update.held_out)
         self._digest = _digest(model, self.update)
 
     def __call__(self, target: BlockToPrune, modules: BlockModules, choice: StaticChoice) -> StaticChoice:
@@ -138,7 +145,7 @@ class Updating:
             update.tell(f"{_named(target)}: {moments.count} calibration tokens for {len(matrix)} channels are few")
         ridges = RIDGES if update.ridge is None else (update.ridge,)
         if update.ridge is None and held is None:
-            ridges = (_RIDGE_UNTRIED,)
+            ridges = (RIDGE_UNTRIED,)
         try:
             candidates = solve_kept(weight, matrix, kept, ridges)
         except torch.linalg.LinAlgError as error:
@@ -204,52 +211,6 @@ class Updating:
             unfinished.replace(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write {file}: {error}") from error
-
-
-@torch.no_grad()
-def losses_after_update(
-    model: PreTrainedModel,
-    update: LeastSquares,
-    blocks: Mapping[BlockKey, BlockModules],
-    scores: Mapping[BlockKey, Tensor],
-    channels: Mapping[Block, int],
-) -> dict[BlockKey, Tensor]:
-    """What losing each unit adds to its block's output, in squares relative to the residual, after an update.
-
-    Of the dense model, on a quarter of the batches: for a ranking over all layers.
-
-    Args:
-        model: dense.
-        update: brings the batches.
-        blocks: in the model's order.
-        scores: (U,) of each: units with the smallest go first.
-        channels: of one unit, by kind of block.
-
-    Returns:
-        By block (U,) float32, the unit that stays longest first.
-
-    Raises:
-        UserError: second moments are singular or not finite.
-    """
-    losses = {}
-    carried = LayerByLayer(model, update.batches[: max(_FEW_BATCHES, len(update.batches) // 4)])
-    for key in [key for key in blocks if key in scores]:
-        while carried.layer < key[0]:
-            carried.advance()
-        weight, width = blocks[key].output_weight, channels[key[1]]
-        moments = SecondMoments(weight.shape[1], weight.device)
-        for states in carried.states(blocks[key]):
-            moments.add(states)
-        order = unit_channels(scores[key].to(weight.device).argsort(descending=True, stable=True), width)
-        try:
-            lost = losses_in_order(weight, moments.matrix(), order, _RIDGE_UNTRIED)
-        except torch.linalg.LinAlgError as error:
-            raise UserError(
-                f"second moments of the {key[1].value} block of layer {key[0]} are singular or not finite: give more "
-                "calibration text, or another dtype"
-            ) from error
-        losses[key] = lost.view(-1, width).sum(1).float()
-    return losses
 
 
 def _digest(model: PreTrainedModel, update: LeastSquares) -> str:

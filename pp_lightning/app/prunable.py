@@ -131,12 +131,12 @@ class PrunableModule(L.LightningModule):
         """
         if method is None:
             return
-        if self._allocation == "global":
+        if self._allocation in ("global", "searched"):
             _check_can_rank(method)
         check_family(self.model, method)
         shape = shape_of(self.model.config)
         plan = make_plan(shape, self.settled(method), **self.amounts(pruning_ratio))
-        if (allocation or self._allocation or method.allocation) == "global":
+        if (allocation or self._allocation or method.allocation) in ("global", "searched"):
             settled_floors(plan, shape.keys, self.floor, window)
 
     def check_importances(self, methods: Sequence[PruningMethod]) -> None:
@@ -249,7 +249,8 @@ class PrunableModule(L.LightningModule):
         if self.recovered is not None:
             about = self.recovered.choices.about
             return {**about["settings"], "recovery": about["recovery"]}
-        return {} if self.method is None else self.method.settings()
+        searched = {"search": pruning_of(self.model).path} if is_pruned(self.model) else {}
+        return {} if self.method is None else {**self.method.settings(), **(searched if any(searched.values()) else {})}
 
     def kept_counts(self) -> dict[str, tuple[int, int]]:
         """Fewest and most units that a layer keeps, by block."""
@@ -277,7 +278,7 @@ class PrunableModule(L.LightningModule):
         return BreakEven.load(file).prefill if asked == "auto" and file is not None and file.exists() else self.prefill
 
     def _ranks_globally(self, method: PruningMethod) -> bool:
-        return (self._allocation or method.allocation) == "global"
+        return (self._allocation or method.allocation) in ("global", "searched")
 
     def settled(self, method: PruningMethod) -> PruningMethod:
         """The method as ``uniform``, ``update`` and ``frozen_on`` want it."""

@@ -19,7 +19,7 @@ from pp_lightning.statistics import Statistics
 
 BlockName = Literal["attention", "mlp"]
 UnitName = Literal["query_head", "kv_group"]
-AllocationName = Literal["uniform", "global", "outliers"]
+AllocationName = Literal["uniform", "global", "outliers", "searched"]
 BOTH_BLOCKS: tuple[BlockName, ...] = ("attention", "mlp")
 E = TypeVar("E", bound=Evidence)
 

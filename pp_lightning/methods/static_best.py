@@ -11,7 +11,7 @@ class StaticBest(StaticPPsp):
     """Static: PPsp's scores, and kept weights that take over what the removed ones did.
 
     Units are spread over the layers by one ranking of what each adds to its block's error after that update, relative
-    to the residual (:func:`~pp_lightning.updating.losses_after_update`).
+    to the residual (:func:`~pp_lightning.measured.ranked_after_update`).
 
     Args:
         allocation: how the removed units are spread over the layers.

@@ -1,0 +1,157 @@
+"""Counts by what units lose after an update: one ranking over all layers, and a search that starts from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pp_lightning.allocation import settled_floors, spread, unit_flops
+from pp_lightning.blocks import BlockKey
+from pp_lightning.errors import UserError
+from pp_lightning.evidence import Evidence
+from pp_lightning.families import blocks_of
+from pp_lightning.functional.allocation import floor_count
+from pp_lightning.functional.least_squares import SecondMoments, losses_in_order
+from pp_lightning.functional.selection import unit_channels
+from pp_lightning.layerwise import LayerByLayer
+from pp_lightning.methods.base import AllocationName, BlockToPrune, StaticMethod
+from pp_lightning.plan import Plan
+from pp_lightning.searching import Movable, Search
+from pp_lightning.statistics import Statistics
+from pp_lightning.updating import RIDGE_UNTRIED, LeastSquares
+
+_FEW_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an allocation came to.
+
+    Attributes:
+        plan: over all layers.
+        keep: units that stay in each block.
+        path: of a search, for result files.
+    """
+
+    plan: Plan
+    keep: dict[BlockKey, int]
+    path: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RankedBlock:
+    """One block of the dense model.
+
+    Attributes:
+        ranked: its units (U,) int64, the one that stays longest first.
+        losses: what each adds to the squared error of the block's output, relative to the residual, after an update:
+            (U,) float32, in that order.
+        moments: E[x x^T] at its output matrix, (C, C) float32, where they are kept.
+    """
+
+    ranked: Tensor
+    losses: Tensor
+    moments: Tensor | None
+
+
+@torch.no_grad()
+def measured_counts(
+    model: PreTrainedModel,
+    plan: Plan,
+    method: StaticMethod,
+    evidence: Evidence | None,
+    update: LeastSquares,
+    targets: Sequence[BlockToPrune],
+    name: AllocationName,
+    floor: float | None,
+) -> Counts:
+    """Units that stay in each block, at the FLOPs of the uniform plan.
+
+    Args:
+        model: dense.
+        plan: uniform.
+        method: scores units.
+        evidence: calibration statistics.
+        update: brings the batches.
+        targets: every block of the model that loses units.
+        name: ``global`` or ``searched``. A search keeps second moments of all blocks.
+        floor: fraction that every block keeps; None takes the first of FLOORS that lets enough go.
+
+    Raises:
+        UserError: there are no statistics, or second moments are singular or not finite.
+    """
+    if not isinstance(evidence, Statistics):
+        raise UserError(f"allocation={name} needs calibration statistics: pass the result of calibrate()")
+    blocks = {target.key: _ranked(target, method.unit_scores(target, evidence)) for target in targets}
+    found = ranked_after_update(model, update, targets, blocks, keep_moments=name == "searched")
+    weights = {key: block.scored_weight for key, block in blocks_of(model).items()}
+    losses = {key: block.losses for key, block in found.items()}
+    whole, keep = spread(plan, method, weights, evidence, "global", floor, losses)
+    if name != "searched":
+        return Counts(whole, keep, [])
+    tokens = evidence.num_positions
+    floors = settled_floors(plan, weights.keys(), floor, tokens)
+    head = next((unit_flops(t.plan, tokens) for t in targets if t.plan.round_to == 1), 0)
+    movable = {}
+    for target in targets:
+        block, flops = found[target.key], unit_flops(target.plan, tokens)
+        step = (
+            max(1, round(head / (flops * target.plan.round_to))) * target.plan.round_to
+            if head
+            else target.plan.round_to
+        )
+        least = floor_count(target.units.number, floors[target.plan.block], target.plan.round_to)
+        assert block.moments is not None
+        modules = blocks_of(model)[target.key]
+        movable[target.key] = Movable(modules, block.ranked, block.moments, flops, step, least)
+    search = Search(model, movable, update.held_out, RIDGE_UNTRIED, update.passes, update.tell)
+    return Counts(whole, keep | search.run({key: keep[key] for key in movable}), search.path)
+
+
+def _ranked(target: BlockToPrune, scores: Tensor) -> Tensor:
+    return scores.to(target.weight.device).argsort(descending=True, stable=True)
+
+
+def ranked_after_update(
+    model: PreTrainedModel,
+    update: LeastSquares,
+    targets: Sequence[BlockToPrune],
+    ranked: Mapping[BlockKey, Tensor],
+    *,
+    keep_moments: bool,
+) -> dict[BlockKey, RankedBlock]:
+    """What losing each unit costs the dense model's blocks, on a quarter of the batches.
+
+    Args:
+        model: dense.
+        update: brings the batches.
+        targets: blocks, in the model's order.
+        ranked: units (U,) of each, the one that stays longest first.
+        keep_moments: keep every block's second moments.
+
+    Raises:
+        UserError: second moments are singular or not finite.
+    """
+    found, modules = {}, blocks_of(model)
+    carried = LayerByLayer(model, update.batches[: max(_FEW_BATCHES, len(update.batches) // 4)])
+    for target in targets:
+        key, width = target.key, target.units.channels
+        while carried.layer < target.layer:
+            carried.advance()
+        moments = SecondMoments(target.weight.shape[1], target.weight.device)
+        for states in carried.states(modules[key]):
+            moments.add(states)
+        matrix = moments.matrix()
+        try:
+            lost = losses_in_order(target.weight, matrix, unit_channels(ranked[key], width), RIDGE_UNTRIED)
+        except torch.linalg.LinAlgError as error:
+            raise UserError(
+                f"second moments of the {key[1].value} block of layer {target.layer} are singular or not finite: give "
+                "more calibration text, or another dtype"
+            ) from error
+        losses = lost.view(-1, width).sum(1).float()
+        found[key] = RankedBlock(ranked[key], losses, matrix.float() if keep_moments else None)
+    return found
