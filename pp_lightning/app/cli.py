@@ -304,7 +304,7 @@ def _run_harness(words: Sequence[str]) -> None:
 
 
 def with_full_names(words: Sequence[str]) -> list[str]:
-    """The command line with the short names of ``--data`` spelled out, and files of text with what reads them.
+    """The command line with short names and options spelled out, and files of text with what reads them.
 
     ``--data.text FILE`` and ``--data.calibration FILE`` are read as json lines with a field ``text`` where the file's
     name says so, else as plain text.
@@ -317,7 +317,7 @@ def with_full_names(words: Sequence[str]) -> list[str]:
         elif before in ("--data.text", "--data.calibration") and Path(word).is_file():
             full += ["C4" if ".json" in Path(word).name else "TextFile", f"{before}.path", word]
         else:
-            full.append(named.get(word, word))
+            full.append(_OPTIONS.get(word, named.get(word, word)))
     return full
 
 

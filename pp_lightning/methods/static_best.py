@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from pp_lightning.methods.base import BOTH_BLOCKS, AllocationName, BlockName, UnitName
+from torch import Tensor
+
+from pp_lightning.methods.base import BOTH_BLOCKS, AllocationName, BlockName, BlockToPrune, StaticMethod, UnitName
 from pp_lightning.methods.static_ppsp import StaticPPsp
+from pp_lightning.statistics import Statistics
 
 
-class StaticBest(StaticPPsp):
+class StaticBest(StaticMethod[Statistics]):
     """Static: PPsp's scores, and kept weights that take over what the removed ones did.
 
     Units are spread over the layers by one ranking of what each adds to its block's error after that update, relative
@@ -43,3 +46,7 @@ class StaticBest(StaticPPsp):
     def needs_means(self) -> bool:
         """A ranking over layers looks at deviations from what is restored."""
         return self.bias
+
+    def unit_scores(self, block: BlockToPrune, evidence: Statistics) -> Tensor:
+        """Static PPsp's scores (U,) float32 of a block's units."""
+        return StaticPPsp().unit_scores(block, evidence)

@@ -348,7 +348,7 @@ MISTAKES = {
         {"--model.method": "Magic"},
         "^pp-lightning: --model.method: there is no Magic: choose from AfterOCP, FLAP, FullBatchProbing, Griffin, "
         "LLMPruner, LoRAPrune, "
-        "ProbePruning, StaticPPsp, WandaSP$",
+        "ProbePruning, StaticBest, StaticPPsp, Updated, WandaSP$",
     ),
     "misspelled method class": (
         {"--model.method": "ProbePrunning"},
@@ -430,8 +430,9 @@ def test_empty_text(type_in, arguments, tmp_path, capsys):
 
 def test_unknown_method_in_compare(type_in, arguments, tmp_path, capsys):
     assert type_in("compare", arguments, extra=["--methods", "[pp,magic]", "--out", tmp_path / "out"]) == 2
-    assert "unknown method 'magic': choose from full_batch, pp, after_ocp, griffin, ppsp, flap, wanda_sp" in refused(
-        capsys
+    assert (
+        "unknown method 'magic': choose from full_batch, pp, after_ocp, griffin, static_best, ppsp, flap, wanda_sp"
+        in refused(capsys)
     )
     assert not (tmp_path / "out").exists()
 
