@@ -87,7 +87,8 @@ def measured_counts(
         raise UserError(f"allocation={name} needs calibration statistics: pass the result of calibrate()")
     blocks = {target.key: _ranked(target, method.unit_scores(target, evidence)) for target in targets}
     found = ranked_after_update(model, update, targets, blocks, keep_moments=name == "searched")
-    weights = {key: block.scored_weight for key, block in blocks_of(model).items()}
+    modules = blocks_of(model)
+    weights = {key: block.scored_weight for key, block in modules.items()}
     losses = {key: block.losses for key, block in found.items()}
     whole, keep = spread(plan, method, weights, evidence, "global", floor, losses)
     if name != "searched":
@@ -105,8 +106,7 @@ def measured_counts(
         )
         least = floor_count(target.units.number, floors[target.plan.block], target.plan.round_to)
         assert block.moments is not None
-        modules = blocks_of(model)[target.key]
-        movable[target.key] = Movable(modules, block.ranked, block.moments, flops, step, least)
+        movable[target.key] = Movable(modules[target.key], block.ranked, block.moments, flops, step, least)
     search = Search(model, movable, update.held_out, RIDGE_UNTRIED, update.passes, update.tell)
     return Counts(whole, keep | search.run({key: keep[key] for key in movable}), search.path)
 

@@ -99,12 +99,13 @@ class Search:
         gains: dict[BlockKey, float] = {}
         costs: dict[BlockKey, float] = {}
         for key, block in self.blocks.items():
+            now = block.modules.output_weight.clone()
             for sign, found in ((1, gains), (-1, costs)):
                 count = counts[key] + sign * block.step
                 if self.passes > 0 and block.floor <= count <= len(block.ranked):
                     self._set(dense, {key: count}, [key])
                     found[key] = sign * (loss - self._loss())
-            self._set(dense, counts, [key])
+            block.modules.output_weight.copy_(now)
         takers = sorted(gains, key=gains.__getitem__, reverse=True)
         givers = sorted(costs, key=costs.__getitem__)
         pairs: list[_Pair] = []

@@ -1,7 +1,6 @@
 """From what is to be left of a model to the ratio that leaves it."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -65,10 +64,10 @@ class Target:
             UserError: no ratio does.
         """
 
+        def cost(block: BlockPlan) -> int:
+            return unit_flops(block, tokens) if self.measure == "flops" else block.units.cost
+
         def left(ratio: float) -> float:
-            cost: Callable[[BlockPlan], int] = lambda block: block.units.cost  # noqa: E731
-            if self.measure == "flops":
-                cost = lambda block: unit_flops(block, tokens)  # noqa: E731
             plan = make_plan(shape, method, **{**amounts, "pruning_ratio": ratio})
             blocks = [(layer, block) for block in plan.blocks for layer in range(shape.num_layers)]
             blocks = [(layer, block) for layer, block in blocks if shape.has(layer, block.block)]

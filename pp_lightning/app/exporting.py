@@ -138,10 +138,11 @@ def export_pruned(
 def _read_evidence(module: PrunedLM, data: EvaluationData) -> None:
     """Take what was calibrated before, and get the data ready where anything is to be read of it."""
     file = module.read_evidence()
-    if file is not None:
-        say(f"calibrated before: {file} is taken as it stands")
     method = module.method
     updates = method is not None and module.settled(method).updates
+    if file is not None:
+        unread = "" if updates else ", no calibration text is read"
+        say(f"calibrated before: {file} is taken as it stands{unread}")
     if file is None or module.frozen_on == "text" or updates:
         module.prepare(data)
 

@@ -25,7 +25,7 @@ from pp_lightning.app.ablation.runner import (
 )
 from pp_lightning.app.exporting import ExportSettings, Quantize, export_pruned
 from pp_lightning.app.module import PrunedLM
-from pp_lightning.app.one_command import PruneSettings, prune_and_export
+from pp_lightning.app.prune_command import PruneSettings, prune_and_export
 from pp_lightning.app.recovery import check_recovery
 from pp_lightning.app.results import Comparison, Evaluation
 from pp_lightning.app.training import check_same, train_recovery
