@@ -1,5 +1,7 @@
 """Weights that take over what went: against a naive loop, on planted copies, on other text, and in between."""
 
+import argparse
+import inspect
 import math
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 import pp_lightning.updating as updating_module
 from pp_lightning import calibrate, prune_, unprune_
 from pp_lightning.blocks import AttentionUnit, Block, units_of
+from pp_lightning.checkpoints import load_model, load_tokenizer
+from pp_lightning.data import Embedded, LanguageModelling
 from pp_lightning.errors import UserError
 from pp_lightning.families import blocks_of, layers_of, shape_of
 from pp_lightning.functional.least_squares import SecondMoments, losses_in_order, solve_kept, squared_error
@@ -262,6 +266,31 @@ def test_states_that_are_not_finite_or_all_zero_are_refused():
         with pytest.raises(UserError, match="not finite"):
             prune_(model, WandaSP(), stats, **SETTINGS, update=LeastSquares(batches))
     assert not is_pruned(model)
+
+
+@pytest.mark.slow
+def test_shuffled_tokens_of_another_text_make_it_worse():
+    """Negative control: the same choice, updated on text that has nothing of the model's own."""
+    model, tokenizer = load_model(), load_tokenizer()
+    own = windows_of(Embedded("calibration"), tokenizer)
+    source = torch.tensor(tokenizer(inspect.getsource(argparse)).input_ids)
+    shuffled = source[torch.randperm(len(source), generator=torch.Generator().manual_seed(0))][: 32 * 256]
+    other = [{"input_ids": rows} for rows in shuffled.view(-1, 8, 256)]
+    stats, losses = calibrate(model, own, progress=False), {}
+    text = windows_of(Embedded("test"), tokenizer)[0]["input_ids"]
+    for name, batches in (("own", own), ("other", other), ("none", None)):
+        update = None if batches is None else LeastSquares(batches)
+        prune_(model, StaticPPsp(), stats, pruning_ratio=0.4, round_to=16, update=update)
+        with torch.no_grad():
+            losses[name] = float(model(text, labels=text).loss)
+        unprune_(model)
+    assert losses["own"] < losses["none"] - 0.05 and losses["none"] < losses["other"]
+
+
+def windows_of(text, tokenizer):
+    data = LanguageModelling(text=text, window=256, batch_size=8, limit_tokens=8192)
+    data.use_tokenizer(tokenizer)
+    return [{"input_ids": batch["input_ids"]} for batch in data.test_batches()]
 
 
 def test_few_tokens_for_many_channels_are_told():

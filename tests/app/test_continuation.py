@@ -235,3 +235,28 @@ def _loaded(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return AutoModelForCausalLM.from_pretrained(folder).float().eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def test_break_even_is_measured_and_read(type_in, arguments, place, capfd, tmp_path):
+    """``benchmark --calibrate-break-even`` writes beside the statistics what ``--model.prefill auto`` reads there."""
+    file = tmp_path / "stats.safetensors"
+    given = {**arguments, "--data.protocol": "continuation", "--model.method": "ProbePruning"}
+    extra = ["--model.prefill", "auto", "--model.statistics", file]
+    assert type_in("test", given, extra=[*extra, "--out", tmp_path / "before"]) == 0  # makes the statistics
+    measured = {
+        "--model.path": arguments["--model.path"],
+        "--text": place / "text.txt",
+        "--statistics": file,
+        "--cases": '[{"rows": 1, "tokens": 32}]',
+        "--dtypes": "[float32]",
+        "--round_to": 16,
+        "--repeats": 1,
+        "--memory": "false",
+        "--out": tmp_path / "benchmark",
+    }
+    assert not break_even_file(file).exists()
+    assert type_in("benchmark", measured, extra=["--calibrate-break-even"]) == 0, capfd.readouterr().err
+    found = BreakEven.load(break_even_file(file))
+    assert sorted(map(int, found.seconds)) == [16, 32]
+    break_even_file(file).write_text("{}")
+    assert type_in("test", given, extra=[*extra, "--out", tmp_path / "after"]) == 2  # it is read
