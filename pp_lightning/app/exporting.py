@@ -96,6 +96,8 @@ def export_pruned(
         UserError: nothing to prune, a choice per batch for a checkpoint, or whatever :mod:`export` refuses.
     """
     settings = _for_engine(module, settings)
+    if module.uniform_heads and settings.layout is None and not settings.graph and _differs(module):
+        settings = replace(settings, layout="per-layer")
     dynamic = _check(module, out, settings)
     if settings.uniform:
         _choose_uniformly(module)
@@ -185,6 +187,9 @@ def _write_dynamic_graph(
 def _say_what_suits(module: PrunedLM, layout: Layout) -> None:
     """Quantisers that these widths do not suit, and how many devices can share them."""
     layers, shape = target_for(layout, module.model).layers, shape_of(module.model.config)
+    if module.uniform_heads:
+        heads, channels = layers[0].heads, [widths.channels for widths in layers]
+        say(f"uniform heads: {heads} in every layer; MLPs keep {min(channels)} to {max(channels)} channels")
     counted = suits(layers, shape.head_size, shape.hidden_size)
     unsuited = [f"{name}: {number}" for name, number in counted.items() if number]
     if unsuited:
@@ -282,7 +287,7 @@ def _differs(module: PrunedLM) -> bool:
     assert module.method is not None
     if module.uniform or module.recovered is not None:
         return module.recovered is not None and not module.recovered.uniform
-    spread = module.allocation not in (None, "uniform") or bool(module.skip_layers)
+    spread = module.allocation not in (None, "uniform") or (bool(module.skip_layers) and not module.uniform_heads)
     return spread or module.method.with_uniform_counts() is not module.method
 
 
