@@ -69,7 +69,8 @@ def test_it_stands_alone(version, name, tmp_path):
         torch.testing.assert_close(
             found[key][real], wanted, rtol=0, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
         )
-    dense = json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    dense = config["ffn_dim" if name == "opt" else "intermediate_size"]
     assert model.get_submodule(output_of(name)).in_features < dense  # narrower than a stock class of this config
 
 
