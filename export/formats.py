@@ -13,6 +13,7 @@ from torch import Tensor
 
 from export.graph import Graph
 from pp_lightning.errors import UserError
+from pp_lightning.progress import Tell
 
 # Runs a graph on its inputs in order, flat; gives its outputs in order, on the CPU.
 Session = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -32,22 +33,23 @@ class GraphFormat:
     """How a graph is written and run again.
 
     Attributes:
-        write: into a folder; the number of bytes of the weights is told.
+        write: into a folder; the number of bytes of the weights is given. Tells each part of it that is slow.
         load: from the folder, in the runtime that its users have.
         check: refuse what is missing on this machine, before any work is done.
         runs_in: for people.
         copies: of the weights on disk.
     """
 
-    write: Callable[[Graph, Path, int], None]
+    write: Callable[[Graph, Path, int, Tell], None]
     load: Callable[[Path, Graph], Session]
     check: Callable[[], None]
     runs_in: str
     copies: int = 1
 
 
-def _write_onnx(graph: Graph, folder: Path, size: int) -> None:
+def _write_onnx(graph: Graph, folder: Path, size: int, tell: Tell) -> None:
     assert graph.program is not None
+    tell("translating the graph into ONNX")
     with _quiet():
         written = torch.onnx.export(
             graph.program,
@@ -59,6 +61,7 @@ def _write_onnx(graph: Graph, folder: Path, size: int) -> None:
         )
         assert written is not None
         _name_sizes(written.model.graph)
+        tell("writing model.onnx")
         written.save(folder / "model.onnx", external_data=size > _LARGEST_PROTOBUF)
 
 
@@ -99,8 +102,9 @@ def _check_onnx() -> None:
         raise UserError(f"ONNX needs {error.name}: pip install 'pp-lightning[onnx]'") from error
 
 
-def _write_program(graph: Graph, folder: Path, size: int) -> None:
+def _write_program(graph: Graph, folder: Path, size: int, tell: Tell) -> None:
     assert graph.program is not None
+    tell("writing model.pt2")
     torch.export.save(graph.program, folder / "model.pt2")
 
 
@@ -108,9 +112,10 @@ def _load_program(folder: Path, graph: Graph) -> Session:
     return _in_arguments(torch.export.load(folder / "model.pt2").module(), graph)
 
 
-def _write_compiled(graph: Graph, folder: Path, size: int) -> None:
+def _write_compiled(graph: Graph, folder: Path, size: int, tell: Tell) -> None:
     assert graph.program is not None
-    _write_program(graph, folder, size)
+    _write_program(graph, folder, size, tell)
+    tell("compiling kernels for this machine")
     torch._inductor.aoti_compile_and_package(graph.program, package_path=str(folder / "model.compiled.pt2"))
 
 

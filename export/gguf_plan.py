@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from export.entries import Entry, tensors_of
+from export.gguf_families import ARCHITECTURES, Architecture
 from export.layouts import Target
 from export.sizes import Widths
 from export.stock import has_windows
@@ -18,9 +19,9 @@ from pp_lightning.families import shape_of
 
 # Types whose arithmetic is LLaMA's once fused projections are taken apart; llama.cpp's ``llama`` and ``deci`` hold it.
 LLAMA_LIKE = {"llama", "mistral", "qwen2", "seed_oss", "phi3"}
-# Types that llama.cpp has an architecture of their own for, the same counts in every layer.
-_OWN = {"qwen3": "qwen3", "gemma": "gemma"}
-KNOWN = LLAMA_LIKE | _OWN.keys()
+KNOWN = LLAMA_LIKE | ARCHITECTURES.keys()
+
+_LLAMA = Architecture("llama", interleaves=True, reads_biases=True)
 
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _INNER = {
@@ -104,13 +105,17 @@ def check_family(config: PreTrainedConfig, layout: str) -> None:
             f"no GGUF is written of model type {kind!r} (but of {', '.join(sorted(KNOWN))}): use --format safetensors "
             "or onnx, or --for vllm, openvino or onnxruntime-genai"
         )
-    if kind in _OWN and layout == "per-layer":
+    own = ARCHITECTURES.get(kind, _LLAMA)
+    if own is not _LLAMA and layout == "per-layer":
         raise UserError(
-            f"llama.cpp's {kind} has the same counts in every layer: use --layout uniform or padded, or --for vllm"
+            f"llama.cpp's {own.name} has the same counts in every layer: use --layout uniform or padded, or --for vllm"
         )
+    if own.ties_embeddings and not config.tie_word_embeddings:
+        raise UserError(f"llama.cpp's {own.name} has no vocabulary projection of its own: use --format safetensors")
+    own.fields(config)
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
-    if has_windows(config) and window < config.max_position_embeddings:
-        raise UserError("llama.cpp's llama and qwen3 have no sliding windows: use --format safetensors or onnx")
+    if has_windows(config) and not own.has_windows and window < config.max_position_embeddings:
+        raise UserError(f"llama.cpp's {own.name} has no sliding windows: use --format safetensors or onnx")
     if kind in LLAMA_LIKE and config.hidden_act not in ("silu", "swish"):
         raise UserError(f"llama.cpp's llama has no activation {config.hidden_act!r}: use --format safetensors or onnx")
     rope = _rope(config)
@@ -132,12 +137,12 @@ def check_biases(model: PreTrainedModel, *, more: bool = False) -> None:
     Raises:
         UserError: there are some.
     """
-    kind = model.config.model_type
+    own = ARCHITECTURES.get(model.config.model_type, _LLAMA)
     inputs = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
     biased = [name for name in tensors_of(model) if name.endswith(".bias") and not name.endswith(inputs)]
-    if kind in _OWN and (biased or more):
+    if not own.reads_biases and (biased or more):
         raise UserError(
-            f"llama.cpp's {kind} reads no biases of output projections: choose a method that needs none (WandaSP, or "
+            f"llama.cpp's {own.name} reads no biases of output projections: choose a method that has none (WandaSP, "
             "FLAP with --model.method.bias false), or use --for vllm, onnxruntime-genai or openvino"
         )
 
@@ -151,28 +156,31 @@ def plan_for(model: PreTrainedModel, target: Target) -> GgufPlan:
     config = model.config
     check_family(config, target.layout)
     alike = len(set(target.layers)) == 1
-    architecture = _OWN.get(config.model_type) or ("llama" if alike else "deci")
+    own = ARCHITECTURES.get(config.model_type, _LLAMA)
+    architecture = "deci" if own is _LLAMA and not alike else own.name
     if not all(all(widths) for widths in target.layers):
         raise UserError("a layer without heads or channels goes into no GGUF: use --format safetensors")
-    tensors = [tensor for entry in target.entries for tensor in _renamed(entry, target.layers, config)]
-    return GgufPlan(architecture, _fields(model, target.layers, alike), [*_rope_factors(config), *tensors])
+    tensors = [tensor for entry in target.entries for tensor in _renamed(entry, target.layers, own)]
+    return GgufPlan(
+        architecture, _fields(model, target.layers, alike) | own.fields(config), [*_rope_factors(config), *tensors]
+    )
 
 
-def _renamed(entry: Entry, layers: Sequence[Widths], config: PreTrainedConfig) -> Iterator[GgufTensor]:
+def _renamed(entry: Entry, layers: Sequence[Widths], own: Architecture) -> Iterator[GgufTensor]:
     """An entry under llama.cpp's name; a fused projection as its parts."""
     path, _, kind = entry.name.rpartition(".")
-    plus = 1.0 if config.model_type == "gemma" and path.endswith("norm") else 0.0
+    plus, names = own.plus if path.endswith("norm") else 0.0, {**_INNER, **own.names}
     if path in _OUTER:
         yield GgufTensor(f"{_OUTER[path]}.{kind}", entry, entry.shape, plus=plus)
         return
     number, _, inner = path.removeprefix("model.layers.").partition(".")
-    if inner not in _INNER and inner not in _FUSED:
+    if inner not in names and inner not in _FUSED:
         raise UserError(f"llama.cpp has no place for the weight {entry.name}: use --format safetensors or onnx")
     widths, start = layers[int(number)], 0
     for part in _FUSED.get(inner, (inner,)):
         heads = {"self_attn.q_proj": widths.heads, "self_attn.k_proj": widths.groups}.get(part, 0)
-        rotated = heads if config.model_type in LLAMA_LIKE else 0
-        whole = GgufTensor(f"blk.{number}.{_INNER[part]}.{kind}", entry, entry.shape, interleave=rotated, plus=plus)
+        rotated = heads if own.interleaves else 0
+        whole = GgufTensor(f"blk.{number}.{names[part]}.{kind}", entry, entry.shape, interleave=rotated, plus=plus)
         if inner not in _FUSED:
             yield whole
             return
@@ -214,7 +222,8 @@ def _fields(model: PreTrainedModel, layers: Sequence[Widths], alike: bool) -> di
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    return dict(getattr(config, "rope_parameters", None) or {})
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    return rope.get("full_attention", rope)  # of windows, where they have another, its architecture asks
 
 
 def _rope_factors(config: PreTrainedConfig) -> Iterator[GgufTensor]:

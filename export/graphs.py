@@ -19,7 +19,7 @@ from export.record import graph_record, pruning_record, write_record
 from export.sizes import check_exportable, longest_text
 from export.verify import STEPS, Agreement, Behaviour, Runner, compare, model_runner, positions_of
 from pp_lightning.errors import UserError
-from pp_lightning.progress import Tell, ignore_line
+from pp_lightning.progress import Tell, ignore_line, phases
 from pp_lightning.state import pruning_state
 
 T = TypeVar("T")
@@ -169,18 +169,17 @@ def _write(
     histories: Mapping[str, Tensor] | None = None,
 ) -> Agreement:
     size, chosen = _bytes(model), GRAPH_FORMATS[form]
-    with appearing(out, overwrite) as folder:
-        tell("tracing the model")
+    with appearing(out, overwrite) as folder, phases(tell) as begin:
+        begin("tracing the model")
         graph = _or_refuse(traced, "the model cannot be traced")
-        tell("writing the graph")
-        chosen.write(graph, folder, size)
+        chosen.write(graph, folder, size, begin)
         graph = graph.without_program()
         if histories:
             save_file(dict(histories), folder / "history.safetensors")
         write_beside(folder, model, tokenizer, graph, form)
         if release:
             model.to("meta")
-        tell("loading the graph and comparing it with the model")
+        begin("loading the graph and comparing it with the model")
         failed = "the export failed its check: it cannot be loaded and run"
         agreement = _or_refuse(lambda: check(chosen.load(folder, graph), graph), failed)
         described = {"graph": graph_record(graph, chosen.runs_in), "check": vars(agreement)}

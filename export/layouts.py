@@ -17,13 +17,10 @@ from pp_lightning.families import blocks_of, empty_model, layer_prefix
 Layout = Literal["uniform", "per-layer", "padded"]
 BUNDLED = "modeling_pruned"  # the modelling file of a per-layer folder, without .py
 
-# What has been read about who else loads a class, as an addition to "transformers".
-_READ_ABOUT = {
-    "llama": "; by reading only: vLLM, llama.cpp, onnxruntime-genai",
-    "mistral": "; by reading only: vLLM, llama.cpp, onnxruntime-genai",
-    "qwen3": "; by reading only: vLLM, llama.cpp",
-    "seed_oss": "; by reading only: vLLM with --model-impl transformers",
-    "opt": "; by reading only: vLLM",
+# Which engine besides was seen to load a folder of a class and to compute the same (docs/engines.md).
+_SEEN_IN = {
+    **dict.fromkeys(("llama", "mistral", "qwen3", "opt"), ", vLLM"),
+    **dict.fromkeys(("qwen2", "seed_oss"), ", vLLM with --model-impl transformers"),
 }
 
 # Fields that every config has, that say nothing about a causal language model, or where it lay on somebody's disk.
@@ -88,7 +85,7 @@ def _stock(layout: Layout, model: PreTrainedModel, sizes: PrunedSizes) -> Target
                 layers=PrunedSizes.of(holder).layers,
                 entries=entries,
                 code=None,
-                loads_in=f"transformers{_READ_ABOUT.get(holder.config.model_type, '')}",
+                loads_in=f"transformers{_SEEN_IN.get(holder.config.model_type, '')}",
             )
     biases = sorted({entry.name.split(".")[-2] for entry in own if entry.own and entry.name.endswith(".bias")})
     numbers = f"a model of type {sizes.config.model_type} with {widths.heads} heads and {widths.channels} channels"
@@ -131,7 +128,7 @@ def _per_layer(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
         code=code.replace("LlamaConfig", type(sizes.config).__name__)
         .replace("LlamaForCausalLM", stock)
         .replace("LlamaModel", base),
-        loads_in="transformers with trust_remote_code=True",
+        loads_in="transformers with trust_remote_code=True, vLLM with --trust-remote-code",
     )
 
 

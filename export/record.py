@@ -125,7 +125,7 @@ lm_eval --model hf --model_args pretrained=.{trust.replace(", ", ",")} --tasks h
 | loads in | {costs.loads_in} |
 | checked | reloaded after writing by transformers {version("transformers")}: logits differ by at most \
 {check.largest_difference:.1e}, greedy tokens equal |
-
+{_int8_row(check)}
 `pruning.json` has the settings, the kept units of every layer, the calibration's digest and all versions.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -172,6 +172,17 @@ Llama("model.gguf")("Once upon a time", max_tokens=32)
 `pruning.json` has the settings, the kept units of every layer, the calibration's digest and all versions.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _int8_row(check: Agreement) -> str:
+    found = check.int8
+    if found is None:
+        return ""
+    return (
+        f"| int8 | {found.matrices} matrices by torchao {version('torchao')}, which loading needs: the next token's "
+        f"distribution is {found.divergence:.1e} nats from the unquantised one, {found.same_tokens} of "
+        f"{found.of_tokens} greedy tokens equal |\n"
+    )
 
 
 def _vllm(costs: Costs) -> str:

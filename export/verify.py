@@ -55,6 +55,30 @@ class Behaviour:
 
 
 @dataclass(frozen=True)
+class Int8Check:
+    """How closely a quantised folder follows the model that it was made from.
+
+    Attributes:
+        divergence: mean Kullback-Leibler divergence of the next token's distribution from the unquantised model's, in
+            nats a token.
+        allowed: of it.
+        difference: largest difference of a logit, relative to the largest logit.
+        same_tokens: greedy tokens that are equal.
+        of_tokens: that were compared.
+        matrices: that are int8; the others, embeddings and the vocabulary projection among them, stay as they were.
+        bytes: of the weights on disk.
+    """
+
+    divergence: float
+    allowed: float
+    difference: float
+    same_tokens: int
+    of_tokens: int
+    matrices: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Agreement:
     """How closely a reloaded model follows.
 
@@ -63,12 +87,14 @@ class Agreement:
         tolerance: what was allowed.
         same_tokens: greedy tokens compared, all of them equal (or tied within the tolerance).
         swapped_units: of a dynamic graph: units that it kept in place of others as important but for rounding.
+        int8: how closely it follows once it is quantised; None where it is not.
     """
 
     largest_difference: float
     tolerance: float
     same_tokens: int = 0
     swapped_units: int = 0
+    int8: Int8Check | None = None
 
 
 @torch.no_grad()

@@ -106,11 +106,12 @@ def by_global_ranking(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockK
     statistics, plans = evidence.statistics, {block.block: block for block in plan.blocks}
     if statistics is None:
         raise UserError("allocation=global needs calibration statistics: pass the result of calibrate()")
-    floors = settled_floors(plan, evidence.output_weights.keys(), evidence.floor, statistics.num_positions)
+    weights = evidence.output_weights
+    floors = settled_floors(plan, weights.keys(), evidence.floor, statistics.num_positions)
     cost = {name: unit_flops(block, statistics.num_positions) for name, block in plans.items()}
-    to_save = _flops_to_save(plan, evidence.output_weights.keys(), statistics.num_positions)
-    keep = {key: plans[key[1]].units.number for key in evidence.output_weights}
-    keys = [key for key in keep if plans[key[1]].ratio > 0]
+    to_save = _flops_to_save(plan, weights.keys(), statistics.num_positions)
+    keep = {key: plans[key[1]].keep if plans[key[1]].alike else plans[key[1]].units.number for key in weights}
+    keys = [key for key in keep if _is_ranked(plans[key[1]])]
     removable = [_removable(plans[key[1]], cost[key[1]], floors[key[1]], key, evidence, statistics) for key in keys]
     keep |= dict(zip(keys, allocate(removable, to_save), strict=True))
     return replace(plan, layers=tuple(sorted({layer for layer, _ in keep}))), keep
@@ -135,7 +136,7 @@ def settled_floors(plan: Plan, keys: Collection[BlockKey], floor: float | None, 
     candidates = FLOORS if floor is None else (dict.fromkeys(Block, floor),)
     for floors in candidates:
         least = {n: floor_count(one.units.number, floors[n], one.round_to) for n, one in plans.items()}
-        removable = sum((plans[n].units.number - least[n]) * costs[n] for _, n in keys if plans[n].ratio > 0)
+        removable = sum((plans[n].units.number - least[n]) * costs[n] for _, n in keys if _is_ranked(plans[n]))
         if removable >= _flops_to_save(plan, keys, tokens):
             return floors
     lowest = min(candidates[-1].values())
@@ -143,9 +144,14 @@ def settled_floors(plan: Plan, keys: Collection[BlockKey], floor: float | None, 
 
 
 def _flops_to_save(plan: Plan, keys: Collection[BlockKey], tokens: int) -> int:
-    """What uniform counts save for each token of a text of ``tokens`` tokens."""
-    saved = {one.block: (one.units.number - one.keep) * unit_flops(one, tokens) for one in plan.blocks}
-    return sum(saved[block] for layer, block in keys if layer in plan.layers)
+    """What uniform counts save for each token of a text of ``tokens`` tokens, in blocks that are ranked."""
+    ranked = [one for one in plan.blocks if _is_ranked(one)]
+    saved = {one.block: (one.units.number - one.keep) * unit_flops(one, tokens) for one in ranked}
+    return sum(saved.get(block, 0) for layer, block in keys if layer in plan.layers)
+
+
+def _is_ranked(plan: BlockPlan) -> bool:
+    return plan.ratio > 0 and not plan.alike
 
 
 def unit_flops(plan: BlockPlan, tokens: int) -> int:
@@ -191,12 +197,12 @@ def by_outliers(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockKey, in
     if statistics is None:
         raise UserError("allocation=outliers needs calibration statistics: pass the result of calibrate()")
     plan, keep = uniform(plan, evidence)
-    for block in (one for one in plan.blocks if one.ratio > 0):
+    for block in (one for one in plan.blocks if _is_ranked(one)):
         keys = [key for key in keep if key[1] is block.block]
         shares = torch.tensor([outlier_share(_output_energy(key, evidence, statistics)) for key in keys])
         ratios = spread_ratios(block.ratio, shares, _SPREAD)
         for key, ratio in zip(keys, ratios.tolist(), strict=True):
-            keep[key] = kept_channels(block.units.number, ratio, block.round_to)  # of heads too: multiples of 1
+            keep[key] = kept_channels(block.units.number, ratio, block.round_to)  # of heads too
     return plan, keep
 
 

@@ -128,7 +128,8 @@ class BlockPlan:
         units: its units.
         ratio: fraction to remove in a pruned layer, before rounding.
         keep: units that stay under uniform ratios.
-        round_to: kept counts are multiples of this (1 in attention).
+        round_to: kept counts are multiples of this.
+        alike: every layer keeps ``keep`` units, whatever the allocation.
     """
 
     block: Block
@@ -136,3 +137,4 @@ class BlockPlan:
     ratio: float
     keep: int
     round_to: int
+    alike: bool = False

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pp_lightning.allocation import settled_floors, spread, unit_flops
-from pp_lightning.blocks import BlockKey
+from pp_lightning.blocks import Block, BlockKey
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence
 from pp_lightning.families import blocks_of
@@ -95,16 +95,15 @@ def measured_counts(
         return Counts(whole, keep, [])
     tokens = evidence.num_positions
     floors = settled_floors(plan, weights.keys(), floor, tokens)
-    head = next((unit_flops(t.plan, tokens) for t in targets if t.plan.round_to == 1), 0)
+    heads = [t.plan for t in targets if t.plan.block is Block.ATTENTION and not t.plan.alike]
+    head = unit_flops(heads[0], tokens) * heads[0].round_to if heads else 0
     movable = {}
     for target in targets:
-        block, flops = found[target.key], unit_flops(target.plan, tokens)
-        step = (
-            max(1, round(head / (flops * target.plan.round_to))) * target.plan.round_to
-            if head
-            else target.plan.round_to
-        )
-        least = floor_count(target.units.number, floors[target.plan.block], target.plan.round_to)
+        block, flops, multiple = found[target.key], unit_flops(target.plan, tokens), target.plan.round_to
+        step = max(1, round(head / (flops * multiple))) * multiple
+        if target.plan.alike:
+            step = target.units.number  # there is no room for such a step
+        least = floor_count(target.units.number, floors[target.plan.block], multiple)
         assert block.moments is not None
         movable[target.key] = Movable(modules[target.key], block.ranked, block.moments, flops, step, least)
     search = Search(model, movable, update.held_out, RIDGE_UNTRIED, update.passes, update.tell)

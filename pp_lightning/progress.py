@@ -1,7 +1,9 @@
 """Progress of long work: a bar in a terminal or a notebook, lines where the output goes into a file."""
 
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from transformers.utils.logging import tqdm
@@ -20,6 +22,25 @@ def write_line(line: str) -> None:
 
 def ignore_line(line: str) -> None:
     """Write nothing: what a library is to do unless asked."""
+
+
+@contextmanager
+def phases(tell: Tell) -> Iterator[Tell]:
+    """Tell each phase when it begins, and when it ends how long it took."""
+    begun: tuple[str, float] | None = None
+
+    def end() -> None:
+        if begun is not None:
+            tell(f"{begun[0]}: {time.monotonic() - begun[1]:.0f} s")
+
+    def begin(line: str) -> None:
+        nonlocal begun
+        end()
+        begun = line, time.monotonic()
+        tell(line)
+
+    yield begin
+    end()
 
 
 def shown(items: Iterable[T], name: str, unit: str, progress: bool = True) -> Iterable[T]:

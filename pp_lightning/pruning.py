@@ -111,6 +111,8 @@ def prune_(
     mlp_ratio: float | None = None,
     allocation: AllocationName | None = None,
     floor: float | None = None,
+    tensor_parallel: int = 1,
+    uniform_heads: bool = False,
     keep_dense: bool = True,
     release_stats: bool = False,
     held_slices: int | str = 1,
@@ -139,6 +141,9 @@ def prune_(
             loss on held-out batches of ``update`` falls; None takes the method's own.
         floor: fraction of its units that every block keeps under ``global``; None takes 0.35 in attention and 0.25 in
             MLPs, or 0.25 in both where that would leave too little to remove.
+        tensor_parallel: devices that are to share every block evenly: heads (key/value heads, where these go as a
+            whole) and MLP channels are kept in multiples of this too.
+        uniform_heads: the same number of heads in every layer, none skipped; MLPs differ as ``allocation`` has it.
         keep_dense: keep a static method's dense weights for :func:`unprune_`. False saves their memory.
         release_stats: empty a dynamic method's statistics while pruning, so that a history never exists twice.
         held_slices: conversations (key/value caches) whose sliced weights a dynamic method holds while decoding, or
@@ -170,6 +175,8 @@ def prune_(
         mlp_ratio=mlp_ratio,
         skip_layers=skip_layers,
         round_to=round_to,
+        tensor_parallel=tensor_parallel,
+        uniform_heads=uniform_heads,
     )
     _check_evidence(model, method, evidence)
     if isinstance(method, StaticMethod) and (prefill, refresh) != (None, None):

@@ -48,6 +48,7 @@ HEAVY = {
     "peft",
     "pytorch_lightning",
     "rich",
+    "torchao",
     "torchmetrics",
 }
 

@@ -94,3 +94,38 @@ def test_a_multiple_that_no_mlp_loses_a_channel_under(round_to):
     plans = [make_plan(SEVEN_B, ProbePruning(), **{"pruning_ratio": 0.4, "round_to": round_to, **one}) for one in asked]
     plans.append(make_plan(SEVEN_B, ProbePruning(blocks=("attention",)), pruning_ratio=0.4, round_to=round_to))
     assert [plan.blocks[1].keep for plan in plans] == [11008] * 3
+
+
+@pytest.mark.parametrize(("devices", "heads", "channels"), [(2, 18, 6208), (4, 20, 6208), (8, 24, 6208)])
+def test_devices_share_heads_and_channels(devices, heads, channels):
+    attention, mlp = make_plan(SEVEN_B, ProbePruning(), pruning_ratio=0.4, tensor_parallel=devices).blocks
+    assert (attention.keep, attention.round_to, mlp.keep, mlp.round_to) == (heads, devices, channels, 64)
+    assert make_plan(SEVEN_B, ProbePruning(), pruning_ratio=0.4, tensor_parallel=devices, round_to=1).blocks[
+        1
+    ].keep == (-(-(11008 - int(0.44 * 11008)) // devices) * devices)
+
+
+def test_devices_share_key_value_heads():
+    attention, _ = make_plan(THREE_8B, ProbePruning(), pruning_ratio=0.4, tensor_parallel=2).blocks
+    assert (attention.units.number, attention.keep) == (8, 6)
+    with pytest.raises(UserError, match="tensor_parallel=8 keeps all 8 key/value heads of every layer"):
+        make_plan(THREE_8B, ProbePruning(), pruning_ratio=0.4, tensor_parallel=8)
+    assert make_plan(THREE_8B, ProbePruning(), pruning_ratio=0.4, tensor_parallel=8, attention_ratio=0.0)
+    heads, _ = make_plan(
+        THREE_8B, ProbePruning(attention_unit="query_head"), pruning_ratio=0.4, tensor_parallel=8
+    ).blocks
+    assert heads.keep == 24
+
+
+@pytest.mark.parametrize(("devices", "message"), [(3, "does not divide the model's 32 heads"), (0, "at least 1")])
+def test_devices_that_cannot_share(devices, message):
+    with pytest.raises(UserError, match=message):
+        make_plan(SEVEN_B, ProbePruning(), pruning_ratio=0.4, tensor_parallel=devices)
+
+
+def test_uniform_heads_skip_no_layer():
+    plan = make_plan(SEVEN_B, ProbePruning(), pruning_ratio=0.4, uniform_heads=True)
+    assert plan.layers == tuple(range(32)) and [block.alike for block in plan.blocks] == [True, False]
+    assert plan.blocks[0].keep == 20  # int(0.4 * 32) = 12 go
+    with pytest.raises(UserError, match="skip_layers names layer 40"):
+        make_plan(SEVEN_B, ProbePruning(), pruning_ratio=0.4, uniform_heads=True, skip_layers=(40,))

@@ -4,6 +4,7 @@ import pytest
 from transformers.utils import logging
 
 from pp_lightning import calibrate, taylor_importances
+from pp_lightning.progress import phases
 from tests.models import calibration_batches, tiny
 
 
@@ -32,3 +33,12 @@ def test_a_terminal_keeps_its_bar(bars, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     calibrate(tiny("llama"), calibration_batches())
     assert "\rcalibrating: 100%|" in capsys.readouterr().err
+
+
+def test_phases_tell_what_they_took(monkeypatch):
+    times, lines = iter([0.0, 12.4, 12.4, 40.0]), []
+    monkeypatch.setattr("pp_lightning.progress.time.monotonic", lambda: next(times))
+    with phases(lines.append) as begin:
+        begin("tracing")
+        begin("writing")
+    assert lines == ["tracing", "tracing: 12 s", "writing", "writing: 28 s"]

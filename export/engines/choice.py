@@ -18,6 +18,7 @@ FORMATS: Mapping[Engine, Format] = {
     "openvino": "onnx",
     "onnxruntime-genai": "onnx",
     "transformers": "safetensors",
+    "lm-eval": "safetensors",
 }
 
 
@@ -69,6 +70,9 @@ _TOLD: Mapping[tuple[Engine, Layout], str] = {
     ("vllm", "per-layer"): "runs in vLLM's Transformers backend with --trust-remote-code, not in its own classes",
     ("vllm", "uniform"): "a stock class; seed_oss with biases of outputs, and qwen2, need --model-impl transformers",
     ("vllm", "padded"): "a stock class, filled with zeros to the widest layer",
+    ("lm-eval", "per-layer"): "needs trust_remote_code=True in --model_args",
+    ("lm-eval", "uniform"): "a stock class, no code of ours",
+    ("lm-eval", "padded"): "a stock class, filled with zeros to the widest layer",
     ("transformers", "per-layer"): "needs trust_remote_code=True; versions 4.57 to 5.23 were seen to load it",
     ("transformers", "uniform"): "a stock class, no code of ours",
     ("transformers", "padded"): "a stock class, filled with zeros to the widest layer",

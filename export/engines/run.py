@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from pp_lightning.errors import UserError
 
-Engine = Literal["llama.cpp", "vllm", "openvino", "onnxruntime-genai", "transformers"]
+Engine = Literal["llama.cpp", "vllm", "openvino", "onnxruntime-genai", "transformers", "lm-eval"]
 ENVIRONMENTS = "PP_LIGHTNING_ENGINES"
 
 
@@ -42,6 +42,7 @@ RUNNERS: Mapping[Engine, Runner] = {
     "openvino": Runner("run_openvino.py", ("openvino",), "openvino"),
     "onnxruntime-genai": Runner("run_genai.py", ("onnxruntime_genai",), "onnxruntime-genai"),
     "transformers": Runner("run_transformers.py", ("transformers",), "transformers"),
+    "lm-eval": Runner("run_lm_eval.py", ("lm_eval",), "lm_eval"),
 }
 assert RUNNERS.keys() == set(get_args(Engine))
 

@@ -27,10 +27,12 @@ from export.formats import GRAPH_FORMATS
 from export.gguf_file import GgufCheck, GgufType, check_gguf, export_gguf
 from export.gguf_plan import check_biases, check_family
 from export.gguf_tokenizer import tokenizer_fields
+from export.int8 import check_int8
 from export.layouts import target_for
 from export.quantisers import shared_among, suits
 from export.record import base_model_name, calibration_record
 from export.sizes import PrunedSizes, check_exportable
+from export.verify import Int8Check
 from export.weights import check_shard_size
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.report import Grid, show_grid
@@ -41,7 +43,7 @@ from pp_lightning.families import shape_of
 from pp_lightning.methods import DynamicMethod
 from pp_lightning.progress import Tell, ignore_line, write_line
 
-Quantize = Literal["q8_0"]
+Quantize = Literal["q8_0", "int8"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def export_pruned(
         UserError: nothing to prune, a choice per batch for a checkpoint, or whatever :mod:`export` refuses.
     """
     settings = _for_engine(module, settings)
+    if module.uniform_heads and settings.layout is None and not settings.graph and _differs(module):
+        settings = replace(settings, layout="per-layer")
     dynamic = _check(module, out, settings)
     if settings.uniform:
         _choose_uniformly(module)
@@ -153,10 +157,18 @@ def _write_checkpoint(module: PrunedLM, out: Path, settings: ExportSettings, sha
     _say_what_suits(module, layout)
     _say_if_shared_keys_went(module)
     costs, check = export_checkpoint(
-        module.model, out, layout=layout, max_shard_size=settings.max_shard_size, release=True, **shared
+        module.model,
+        out,
+        layout=layout,
+        max_shard_size=settings.max_shard_size,
+        release=True,
+        int8=settings.quantize == "int8",
+        **shared,
     )
     say(f"written to {out}: {costs.model_class}, {costs.parameters:,} parameters")
     say(_outcome(check))
+    if check.int8 is not None:
+        say(_int8_outcome(check.int8))
 
 
 def _write_gguf(module: PrunedLM, out: Path, settings: ExportSettings, shared: "_Shared") -> None:
@@ -185,6 +197,9 @@ def _write_dynamic_graph(
 def _say_what_suits(module: PrunedLM, layout: Layout) -> None:
     """Quantisers that these widths do not suit, and how many devices can share them."""
     layers, shape = target_for(layout, module.model).layers, shape_of(module.model.config)
+    if module.uniform_heads:
+        heads, channels = layers[0].heads, [widths.channels for widths in layers]
+        say(f"uniform heads: {heads} in every layer; MLPs keep {min(channels)} to {max(channels)} channels")
     counted = suits(layers, shape.head_size, shape.hidden_size)
     unsuited = [f"{name}: {number}" for name, number in counted.items() if number]
     if unsuited:
@@ -257,8 +272,12 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> bool:
 
 
 def _check_quantize(settings: ExportSettings) -> None:
-    if settings.quantize is not None and settings.written != "gguf":
-        raise UserError(f"--quantize {settings.quantize} is for --format gguf: other engines quantise what they load")
+    if settings.quantize == "q8_0" and settings.written != "gguf":
+        raise UserError("--quantize q8_0 is for --format gguf: a transformers folder takes int8")
+    if settings.quantize == "int8":
+        if settings.written != "safetensors":
+            raise UserError("--quantize int8 is for --format safetensors: a GGUF takes q8_0, graphs none")
+        check_int8()
 
 
 def _for_engine(module: PrunedLM, settings: ExportSettings) -> ExportSettings:
@@ -282,7 +301,7 @@ def _differs(module: PrunedLM) -> bool:
     assert module.method is not None
     if module.uniform or module.recovered is not None:
         return module.recovered is not None and not module.recovered.uniform
-    spread = module.allocation not in (None, "uniform") or bool(module.skip_layers)
+    spread = module.allocation not in (None, "uniform") or (bool(module.skip_layers) and not module.uniform_heads)
     return spread or module.method.with_uniform_counts() is not module.method
 
 
@@ -346,6 +365,14 @@ def _outcome(check: Agreement) -> str:
     if check.swapped_units:
         text += f"; {check.swapped_units} kept units differ by rounding"
     return text
+
+
+def _int8_outcome(check: Int8Check) -> str:
+    return (
+        f"quantised: {check.matrices} matrices in int8, {check.bytes:,} bytes; the next token's distribution is "
+        f"{check.divergence:.1e} nats from the unquantised one ({check.allowed} allowed), logits differ by at most "
+        f"{check.difference:.1e} of the largest; {check.same_tokens} of {check.of_tokens} greedy tokens are equal"
+    )
 
 
 def _gguf_outcome(check: GgufCheck) -> str:

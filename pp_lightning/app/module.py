@@ -51,6 +51,10 @@ class PrunedLM(PrunableModule):
         mlp_ratio: the same for MLPs alone; none takes ``pruning_ratio``.
         skip_layers: layers left dense; the others lose more to make up for them.
         round_to: MLP channels are kept in multiples of this.
+        tensor_parallel: devices that are to share every block evenly: heads (key/value heads, where these go as a
+            whole) and MLP channels are kept in multiples of this too.
+        uniform_heads: keep the same number of heads in every layer, none skipped; MLPs differ as the method or
+            ``allocation`` has it.
         allocation: ``uniform``; ``outliers``, where layers with more outliers keep more (after OCP); or ``global``: one
             ranking over the units of all layers, none skipped, at the FLOPs that uniform ratios would leave; none takes
             the method's own.
@@ -92,6 +96,8 @@ class PrunedLM(PrunableModule):
         mlp_ratio: float | None = None,
         skip_layers: list[int] = [0, 1, 2],  # noqa: B006 (the command line's help shows it; never changed)
         round_to: int = 64,
+        tensor_parallel: int = 1,
+        uniform_heads: bool = False,
         allocation: AllocationName | None = None,
         floor: float | None = None,
         uniform: bool = False,
@@ -120,6 +126,8 @@ class PrunedLM(PrunableModule):
             mlp_ratio=mlp_ratio,
             skip_layers=skip_layers,
             round_to=round_to,
+            tensor_parallel=tensor_parallel,
+            uniform_heads=uniform_heads,
             allocation=allocation,
             floor=floor,
             uniform=uniform,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import lightning as L
 from transformers import PreTrainedModel
@@ -41,6 +41,8 @@ class Amounts(TypedDict):
     mlp_ratio: float | None
     skip_layers: Sequence[int]
     round_to: int
+    tensor_parallel: NotRequired[int]
+    uniform_heads: NotRequired[bool]
 
 
 class Allocating(TypedDict):
@@ -74,6 +76,8 @@ class PrunableModule(L.LightningModule):
         mlp_ratio: float | None,
         skip_layers: Sequence[int],
         round_to: int,
+        tensor_parallel: int,
+        uniform_heads: bool,
         allocation: AllocationName | None,
         floor: float | None,
         uniform: bool,
@@ -92,6 +96,8 @@ class PrunableModule(L.LightningModule):
         self.mlp_ratio = mlp_ratio
         self.skip_layers = tuple(skip_layers)
         self.round_to = round_to
+        self.tensor_parallel = tensor_parallel
+        self.uniform_heads = uniform_heads
         self.allocation = allocation
         self.floor = floor
         self.uniform = uniform
@@ -228,13 +234,18 @@ class PrunableModule(L.LightningModule):
         """How much to prune at this ratio, as ``make_plan`` and ``prune_`` take it."""
         if self.recovered is not None:
             return cast(Amounts, self.recovered.amounts)
-        return {
+        amounts: Amounts = {
             "pruning_ratio": pruning_ratio,
             "attention_ratio": self.attention_ratio,
             "mlp_ratio": self.mlp_ratio,
             "skip_layers": () if self.uniform else self.skip_layers,
             "round_to": self.round_to,
         }
+        if self.tensor_parallel != 1:  # what was recorded before there was a choice stays what it was
+            amounts["tensor_parallel"] = self.tensor_parallel
+        if self.uniform_heads:
+            amounts["uniform_heads"] = True
+        return amounts
 
     def evidence_for(self, method: PruningMethod, data: EvaluationData) -> Evidence | None:
         """What the method chooses from: the same in every process."""

@@ -202,7 +202,7 @@ class PruningTrainer(L.Trainer):
             engine: ``--for`` on the command line: choose the format and layout that this engine was seen to load.
             check_with: ``--check-with``: engines to run the export in, found in this Python or in the folder that
                 ``PP_LIGHTNING_ENGINES`` names.
-            quantize: ``q8_0``: 8 bits a weight, of a GGUF.
+            quantize: ``q8_0``: 8 bits a weight, of a GGUF; ``int8``: the same of a transformers folder, by torchao.
             layout: of a transformers folder or a GGUF. ``uniform`` (the default) chooses the same counts in every layer
                 and writes a stock class; ``per-layer`` keeps a count of its own in every layer and brings a modelling
                 file; ``padded`` fills up to the widest layer.

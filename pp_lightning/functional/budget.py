@@ -42,11 +42,11 @@ def kept_channels(num_channels: int, ratio: float, round_to: int) -> int:
     return rounded_up(num_channels - int(ratio * num_channels), num_channels, round_to)
 
 
-def rounded_up(kept: int, num_channels: int, round_to: int) -> int:
-    """``kept`` rounded up to a multiple of ``round_to``, at least ``round_to`` and at most ``num_channels``."""
+def rounded_up(kept: int, number: int, round_to: int) -> int:
+    """``kept`` rounded up to a multiple of ``round_to``, at least ``round_to`` and at most ``number``."""
     if round_to < 1:
         raise UserError(f"round_to must be at least 1, not {round_to}")
-    return min(num_channels, max(round_to, -(-kept // round_to) * round_to))
+    return min(number, max(round_to, -(-kept // round_to) * round_to))
 
 
 def probe_tokens(num_tokens: int, token_ratio: float) -> int:

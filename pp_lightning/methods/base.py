@@ -136,9 +136,7 @@ class BlockToPrune:
         return scores
 
     def rounded(self, kept: int) -> int:
-        """A count of kept units as it can be: at least one head, channels up to a multiple of ``round_to``."""
-        if self.plan.block is Block.ATTENTION:
-            return max(1, kept)
+        """A count of kept units as it can be: up to a multiple of ``round_to``, at least one of them."""
         return rounded_up(kept, self.units.number, self.plan.round_to)
 
 

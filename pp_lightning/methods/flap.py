@@ -94,8 +94,20 @@ class FLAP(StaticMethod[Statistics]):
 def global_counts(blocks: Sequence[BlockToPrune], scores: Sequence[Tensor]) -> list[int]:
     """Units that stay in each block when the cheapest-to-lose go first, over all blocks, until the budget is spent.
 
-    Counts are rounded as everywhere: MLP channels up to a multiple of ``round_to``, at least one head.
+    Counts are rounded as everywhere, up to multiples of ``round_to``. Blocks that are alike take no part.
     """
+    ranked = [index for index, block in enumerate(blocks) if not block.plan.alike]
+    counts = [block.plan.keep for block in blocks]
+    for index, count in zip(
+        ranked, _ranked_counts([blocks[i] for i in ranked], [scores[i] for i in ranked]), strict=True
+    ):
+        counts[index] = count
+    return counts
+
+
+def _ranked_counts(blocks: Sequence[BlockToPrune], scores: Sequence[Tensor]) -> list[int]:
+    if not blocks:
+        return []
     everything = torch.cat([s.double().cpu() for s in scores])
     costs = torch.cat([torch.full((b.units.number,), float(b.units.cost), dtype=torch.float64) for b in blocks])
     owner = torch.cat([torch.full((b.units.number,), index) for index, b in enumerate(blocks)])

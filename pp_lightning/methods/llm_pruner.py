@@ -81,8 +81,12 @@ class LLMPruner(GradientMethod):
     ) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
         """Keep the best of each block, or of all blocks together; a block out of range keeps everything."""
         within = [block for block in blocks if self._within(block)]
+        if any(block.plan.alike and not self._within(block) for block in blocks):
+            raise UserError("uniform_heads wants every layer alike: leave out attention_layers")
         scores = {block.key: self.unit_scores(block, evidence) for block in within}
-        counts = _pooled_counts(within, scores) if self.global_ranking else {b.key: b.plan.keep for b in within}
+        counts = {block.key: block.plan.keep for block in within}
+        if self.global_ranking:
+            counts |= _pooled_counts([block for block in within if not block.plan.alike], scores)
         for block in blocks:
             if block.key in scores:
                 yield block, StaticChoice(keep_best(scores[block.key], counts[block.key]))
@@ -101,6 +105,8 @@ class LLMPruner(GradientMethod):
 
 def _pooled_counts(blocks: Sequence[BlockToPrune], scores: dict[tuple[int, Block], Tensor]) -> dict:
     """Units that stay in each block when the lowest scores of all go, whatever their cost."""
+    if not blocks:
+        return {}
     pooled = torch.cat([scores[block.key].cpu() for block in blocks])
     owner = torch.cat([torch.full((block.units.number,), index) for index, block in enumerate(blocks)])
     removed = int(sum(block.plan.ratio * block.units.number for block in blocks))

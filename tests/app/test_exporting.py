@@ -66,6 +66,21 @@ def test_a_frozen_choice(frozen_on, type_in, chosen, tmp_path, stock_perplexity)
     assert record["pruning"]["settings"]["frozen_on"] == frozen_on
 
 
+def test_heads_alike_and_mlps_that_differ(type_in, chosen, tmp_path, capsys):
+    given = {**chosen, "--model.method": "FLAP", "--model.uniform_heads": "true", "--model.tensor_parallel": 2}
+    assert type_in("export", {**given, "--out": tmp_path / "model"}) == 0
+    printed = capsys.readouterr().out
+    assert "chosen anew" not in printed and "-> per-layer" in printed
+    assert re.search(r"uniform heads: 6 in every layer; MLPs keep \d+ to \d+ channels", printed)
+    assert "heads and channels divide among 2" in printed
+    config = json.loads((tmp_path / "model" / "config.json").read_text())["per_layer_config"].values()
+    assert {one["num_attention_heads"] for one in config} == {6}
+    widths = {one["intermediate_size"] for one in config}
+    assert len(widths) > 1 and all(width % 2 == 0 for width in widths)
+    record = json.loads((tmp_path / "model" / "pruning.json").read_text())
+    assert (record["asked"]["uniform_heads"], record["asked"]["tensor_parallel"]) == (True, 2)
+
+
 def test_per_layer_keeps_the_choice_with_skipped_layers(type_in, chosen, tmp_path, capsys):
     extra = ["--layout", "per-layer", "--out", tmp_path / "model"]
     assert type_in("export", {**chosen, "--model.method": "FLAP"}, extra=extra) == 0

@@ -77,6 +77,8 @@ MISTAKES = {
     "a choice per batch": ({"--for": "openvino", "--model.method": "ProbePruning"}, "--model.frozen_on history"),
     "a choice per batch in a file": ({"--for": "llama.cpp", "--model.method": "ProbePruning"}, "--model.frozen_on"),
     "quantised folder": ({"--quantize": "q8_0"}, "--quantize q8_0 is for --format gguf"),
+    "int8 in a gguf": ({"--quantize": "int8", "--format": "gguf"}, "a GGUF takes q8_0"),
+    "int8 in a graph": ({"--quantize": "int8", "--format": "onnx"}, "--quantize int8 is for --format safetensors"),
     "no such engine": ({"--for": "engine9"}, "engine"),
 }
 

@@ -14,6 +14,9 @@ PARTICULARS = {
     "qwen2": {"use_sliding_window": False, "layer_types": None},
     "qwen3": {"use_sliding_window": False, "layer_types": None},
     "gemma": {"tie_word_embeddings": True},
+    "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"query_pre_attn_scalar": 32},
+    "granite": {"attention_bias": False, "mlp_bias": False},
     "phi3": {"sliding_window": None, "partial_rotary_factor": 1.0},
     "opt": {},
 }
@@ -23,7 +26,7 @@ METHODS = {"wanda_sp": WandaSP, "flap": FLAP}
 def small(name, **overrides):
     """A small model of a family."""
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 256, "max_position_embeddings": 128}
-    if name not in ("opt", "phi3", "llama", "qwen2"):
+    if name not in ("opt", "phi3", "llama", "qwen2", "granite"):
         sizes["head_dim"] = 32
     return tiny(name, **{**sizes, **PARTICULARS[name], **overrides})
 

@@ -132,7 +132,8 @@ def test_a_fused_model_is_taken_apart():
 REFUSED = {
     "opt": ("no GGUF is written of model type 'opt'", "uniform"),
     "qwen3": ("--layout uniform or padded", "per-layer"),
-    "gemma2": ("no GGUF is written", "uniform"),
+    "gemma2": ("llama.cpp's gemma2 scales scores by the size of a head alone", "uniform"),
+    "nemotron": ("no GGUF is written", "uniform"),
 }
 
 
@@ -148,6 +149,12 @@ def test_what_llama_cpp_cannot_hold_is_refused_from_the_config(name):
     ("mistral", {"sliding_window": 16}, "sliding windows"),
     ("llama", {"hidden_act": "gelu"}, "activation"),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
+    ("gemma2", {"query_pre_attn_scalar": 16, "final_logit_softcapping": None}, "always caps"),
+    ("gemma2", {"query_pre_attn_scalar": 16, "tie_word_embeddings": False}, "no vocabulary projection of its own"),
+    ("gemma3_text", {"hidden_activation": "silu"}, "no activation 'silu'"),
+    ("gemma3_text", {"num_hidden_layers": 62, "layer_types": ["full_attention"] * 62}, "largest model"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "looks back only"),
+    ("granite", {"hidden_act": "gelu"}, "no activation 'gelu'"),
 ])  # fmt: skip
 def test_settings_that_llama_cpp_does_not_compute(name, overrides, message):
     with pytest.raises(UserError, match=message):
@@ -188,6 +195,13 @@ needs_llama_cpp = pytest.mark.skipif(
     ("phi3", "wanda_sp", "uniform"),
     ("qwen3", "wanda_sp", "uniform"),
     ("gemma", "wanda_sp", "uniform"),
+    ("gemma2", "wanda_sp", "uniform"),
+    ("gemma2", "wanda_sp", "padded"),
+    ("gemma3_text", "wanda_sp", "uniform"),
+    ("gemma3_text", "wanda_sp", "padded"),
+    ("granite", "wanda_sp", "uniform"),
+    ("granite", "flap", "uniform"),
+    ("granite", "flap", "padded"),
 ])  # fmt: skip
 def test_llama_cpp_runs_it(name, method, layout, tmp_path):
     model = small_pruned(name, method, layout)

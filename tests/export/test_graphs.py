@@ -51,7 +51,11 @@ STATIC = [("onnx", name) for name in ("llama", "mistral", "qwen2", "opt")] + [("
 )
 def test_static_graph(form, name, kv_cache, tmp_path):
     model = small(name, FLAP())
-    agreement = export_graph(model, tmp_path / "out", form=form, kv_cache=kv_cache)
+    told: list[str] = []
+    agreement = export_graph(model, tmp_path / "out", form=form, kv_cache=kv_cache, tell=told.append)
+    slow_part = {"onnx": "translating the graph into ONNX", "compiled": "compiling kernels for this machine"}.get(form)
+    assert told[0] == "tracing the model" and any(line.startswith("writing model.") for line in told)
+    assert slow_part is None or slow_part in told
     record = json.loads((tmp_path / "out" / "pruning.json").read_text())
     described = record["graph"]
     layers = 2 if kv_cache else 0

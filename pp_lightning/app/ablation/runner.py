@@ -208,7 +208,7 @@ def check_evenly_matched(model: PrunedLM, data: EvaluationData) -> LanguageModel
 
 def settings_of(model: PrunedLM, data: LanguageModelling) -> dict[str, Any]:
     """Everything that all measurements of a run depend on, questions, ratios and seeds apart."""
-    amounts = ("attention_ratio", "mlp_ratio", "skip_layers", "round_to", "floor")
+    amounts = ("attention_ratio", "mlp_ratio", "skip_layers", "round_to", "tensor_parallel", "uniform_heads", "floor")
     described = {name: value for name, value in data.describe().items() if name != "seed"}
     return {
         "model": fingerprint(model.model),
