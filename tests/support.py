@@ -42,7 +42,13 @@ def _tried(kind: str, name: str) -> tuple[str, ...]:
     other = tiny(name, **WHOLE.get(kind, {}))
     prune_(other, method, stats, pruning_ratio=0.4, skip_layers=(1,), round_to=16)
     own = "yes" if _class(other, "per-layer") != "no" else "no"
-    return (kind, *reasons, alike, own, "counts per layer" if _gguf(other, "per-layer") else "same counts" * gguf or "no")
+    return (
+        kind,
+        *reasons,
+        alike,
+        own,
+        "counts per layer" if _gguf(other, "per-layer") else "same counts" * gguf or "no",
+    )
 
 
 def _class(model: PreTrainedModel, layout: Layout) -> str:

@@ -23,9 +23,9 @@ METHODS = ["flap", "ppsp", "pp", "best", "best_generation", "static_best"]
 RATIO = 0.4
 TEXTS = {"documentation": Embedded("test"), "code": Embedded("test", "code")}  # calibrated on the first kind
 _BEFORE = """\
-pp-lightning removes {ratio:.0%} of a small model's heads and MLP channels, by {count} methods, all calibrated on Python's
-documentation. Each is scored on documentation and on code, which is another kind of text: 128 tokens of a
-window choose (the prompt), the 128 behind them are scored. This takes about a minute on two idle cores."""
+This takes about a minute on two idle cores. {count} methods remove {ratio:.0%} of a small model's heads and
+MLP channels. All are calibrated on Python's documentation, and scored on documentation and on code, which
+is another kind of text: 128 tokens of each window choose (the prompt), the 128 behind them are scored."""
 
 Rows = Mapping[str, Sequence[Comparison]]
 
@@ -78,7 +78,7 @@ def table(rows: Rows) -> Grid:
         first = found[0]
         line = [_name(first), f"{_flops(first):.2f}", f"{_time(found):.2f}"]
         for row in found:
-            line += [f"{row.evaluation.perplexity:.2f}", f"+{row.degradation:.2f}"]
+            line += [f"{row.evaluation.perplexity:.2f}", f"+{row.degradation:.2f}" if row.degradation else ""]
         cells.append(tuple(line))
     return Grid("", tuple(headings), cells)
 
