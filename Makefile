@@ -1,16 +1,20 @@
-# make demo      the main job on the embedded model: dense and pruned side by side
+# make demo      six methods on the embedded model, on two kinds of text: a table, a picture, three lines; about a minute
 # make test      the fast tests          make test-all   the slow ones too
 # make test-engines FAMILIES=llama_gqa   exports in real engines, installed into .engines: gigabytes, an hour
-# make lint      ruff and mypy           make clean      remove the environment and caches
+# make docs      the documentation as pages in build/docs, from an environment of its own
+# make lint      ruff and mypy           make clean      remove the environments and caches
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+DOCS   := .venv-docs
+# make CONSTRAINTS= takes the newest versions instead of the tested ones
+CONSTRAINTS := --constraint constraints.txt
+PIP    := $(BIN)/python -m pip install --quiet $(CONSTRAINTS)
 
-.PHONY: demo test test-all test-engines lint clean
+.PHONY: demo test test-all test-engines docs lint clean
 
 demo: $(VENV)/base
-	$(BIN)/pp-lightning compare --config configs/tiny/compare.yaml --out results/demo
+	$(BIN)/pp-lightning demo --out results/demo
 
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
@@ -31,17 +35,26 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(DOCS) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # torch first: what needs it must find it, and not choose another build.
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable .
+	$(PIP) --editable ".[app]"
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(PIP) --editable ".[dev,eval,onnx,gguf,finetune]"
+	$(PIP) --editable ".[app,dev,eval,onnx,gguf,finetune]"
+	touch $@
+
+# What reads docstrings from the sources needs no torch.
+$(DOCS)/ready: constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet $(CONSTRAINTS) mkdocs-material "mkdocstrings[python]"
 	touch $@

@@ -1,6 +1,5 @@
 """A result folder that appears whole or not at all."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +8,11 @@ from pathlib import Path
 
 from pp_lightning.errors import UserError
 from pp_lightning.records import nearest_existing
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a folder cannot be opened and locked either: two exports at once are not noticed
+    fcntl = None  # type: ignore[assignment]
 
 RECORD = "pruning.json"  # every export has it: the sign by which --overwrite knows what it may replace
 
@@ -73,17 +77,23 @@ def appearing(out: Path, overwrite: bool) -> Iterator[Path]:
 def _locked(staging: Path) -> Iterator[None]:
     """An empty staging folder that no other process uses. The lock goes with the process, however it ends."""
     staging.mkdir(exist_ok=True)
-    handle = os.open(staging, os.O_RDONLY)
+    handle = None if fcntl is None else os.open(staging, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another export is writing {staging.name}: wait for it, or name another --out") from None
+        if handle is not None:
+            _lock(handle, staging.name)
         for leftover in staging.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(handle: int, name: str) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another export is writing {name}: wait for it, or name another --out") from None
 
 
 def _swap(staging: Path, out: Path, replaced: Path) -> None:
@@ -98,7 +108,9 @@ def _swap(staging: Path, out: Path, replaced: Path) -> None:
 def _flush(folder: Path) -> None:
     """Bring everything to the disk, so that the rename cannot overtake the content."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
+        if fcntl is None and path.is_dir():
+            continue
+        handle = os.open(path, os.O_RDONLY if fcntl is not None else os.O_RDWR)  # Windows flushes what it may write
         try:
             os.fsync(handle)
         finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 Part = Literal["train", "calibration", "test"]
-Kind = Literal["all", "topic", "module"]
+Kind = Literal["all", "topic", "module", "code"]
 
 _PARTS: tuple[Part, ...] = ("train", "calibration", "test")
 _EXCLUDED = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"})
@@ -28,8 +28,11 @@ def embedded_documents(part: Part, kind: Kind = "all") -> tuple[str, ...]:
 
     Args:
         part: ``"train"`` (8 of 10 documents), ``"calibration"`` or ``"test"`` (1 of 10 each).
-        kind: ``"topic"`` (the language reference, prose), ``"module"`` (docstrings) or ``"all"``.
+        kind: ``"topic"`` (the language reference, prose), ``"module"`` (docstrings) or ``"all"`` of both; ``"code"``
+            is the code of the standard library without its docstrings: a text of another kind.
     """
+    if kind == "code":
+        return _code(part)
     earlier = {text for name, text in _all_documents() if _PARTS.index(part_of(name)) < _PARTS.index(part)}
     own = (text for name, text in _all_documents() if part_of(name) == part and kind in ("all", name.partition(":")[0]))
     return tuple(text for text in own if text not in earlier)
@@ -61,13 +64,33 @@ def _topics(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _modules(library: Path) -> Iterator[tuple[str, str]]:
+    for name, path in _files(library):
+        yield name, "\n\n".join(docstring for _, docstring in _documented(path))
+
+
+@lru_cache(maxsize=3)
+def _code(part: Part) -> tuple[str, ...]:
+    """Code of the documented modules of that part, written anew from the syntax tree, without the docstrings."""
+    texts = []
+    for name, path in _files(Path(sysconfig.get_path("stdlib"))):
+        if part_of(name) == part:
+            nodes = [node for node, _ in _documented(path)]
+            for node in nodes:
+                node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]
+            if nodes and isinstance(nodes[0], ast.Module):
+                texts.append(ast.unparse(nodes[0]))
+    return tuple(text for text in texts if len(text) >= _MIN_CHARACTERS)
+
+
+def _files(library: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(library.rglob("*.py")):
         name = path.relative_to(library).as_posix()
         if _EXCLUDED.isdisjoint(Path(name).parts):
-            yield f"module:{name}", "\n\n".join(_docstrings(path))
+            yield f"module:{name}", path
 
 
-def _docstrings(path: Path) -> Iterator[str]:
+def _documented(path: Path) -> Iterator[tuple[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, str]]:
+    """Every part of a file that has a docstring, and that; the module itself is the first, if it has one."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):  # a few standard files are deliberately not UTF-8 or not valid
@@ -76,4 +99,4 @@ def _docstrings(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
             if docstring:
-                yield docstring
+                yield node, docstring

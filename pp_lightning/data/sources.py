@@ -123,7 +123,8 @@ class Embedded(TextSource):
 
     Args:
         part: ``train``, ``calibration`` or ``test``; a fixed hash of the document's name decides.
-        kind: ``topic`` for the language reference, ``module`` for docstrings of the standard library, or ``all``.
+        kind: ``topic`` for the language reference, ``module`` for docstrings of the standard library, ``all`` for both;
+            ``code`` for the library's code without docstrings, a text of another kind.
     """
 
     def __init__(self, part: Part = "test", kind: Kind = "all") -> None:

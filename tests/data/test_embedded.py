@@ -1,5 +1,6 @@
 """The embedded corpus: parts that stay apart, and nothing imported to read them."""
 
+import ast
 import subprocess
 import sys
 
@@ -35,6 +36,16 @@ def test_kinds_make_up_the_whole():
     topics, modules = embedded_documents("test", "topic"), embedded_documents("test", "module")
     assert topics and modules
     assert sorted(topics + modules) == sorted(embedded_documents("test"))
+
+
+def test_code_is_another_text_and_has_no_docstring():
+    documents = embedded_documents("test", "code")
+    assert not set(documents) & set(embedded_documents("test"))
+    nodes = [node for text in documents for node in ast.walk(ast.parse(text))]  # it is code still
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    assert not [node for node in nodes if isinstance(node, documented) and ast.get_docstring(node)]
+    assert not set(documents) & set(embedded_documents("calibration", "code"))
+    assert sum(map(len, documents)) > 200_000
 
 
 def test_digest_follows_the_text():

@@ -1,0 +1,164 @@
+"""``make demo``: what pruning costs and saves, on text of the calibration's kind and on text of another kind."""
+
+import argparse
+import logging
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pp_lightning.app.cli import TRAINER_DEFAULTS
+from pp_lightning.app.module import PrunedLM
+from pp_lightning.app.progress import progress_display
+from pp_lightning.app.report import NAMES, Grid, markdown, show_grid
+from pp_lightning.app.results import Comparison
+from pp_lightning.app.trainer import PruningTrainer
+from pp_lightning.data import Embedded, LanguageModelling
+from pp_lightning.records import check_place, environment, write_json, write_text
+
+METHODS = ["flap", "ppsp", "pp", "best", "best_generation", "static_best"]
+RATIO = 0.4
+TEXTS = {"documentation": Embedded("test"), "code": Embedded("test", "code")}  # calibrated on the first kind
+_BEFORE = """\
+This takes about a minute on two idle cores. {count} methods remove {ratio:.0%} of a small model's heads and
+MLP channels. All are calibrated on Python's documentation, and scored on documentation and on code, which
+is another kind of text: 128 tokens of each window choose (the prompt), the 128 behind them are scored."""
+
+Rows = Mapping[str, Sequence[Comparison]]
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the demo.
+
+    Args:
+        words: arguments; None takes the command line's.
+
+    Raises:
+        UserError: nothing can be written at the given place.
+    """
+    parser = argparse.ArgumentParser(prog="pp-lightning demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder that everything is written into")
+    out = parser.parse_args(words).out
+    check_place(out)
+    _quiet()
+    print(_BEFORE.format(ratio=RATIO, count=len(METHODS)), flush=True)
+    rows = compared(out)
+    _write(rows, out)
+
+
+def compared(out: Path, **settings: Any) -> dict[str, list[Comparison]]:
+    """All methods on both texts, the dense model first.
+
+    Args:
+        out: folder of the run.
+        settings: of the data, in place of the demo's own.
+    """
+    model, rows = PrunedLM(skip_layers=[0, 1, 2], round_to=16), {}
+    sizes = {"window": 256, "batch_size": 10, "calibration_samples": 48, "limit_tokens": 10240} | settings
+    with tempfile.TemporaryDirectory() as folder:
+        model.update_folder = Path(folder)  # the second text finds the update of the first one there
+        for name, text in TEXTS.items():
+            data = LanguageModelling(text, Embedded("calibration"), protocol="continuation", **sizes)
+            options = TRAINER_DEFAULTS | {"accelerator": "cpu", "callbacks": [progress_display()]}
+            trainer = PruningTrainer(**options, default_root_dir=out)
+            rows[name] = trainer.compare(model, data, methods=METHODS, ratios=[RATIO])
+    return rows
+
+
+def table(rows: Rows) -> Grid:
+    """One row a method, two columns a text."""
+    headings = ["method", "FLOPs", "time"]
+    for text in rows:
+        headings += [text, "lost"]
+    cells = []
+    for found in zip(*rows.values(), strict=True):
+        first = found[0]
+        line = [_name(first), f"{_flops(first):.2f}", f"{_time(found):.2f}"]
+        for row in found:
+            line += [f"{row.evaluation.perplexity:.2f}", f"+{row.degradation:.2f}" if row.degradation else ""]
+        cells.append(tuple(line))
+    return Grid("", tuple(headings), cells)
+
+
+def in_words(rows: Rows, out: Path) -> list[str]:
+    """Three lines: what was best, what it saved, where the picture is."""
+    best, saved = [], {}
+    for text, (_, *others) in rows.items():
+        first, last = (choose(others, key=lambda row: row.evaluation.perplexity) for choose in (min, max))
+        best.append(f"{_name(first)} on {text} (+{first.degradation:.1f}; {_name(last)} +{last.degradation:.1f})")
+        found = next(each for each in zip(*rows.values(), strict=True) if first in each)
+        saved[_name(first)] = f"{_flops(first):.2f} of the dense FLOPs, {_time(found):.2f} of the dense time"
+    return [
+        f"Best: {', '.join(best)}.",
+        f"Cost: {', '.join(f'{name} takes {cost}' for name, cost in saved.items())}, on this machine.",
+        f"Picture: {out / 'demo.png'} (beside it the table, demo.md, and all figures, demo.json).",
+    ]
+
+
+def plot(rows: Rows, path: Path) -> None:
+    """Perplexity of every method as bars, one panel a text, the dense model as a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
+    for number, (text, found) in enumerate(rows.items()):
+        axes = figure.add_subplot(1, len(rows), number + 1)
+        dense, others = found[0].evaluation.perplexity or 0.0, found[1:]
+        values = [row.evaluation.perplexity or 0.0 for row in others]
+        colors = ["tab:orange" if "(ours)" in _name(row) else "tab:blue" for row in others]
+        bars = axes.barh([_name(row) for row in others], values, color=colors)
+        axes.bar_label(bars, fmt="%.1f", padding=3)
+        axes.axvline(dense, color="black", linestyle="--")
+        axes.set(title=f"{text} (dense: {dense:.1f}, dashed)", xlabel="perplexity", xlim=(0, 1.15 * max(values)))
+        axes.tick_params(axis="y", labelleft=number == 0)
+        axes.invert_yaxis()
+    figure.suptitle(f"{RATIO:.0%} of heads and channels removed, calibrated on documentation")
+    FigureCanvasAgg(figure)
+    figure.savefig(path)
+
+
+def _write(rows: Rows, out: Path) -> None:
+    grid, words = table(rows), in_words(rows, out)
+    about = (
+        "FLOPs and time are relative to the dense model's: FLOPs of what follows the prompt, time of a whole batch.\n"
+        "'documentation' and 'code' are perplexities behind the prompt, 'lost' is how much they are above dense."
+    )
+    machine = environment(torch.device("cpu"), 1)
+    write_text(out / "demo.md", markdown([grid], "\n".join([about, "", *words])))
+    write_json(
+        out / "demo.json",
+        {"environment": machine, "rows": {text: [row.as_dict() for row in found] for text, found in rows.items()}},
+    )
+    plot(rows, out / "demo.png")
+    show_grid(grid)
+    print("\n".join([about, "", *words]))
+
+
+def _name(row: Comparison) -> str:
+    label = row.evaluation.method
+    return NAMES.get(label, label)
+
+
+def _flops(row: Comparison) -> float:
+    after = row.evaluation.flops.after_prompt
+    return row.evaluation.flops.model if after is None else after
+
+
+def _time(found: Sequence[Comparison]) -> float:
+    ratios = [row.time_ratio for row in found if row.time_ratio is not None]
+    return sum(ratios) / len(ratios)
+
+
+def _quiet() -> None:
+    """Silence what Lightning says about itself."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*treespec.*is deprecated.*")
+
+
+if __name__ == "__main__":
+    main()
