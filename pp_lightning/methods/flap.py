@@ -96,13 +96,9 @@ def global_counts(blocks: Sequence[BlockToPrune], scores: Sequence[Tensor]) -> l
 
     Counts are rounded as everywhere, up to multiples of ``round_to``. Blocks that are alike take no part.
     """
-    ranked = [index for index, block in enumerate(blocks) if not block.plan.alike]
-    counts = [block.plan.keep for block in blocks]
-    for index, count in zip(
-        ranked, _ranked_counts([blocks[i] for i in ranked], [scores[i] for i in ranked]), strict=True
-    ):
-        counts[index] = count
-    return counts
+    ranked = [(block, own) for block, own in zip(blocks, scores, strict=True) if not block.plan.alike]
+    counts = iter(_ranked_counts([block for block, _ in ranked], [own for _, own in ranked]))
+    return [block.plan.keep if block.plan.alike else next(counts) for block in blocks]
 
 
 def _ranked_counts(blocks: Sequence[BlockToPrune], scores: Sequence[Tensor]) -> list[int]:
