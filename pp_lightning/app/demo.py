@@ -94,13 +94,13 @@ def in_words(rows: Rows, out: Path) -> list[str]:
     best: list[str] = []
     saved: dict[str, str] = {}
     for text, (_, *others) in rows.items():
-        first, last = (choose(others, key=_perplexity) for choose in (min, max))
+        first, last = min(others, key=_perplexity), max(others, key=_perplexity)
         best.append(f"{_name(first)} on {text} (+{first.degradation:.1f}; {_name(last)} +{last.degradation:.1f})")
         found = next(each for each in zip(*rows.values(), strict=True) if first in each)
-        saved[_name(first)] = f"{_flops(first):.2f} of the dense FLOPs, {_time(found):.2f} of the dense time"
+        saved[_name(first)] = f"{1 - _flops(first):.0%} of the FLOPs, {1 - _time(found):.0%} of the time"
     return [
         f"Best: {', '.join(best)}.",
-        f"Cost: {', '.join(f'{name} takes {cost}' for name, cost in saved.items())}, on this machine.",
+        f"Saved against the dense model, on this machine: {'; '.join(f'{name} {part}' for name, part in saved.items())}.",
         f"Picture: {out / 'demo.png'} (beside it the table, demo.md, and all figures, demo.json).",
     ]
 
