@@ -98,9 +98,10 @@ def in_words(rows: Rows, out: Path) -> list[str]:
         best.append(f"{_name(first)} on {text} (+{first.degradation:.1f}; {_name(last)} +{last.degradation:.1f})")
         found = next(each for each in zip(*rows.values(), strict=True) if first in each)
         saved[_name(first)] = f"{1 - _flops(first):.0%} of the FLOPs, {1 - _time(found):.0%} of the time"
+    parts = "; ".join(f"{name} {part}" for name, part in saved.items())
     return [
         f"Best: {', '.join(best)}.",
-        f"Saved against the dense model, on this machine: {'; '.join(f'{name} {part}' for name, part in saved.items())}.",
+        f"Saved against the dense model, on this machine: {parts}.",
         f"Picture: {out / 'demo.png'} (beside it the table, demo.md, and all figures, demo.json).",
     ]
 
