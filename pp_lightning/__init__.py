@@ -1,6 +1,6 @@
 """Prune large language models for real: per batch with a probe, or once and for all.
 
-The library needs torch and transformers only; Lightning and the command line are in :mod:`pp_lightning.app`.
+The library needs torch, transformers and safetensors; Lightning and the command line are in :mod:`pp_lightning.app`.
 """
 
 from pp_lightning.calibration import calibrate

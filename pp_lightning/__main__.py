@@ -2,15 +2,8 @@
 
 import sys
 
-_NEEDED = {
-    "datasets",
-    "jsonargparse",
-    "lightning",
-    "matplotlib",
-    "rich",
-    "tokenizers",
-    "torchmetrics",
-}  # the extra "app"
+# what the extra "app" brings
+_NEEDED = {"datasets", "jsonargparse", "lightning", "matplotlib", "rich", "tokenizers", "torchmetrics"}
 
 
 def main() -> None:
@@ -25,10 +18,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] not in _NEEDED:
             raise
-        print(
-            f"pp-lightning: the command line needs {error.name}: pip install 'pp-lightning[app]'",
-            file=sys.stderr,
-        )
+        print(f"pp-lightning: the command line needs {error.name}: pip install 'pp-lightning[app]'", file=sys.stderr)
         sys.exit(2)
 
 

@@ -16,7 +16,7 @@ from pp_lightning.records import check_place
 
 EXAMPLES = """
 examples:
-  the CPU table of the README: a LLaMA of four layers with random weights
+  the first table of docs/speed.md: a LLaMA of four layers with random weights
     pp-lightning benchmark --config configs/tiny/benchmark.yaml --out results/benchmark
   another shape, fewer layers, two batch sizes
     pp-lightning benchmark --model.shape llama-2-7b --model.layers 4 \\

@@ -56,8 +56,14 @@ def compared(out: Path, **settings: Any) -> dict[str, list[Comparison]]:
         out: folder of the run.
         settings: of the data, in place of the demo's own.
     """
-    model, rows = PrunedLM(skip_layers=[0, 1, 2], round_to=16), {}
-    sizes = {"window": 256, "batch_size": 10, "calibration_samples": 48, "limit_tokens": 10240} | settings
+    model = PrunedLM(skip_layers=[0, 1, 2], round_to=16)
+    rows: dict[str, list[Comparison]] = {}
+    sizes: dict[str, Any] = {
+        "window": 256,
+        "batch_size": 10,
+        "calibration_samples": 48,
+        "limit_tokens": 10240,
+    } | settings
     with tempfile.TemporaryDirectory() as folder:
         model.update_folder = Path(folder)  # the second text finds the update of the first one there
         for name, text in TEXTS.items():
@@ -73,27 +79,29 @@ def table(rows: Rows) -> Grid:
     headings = ["method", "FLOPs", "time"]
     for text in rows:
         headings += [text, "lost"]
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for found in zip(*rows.values(), strict=True):
         first = found[0]
         line = [_name(first), f"{_flops(first):.2f}", f"{_time(found):.2f}"]
         for row in found:
-            line += [f"{row.evaluation.perplexity:.2f}", f"+{row.degradation:.2f}" if row.degradation else ""]
+            line += [f"{_perplexity(row):.2f}", f"+{row.degradation:.2f}" if row.degradation else ""]
         cells.append(tuple(line))
     return Grid("", tuple(headings), cells)
 
 
 def in_words(rows: Rows, out: Path) -> list[str]:
     """Three lines: what was best, what it saved, where the picture is."""
-    best, saved = [], {}
+    best: list[str] = []
+    saved: dict[str, str] = {}
     for text, (_, *others) in rows.items():
-        first, last = (choose(others, key=lambda row: row.evaluation.perplexity) for choose in (min, max))
+        first, last = min(others, key=_perplexity), max(others, key=_perplexity)
         best.append(f"{_name(first)} on {text} (+{first.degradation:.1f}; {_name(last)} +{last.degradation:.1f})")
         found = next(each for each in zip(*rows.values(), strict=True) if first in each)
-        saved[_name(first)] = f"{_flops(first):.2f} of the dense FLOPs, {_time(found):.2f} of the dense time"
+        saved[_name(first)] = f"{1 - _flops(first):.0%} of the FLOPs, {1 - _time(found):.0%} of the time"
+    parts = "; ".join(f"{name} {part}" for name, part in saved.items())
     return [
         f"Best: {', '.join(best)}.",
-        f"Cost: {', '.join(f'{name} takes {cost}' for name, cost in saved.items())}, on this machine.",
+        f"Saved against the dense model, on this machine: {parts}.",
         f"Picture: {out / 'demo.png'} (beside it the table, demo.md, and all figures, demo.json).",
     ]
 
@@ -106,8 +114,8 @@ def plot(rows: Rows, path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
     for number, (text, found) in enumerate(rows.items()):
         axes = figure.add_subplot(1, len(rows), number + 1)
-        dense, others = found[0].evaluation.perplexity or 0.0, found[1:]
-        values = [row.evaluation.perplexity or 0.0 for row in others]
+        dense, others = _perplexity(found[0]), found[1:]
+        values = [_perplexity(row) for row in others]
         colors = ["tab:orange" if "(ours)" in _name(row) else "tab:blue" for row in others]
         bars = axes.barh([_name(row) for row in others], values, color=colors)
         axes.bar_label(bars, fmt="%.1f", padding=3)
@@ -140,6 +148,11 @@ def _write(rows: Rows, out: Path) -> None:
 def _name(row: Comparison) -> str:
     label = row.evaluation.method
     return NAMES.get(label, label)
+
+
+def _perplexity(row: Comparison) -> float:
+    assert row.evaluation.perplexity is not None
+    return row.evaluation.perplexity
 
 
 def _flops(row: Comparison) -> float:
