@@ -27,4 +27,4 @@ def test_files_and_commands_that_it_names_exist():
     for path in re.findall(r"(?:configs|benchmarks|export|pp_lightning|tests)/[\w/.-]+\w", README):
         assert (root / path).exists(), path
     for command in re.findall(r"^pp-lightning (\S+)", README, re.MULTILINE):
-        assert command in ("test", "compare", "ablate", "prune", "export", "fit", "lm-eval", "benchmark")
+        assert command in ("test", "compare", "ablate", "prune", "export", "fit", "lm-eval", "benchmark", "plan")
