@@ -17,7 +17,9 @@ from export.record import pruning_record, write_card, write_record
 from export.tokenizer import write_tokenizer
 from export.verify import Agreement, Behaviour, verify
 from export.weights import check_shard_size, write_weights
+from pp_lightning.families import layers_of
 from pp_lightning.progress import Tell, ignore_line
+from pp_lightning.stored import is_settled
 
 
 def export_checkpoint(
@@ -71,7 +73,7 @@ def export_checkpoint(
     given = dict(provenance or {})
     base = {"name": given.pop("base_model", "a model in memory"), "model_type": model.config.model_type}
     check_space(out, costs.bytes)
-    expected = Behaviour.of_model(model)
+    expected, streamed = Behaviour.of_model(model), is_settled(layers_of(model)[0])
     with appearing(out, overwrite) as folder:
         tell("writing the weights")
         _write_small_files(folder, model, tokenizer, target)
@@ -79,11 +81,11 @@ def export_checkpoint(
         if release:
             model.to("meta")
         tell("loading the folder and comparing it with the model")
-        code = target.code is not None
-        agreement = verify(folder, expected, device, bundled_code=code)
+        bundled = target.code is not None
+        agreement = verify(folder, expected, device, bundled_code=bundled, streamed=streamed)
         if int8:
             tell("quantising the folder and comparing it with the model")
-            check = quantise_folder(folder, expected, device, bundled_code=code, max_shard_size=max_shard_size)
+            check = quantise_folder(folder, expected, device, bundled_code=bundled, max_shard_size=max_shard_size)
             agreement = replace(agreement, int8=check)
         record = {
             "base_model": base,

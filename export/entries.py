@@ -13,8 +13,10 @@ from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
 from pp_lightning.families import blocks_of, stack_path
 from pp_lightning.functional.selection import unit_channels
+from pp_lightning.stored import values_of
 
 Shape = tuple[int, ...]
+_AT_ONCE = 1 << 22  # numbers that are looked at together: to look takes as much memory again
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Entry:
         """
         if self.absent:
             return torch.zeros(self.shape, dtype=self.source.dtype)
-        source = self.source.detach()
-        if not torch.isfinite(source).all():
+        source = values_of(self.source).detach()
+        if not all(bool(torch.isfinite(some).all()) for some in source.flatten().split(_AT_ONCE)):
             raise UserError(
                 f"the weight {self.name} is not finite: check the checkpoint, or export bfloat16 or float32"
             )

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from export.entries import tensors_of
 from export.sizes import longest_text
+from pp_lightning.checkpoints import load_streamed
 from pp_lightning.errors import UserError
+from pp_lightning.families import layers_of
+from pp_lightning.stored import is_settled, places_in
 
 ROWS, TOKENS, STEPS = 2, 24, 8
 
@@ -40,18 +44,18 @@ class Behaviour:
 
     @staticmethod
     @torch.no_grad()
-    def of(run: Runner, vocabulary: int, rows: int = ROWS, tokens: int = TOKENS) -> "Behaviour":
-        """Ask on a prompt of (rows, tokens)."""
+    def of(run: Runner, vocabulary: int, rows: int = ROWS, tokens: int = TOKENS, steps: int = STEPS) -> "Behaviour":
+        """Ask on a prompt of (rows, tokens) for so many more."""
         prompt, mask = _prompt(vocabulary, rows, tokens)
-        logits, _ = run(prompt, mask, None)
-        found, steps = _greedy(run, prompt, mask)
-        return Behaviour(prompt, mask, logits, found, steps)
+        logits, cache = run(prompt, mask, None)
+        return Behaviour(prompt, mask, logits, *_greedy(run, prompt, mask, logits, cache, steps))
 
     @staticmethod
     def of_model(model: PreTrainedModel) -> "Behaviour":
         """Ask a transformers model."""
         tokens = min(TOKENS, longest_text(model) - STEPS)
-        return Behaviour.of(model_runner(model), model.config.vocab_size, tokens=tokens)
+        steps = 1 if is_settled(layers_of(model)[0]) else STEPS  # each reads all weights where they stay on disk
+        return Behaviour.of(model_runner(model), model.config.vocab_size, tokens=tokens, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,9 @@ class Agreement:
 
 
 @torch.no_grad()
-def verify(folder: Path, expected: Behaviour, device: torch.device, *, bundled_code: bool) -> Agreement:
+def verify(
+    folder: Path, expected: Behaviour, device: torch.device, *, bundled_code: bool, streamed: bool = False
+) -> Agreement:
     """Load a folder as a user would and compare.
 
     Args:
@@ -107,10 +113,17 @@ def verify(folder: Path, expected: Behaviour, device: torch.device, *, bundled_c
         device: that the behaviour was recorded on.
         bundled_code: the folder brings its own modelling file, which we wrote a moment ago: the only code that is ever
             trusted here.
+        streamed: leave the weights of its layers on disk.
 
     Raises:
         UserError: weights are missing, superfluous or of another shape, or logits or tokens differ.
     """
+    if streamed:
+        reloaded = load_streamed(str(folder), "auto", bundled_code=bundled_code)
+        extra = places_in(folder).keys() - tensors_of(reloaded).keys()
+        if extra:
+            raise UserError(f"the export failed its check: unexpected keys {sorted(extra)[:3]}")
+        return compare(expected, Behaviour.of_model(reloaded), reloaded.dtype, reloaded.config.num_hidden_layers)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=bundled_code
@@ -189,13 +202,15 @@ def _prompt(vocabulary: int, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
     return prompt, mask
 
 
-def _greedy(run: Runner, prompt: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    text, given, cache = prompt, prompt, None
-    steps: list[Tensor] = []
-    for _ in range(STEPS):
-        logits, cache = run(given, mask, cache)
-        steps.append(logits[:, -1])
-        token = logits[:, -1].argmax(-1, keepdim=True)
+def _greedy(
+    run: Runner, prompt: Tensor, mask: Tensor, logits: Tensor, cache: Any, number: int
+) -> tuple[Tensor, Tensor]:
+    """The tokens that follow a prompt, given its logits and the cache behind it, and the logits they were read from."""
+    text, steps = prompt, [logits[:, -1]]
+    for step in range(number):
+        token = steps[-1].argmax(-1, keepdim=True)
         text, mask = torch.cat([text, token], dim=1), torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        given = text if cache is None else token
+        if step + 1 < number:
+            logits, cache = run(text if cache is None else token, mask, cache)
+            steps.append(logits[:, -1])
     return text[:, prompt.shape[1] :], torch.stack(steps, dim=1)

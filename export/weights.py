@@ -1,15 +1,14 @@
-"""Writing the weights: shards of a limited size, one in memory at a time."""
+"""Writing the weights: shards of a limited size, one tensor in memory at a time."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from export.entries import Entry
 from pp_lightning.errors import UserError
+from pp_lightning.tensor_files import Placeholder, write_tensors
 
 
 def check_shard_size(max_shard_size: str) -> None:
@@ -36,11 +35,8 @@ def write_weights(entries: Sequence[Entry], folder: Path, max_shard_size: str) -
         {name: entry.placeholder for name, entry in by_name.items()}, max_shard_size=max_shard_size
     )
     for file, names in plan.filename_to_tensors.items():
-        try:
-            save_file({name: by_name[name].make() for name in names}, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # how safetensors reports what the system refused
-            raise OSError(str(error)) from error
-        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
+        tensors = {name: Placeholder(by_name[name].placeholder, by_name[name].make) for name in names}
+        write_tensors(tensors, folder / file, {"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ The library needs torch, transformers and safetensors; Lightning and the command
 """
 
 from pp_lightning.calibration import calibrate
+from pp_lightning.checkpoints import load_streamed
 from pp_lightning.compilation import compile_, uncompile_
 from pp_lightning.errors import UserError
 from pp_lightning.gradients import taylor_importances
@@ -24,6 +25,7 @@ __all__ = [
     "frozen_history",
     "kept_units",
     "load_pruning_state",
+    "load_streamed",
     "prune_",
     "pruning_state",
     "skipped_batches",

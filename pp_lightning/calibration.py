@@ -3,26 +3,25 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from pp_lightning.blocks import BlockKey
+from pp_lightning.collecting import Collector
 from pp_lightning.errors import UserError
 from pp_lightning.families import BlockModules, blocks_of, layers_of
-from pp_lightning.functional.compensation import channel_mean
-from pp_lightning.functional.moments import Places, placed_count, placed_sum, sum_of_squares, sum_of_squares_about
-from pp_lightning.functional.probe import token_norms
-from pp_lightning.interfaces import INPUTS, argument_names, first_argument, model_inputs, without_head
+from pp_lightning.interfaces import INPUTS, argument_names, model_inputs, without_head
+from pp_lightning.layerwise import LayerByLayer
 from pp_lightning.progress import shown
-from pp_lightning.pruned.check import Meeting, meetings
+from pp_lightning.pruned.check import meetings
 from pp_lightning.pruning import is_pruned
-from pp_lightning.statistics import BlockSums, Statistics, fingerprint
+from pp_lightning.statistics import Statistics, fingerprint
+from pp_lightning.stored import is_settled, values_of
 
 
 @torch.inference_mode(False)  # what is kept is used outside, and changed in place there
@@ -36,6 +35,7 @@ def calibrate(
     save_to: str | os.PathLike[str] | None = None,
     save_every: int = 10,
     progress: bool = True,
+    folder: str | os.PathLike[str] | None = None,
 ) -> Statistics:
     """Collect count, sum and sum of squares of every block's states by position and channel.
 
@@ -54,6 +54,9 @@ def calibrate(
         save_to: a safetensors file to resume from, if it exists, and to write.
         save_every: batches between two writes of ``save_to``.
         progress: show a progress bar; lines where there is no terminal.
+        folder: of a model whose weights stay on disk: all batches go through one layer after the other, with hidden
+            states and the sums of finished layers in this folder, where an interrupted run goes on. None keeps them in
+            memory.
 
     Raises:
         UserError: no batches, something else in their place, one without a real token, activations that are not finite,
@@ -72,7 +75,10 @@ def calibrate(
     has_means = any(sums.values is not None for sums in statistics.sums.values())
     if statistics.num_batches and means and not has_means:
         raise UserError(f"{save_to} was collected without means: name another file or remove it")
-    collector = _Collector(statistics, means or has_means)
+    collector = Collector(statistics, means or has_means)
+    if is_settled(layers_of(model)[0]):
+        known = None if folder is None else Path(folder)
+        return _layer_by_layer(model, list(batches), collector, blocks, known, save_to, progress)
     done, digest, seen = statistics.num_batches, "", 0
     was_training = model.training
     model.eval()
@@ -89,7 +95,7 @@ def calibrate(
                 continue
             hooks = hooks or collector.attach(blocks, meetings(model, everything))
             inputs = model_inputs(model, batch)
-            collector.begin(inputs.get("attention_mask"), inputs.get("position_ids"))
+            collector.begin(inputs.get("attention_mask"), inputs.get("position_ids"), counts=True)
             without_head(model)(**inputs)
             statistics.num_batches, statistics.batches_digest = seen, digest
             if save_to is not None and seen % save_every == 0:
@@ -104,6 +110,68 @@ def calibrate(
     return statistics
 
 
+def _layer_by_layer(
+    model: PreTrainedModel,
+    batches: Sequence[Mapping[str, Any]],
+    collector: Collector,
+    blocks: Mapping[BlockKey, BlockModules],
+    folder: Path | None,
+    save_to: str | os.PathLike[str] | None,
+    progress: bool,
+) -> Statistics:
+    """The same sums with all batches through one layer after the other; a batch's come in the same order."""
+    statistics, digest = collector.statistics, ""
+    if statistics.num_batches == 0:
+        for number, batch in enumerate(batches, 1):
+            _check_batch(model, batch, number)
+            digest = _chained_digest(digest, batch)
+        if not batches:
+            raise UserError("no calibration batches")
+        about = f"{statistics.model} {digest} {collector.means} {sorted(blocks)}"
+        carried = LayerByLayer(model, batches, folder, hashlib.sha256(about.encode()).hexdigest())
+        _collect(model, batches, collector, blocks, carried, folder, progress)
+        statistics.num_batches, statistics.batches_digest = len(batches), digest
+        _check_complete(statistics, len(batches), 0, save_to)
+        if save_to is not None:
+            statistics.save(save_to)
+    return statistics
+
+
+def _collect(
+    model: PreTrainedModel,
+    batches: Sequence[Mapping[str, Any]],
+    collector: Collector,
+    blocks: Mapping[BlockKey, BlockModules],
+    carried: LayerByLayer,
+    folder: Path | None,
+    progress: bool,
+) -> None:
+    statistics = collector.statistics
+    files = {i: None if folder is None else folder / f"sums-{i}.safetensors" for i in sorted({i for i, _ in blocks})}
+    for index in range(carried.layer):
+        file = files.get(index)
+        if file is not None and file.exists():
+            statistics.find(index, file)
+        elif index in files:
+            carried.restart()
+    met = meetings(model, blocks_of(model))
+    for index in shown(range(carried.layer, max(files) + 1), "calibrating", "layer", progress):
+        own = {key: modules for key, modules in blocks.items() if key[0] == index}
+        hooks = collector.attach(own, met) if own else []
+        try:
+            for number in carried.watched():
+                inputs = model_inputs(model, batches[number])
+                mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+                collector.begin(mask, positions, counts=index == min(files))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        file = files.get(index)
+        if file is not None:
+            statistics.leave(index, file, "")
+        carried.passed()
+
+
 def _saved_at_the_end(
     batches: Iterable[Mapping[str, Any]], statistics: Statistics, path: str | os.PathLike[str] | None
 ) -> Iterator[Mapping[str, Any]]:
@@ -114,102 +182,6 @@ def _saved_at_the_end(
         if path is not None and statistics.num_batches:
             statistics.save(path)
         raise
-
-
-class _Collector:
-    """Adds the states of each batch to the statistics."""
-
-    def __init__(self, statistics: Statistics, means: bool) -> None:
-        self.statistics = statistics
-        self.means = means
-        self.mask: Tensor | None = None
-        self.position_ids: Tensor | None = None
-        self.shape = torch.Size()
-        self.places: Places | None = None
-
-    def attach(self, blocks: Mapping[BlockKey, BlockModules], met: Mapping[BlockKey, Meeting]) -> list[RemovableHandle]:
-        """Watch the first layer's input, the residual that enters each block, and the input of its output matrix."""
-        first = next(iter(blocks.values())).layer
-        hooks = [first.register_forward_pre_hook(self._count, with_kwargs=True)]
-        for key, block in blocks.items():
-            norm = met[key].norm
-            meets = getattr(block.layer, norm) if norm is not None else block.owner
-            hooks.append(meets.register_forward_pre_hook(partial(self._add_residual, key), with_kwargs=True))
-            output = block.projection(block.output)
-            hooks.append(output.register_forward_pre_hook(partial(self._add, key)))
-        return hooks
-
-    def begin(self, mask: Tensor | None, position_ids: Tensor | None) -> None:
-        """Take a batch's attention mask (B, S) and position ids (B or 1, S).
-
-        None where everything is real, and where positions follow from what is.
-        """
-        self.mask, self.position_ids = mask, position_ids
-
-    def _count(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Find the real tokens of a batch and count them."""
-        hidden, mask = first_argument(layer, args, kwargs), self.mask
-        self.shape, device = hidden.shape[:2], hidden.device
-        rows, tokens = self.shape
-        padded = mask is not None and not bool(mask.all())
-        if padded or self.position_ids is not None:
-            real = hidden.new_ones(self.shape, dtype=torch.bool) if mask is None else mask.bool().to(device)
-            given = self.position_ids
-            positions = real.long().cumsum(1) - 1 if given is None else given.to(device).expand(self.shape)
-            self.places = Places(positions, real, 1 + int(positions.masked_fill(~real, 0).max()))
-            count = placed_count(self.places)
-        else:
-            self.places = None
-            count = torch.full((tokens,), float(rows), dtype=torch.float32, device=device)
-        statistics = self.statistics
-        statistics.counts = _add_rows(statistics.counts.to(device), count)
-
-    def _add(self, key: BlockKey, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        states = inputs[0].view(*self.shape, -1)  # OPT flattens rows and tokens in its MLP
-        places, old = self._places_on(states.device), self.statistics.sums.get(key)
-        squares = sum_of_squares(states) if places is None else placed_sum(states.float().square(), places)
-        new = BlockSums(squares, None)
-        if self.means:
-            # The first batch's mean is near enough to that of all of them for deviations not to drown.
-            shift = channel_mean(states, None if places is None else places.real) if old is None else old.shift
-            assert shift is not None
-            new.shift = shift = shift.to(states.device)
-            if places is None:
-                new.values = states.sum(0, dtype=torch.float32)
-                new.spread = sum_of_squares_about(states, shift)
-            else:
-                new.values = placed_sum(states, places)
-                new.spread = placed_sum((states.float() - shift).square(), places)
-        self.statistics.sums[key] = new if old is None else _together(old, new)
-
-    def _add_residual(self, key: BlockKey, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        states = first_argument(module, args, kwargs).view(*self.shape, -1)  # flat in OPT's MLP, see _add
-        energy = token_norms(states).square()
-        places = self._places_on(states.device)
-        total = energy.sum(0) if places is None else placed_sum(energy[..., None], places).squeeze(1)
-        old = self.statistics.residuals.get(key)
-        self.statistics.residuals[key] = total if old is None else _add_rows(old.to(total.device), total)
-
-    def _places_on(self, device: torch.device) -> Places | None:
-        return None if self.places is None else self.places.to(device)
-
-
-def _together(old: BlockSums, new: BlockSums) -> BlockSums:
-    """Sums over both; those of the longer one are added to in place."""
-
-    def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-        return None if one is None or other is None else _add_rows(one.to(other.device), other)
-
-    squares = _add_rows(old.squares.to(new.squares.device), new.squares)
-    return BlockSums(squares, added(old.values, new.values), new.shift, added(old.spread, new.spread))
-
-
-def _add_rows(total: Tensor, addend: Tensor) -> Tensor:
-    """Sum of two tensors whose first dimension (positions) may differ; the longer one is added to in place."""
-    if len(total) < len(addend):
-        total, addend = addend, total
-    total[: len(addend)] += addend
-    return total
 
 
 def _start(model: PreTrainedModel, save_to: str | os.PathLike[str] | None) -> Statistics:
@@ -273,7 +245,7 @@ def _check_complete(statistics: Statistics, seen: int, done: int, path: Any) -> 
     if seen < done:
         raise UserError(f"{path} was collected from {done} batches, more than the {seen} given: remove it")
     for (layer, block), sums in statistics.sums.items():
-        if not torch.isfinite(sums.squares).all():
+        if not torch.isfinite(values_of(sums.squares)).all():
             raise UserError(
                 f"activations in the {block.value} block of layer {layer} are not finite: "
                 "check the checkpoint, or use float32 or bfloat16"

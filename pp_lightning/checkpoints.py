@@ -1,14 +1,32 @@
 """Loading transformers checkpoints, from safetensors only unless the caller says otherwise."""
 
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from pp_lightning.errors import UserError
+from pp_lightning.families import layers_of
+from pp_lightning.interfaces import parameters_without_memory
+from pp_lightning.stored import Place, places_in, settle, stored, values_of
+from pp_lightning.tensor_files import SIZES
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+_READ = ["*.json", "*.safetensors"]
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny-llama"
 
@@ -39,6 +57,114 @@ def load_model(path: str | None = None, dtype: Dtype = "float32", *, allow_pickl
     if missing:
         raise UserError(f"the checkpoint {source} lacks {len(missing)} weights of its config ({missing[0]}, ...)")
     return model.eval()
+
+
+def open_model(
+    path: str | None, dtype: Dtype, *, allow_pickle: bool = False, stream: bool | None = None
+) -> PreTrainedModel:
+    """The model at ``path``, in memory or streamed.
+
+    Args:
+        path: see :func:`load_model`.
+        dtype: see there.
+        allow_pickle: see there.
+        stream: whether layers' weights stay on disk; None leaves them there where they would take more than half of the
+            free memory.
+
+    Raises:
+        UserError: as the two do.
+    """
+    if stream is None:
+        free = None if allow_pickle else free_memory()
+        stream = free is not None and checkpoint_bytes(path, dtype) > free / 2
+    return load_streamed(path, dtype) if stream else load_model(path, dtype, allow_pickle=allow_pickle)
+
+
+def free_memory() -> int | None:
+    """Bytes that programs can still have, caches of files not counted; None where the system does not tell."""
+    file = Path("/proc/meminfo")
+    if not file.exists():
+        return None
+    line = next((line for line in file.read_text().splitlines() if line.startswith("MemAvailable:")), None)
+    return None if line is None else int(line.split()[1]) * 1024
+
+
+def load_streamed(path: str | None = None, dtype: Dtype = "float32", *, bundled_code: bool = False) -> PreTrainedModel:
+    """The same model with the weights of its layers left on disk: each layer has them while it runs.
+
+    Args:
+        path: see :func:`load_model`.
+        dtype: see there.
+        bundled_code: run the modelling file in the folder, which must be one that we have just written.
+
+    Raises:
+        UserError: there is no such checkpoint, it is incomplete or damaged, it is not safetensors, or its weights are
+            not those of the model one by one.
+    """
+    source = _checked_source(path)
+    try:
+        folder = Path(source if Path(source).is_dir() else snapshot_download(source, allow_patterns=_READ))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=bundled_code)
+        places = places_in(folder)
+        wanted = (config.dtype or next(iter(places.values())).read().dtype) if dtype == "auto" else dtype
+        with parameters_without_memory():
+            model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=bundled_code)
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except UserError:
+        raise
+    except Exception as error:  # see load_model
+        raise UserError(f"cannot load a model from {source}: {_first_line(error)}") from error
+    _fill(model, _places_of(model, places), source)
+    for layer in layers_of(model):
+        settle(layer)
+    return model.eval()
+
+
+def _places_of(model: PreTrainedModel, places: Mapping[str, Place]) -> Callable[[str], Place | None]:
+    """Where a weight of a model is: checkpoints have names with the base model's prefix, or without it."""
+    prefix = f"{model.base_model_prefix}."
+
+    def find(name: str) -> Place | None:
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        return next((places[one] for one in candidates if one in places), None)
+
+    return find
+
+
+@torch.no_grad()
+def _fill(model: PreTrainedModel, find: Callable[[str], Place | None], source: str) -> None:
+    """Give a model without memory its weights, those of its layers as places on disk."""
+    inside = {id(weight) for layer in layers_of(model) for weight in layer.parameters()}
+    for name, weight in list(model.named_parameters()):
+        place = find(name)
+        if place is None or place.shape != tuple(weight.shape):
+            what = "lacks" if place is None else "has in another shape"
+            raise UserError(
+                f"the checkpoint {source} {what} {name}, or names it otherwise, so it cannot be streamed: "
+                "load it whole, with --model.stream false"
+            )
+        module, _, leaf = name.rpartition(".")
+        like = stored(weight, place)
+        full = like if id(weight) in inside else nn.Parameter(values_of(like), requires_grad=weight.requires_grad)
+        model.get_submodule(module)._parameters[leaf] = full
+    model.tie_weights()
+    for name, buffer in model.named_buffers():
+        if (place := find(name)) is not None:
+            buffer.copy_(place.read())
+
+
+def checkpoint_bytes(path: str | None, dtype: Dtype) -> int:
+    """Bytes that a checkpoint's weights take in memory; 0 where it is no local folder of safetensors.
+
+    Raises:
+        UserError: a file is missing or cut off.
+    """
+    folder = Path(_checked_source(path))
+    if not any(folder.glob("*.safetensors")):
+        return 0
+    size = None if dtype == "auto" else getattr(torch, dtype).itemsize
+    return sum(math.prod(one.shape) * (size or SIZES[one.dtype]) for one in places_in(folder).values())
 
 
 def new_model(path: str | None = None, *, seed: int = 0) -> PreTrainedModel:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pp_lightning.errors import UserError
+from pp_lightning.stored import sample_of, write_whole
 
 _SAMPLES_PER_WEIGHT = 64
 
@@ -48,14 +48,7 @@ class Evidence:
         Raises:
             UserError: it cannot be written.
         """
-        target = Path(path)
-        unfinished = target.with_name(f".{target.name}.unfinished")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, unfinished, metadata={"format": self.form, self.called: json.dumps(header)})
-            os.replace(unfinished, target)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write {self.called} to {path}: {error}") from error
+        write_whole(Path(path), tensors, {"format": self.form, self.called: json.dumps(header)}, self.called)
 
     @classmethod
     def _read(cls, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -79,8 +72,7 @@ def fingerprint(model: nn.Module) -> str:
     """A digest that tells models apart: SHA-256 over every weight's name, shape, dtype and a sample of its values."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        step = max(1, flat.numel() // _SAMPLES_PER_WEIGHT)
+        step = max(1, weight.numel() // _SAMPLES_PER_WEIGHT)
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        digest.update(flat[::step][:_SAMPLES_PER_WEIGHT].float().cpu().numpy().tobytes())
+        digest.update(sample_of(weight, step, _SAMPLES_PER_WEIGHT).float().cpu().numpy().tobytes())
     return digest.hexdigest()

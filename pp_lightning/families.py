@@ -6,7 +6,7 @@ is pruned (:mod:`pp_lightning.pruned.check`).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -19,6 +19,7 @@ from pp_lightning.blocks import Block, BlockKey, ModelShape
 from pp_lightning.errors import UserError
 from pp_lightning.functional.selection import Rows
 from pp_lightning.interfaces import displaced_forward, effective_weight
+from pp_lightning.stored import values_of
 
 # Projections into a block by name, each with the roles of its output rows; several roles follow one another. ``group``
 # is query, key and value of a head (or of a key/value group), one unit after the other.
@@ -218,14 +219,13 @@ class BlockModules:
     @property
     def output_weight(self) -> Tensor:
         """The matrix whose input columns are scored, (D, C)."""
-        weight: Tensor = self.projection(self.output).weight
-        return weight
+        return values_of(self.projection(self.output).weight)
 
     @property
     def scored_weight(self) -> Tensor:
         """The matrix (D, C) that the output projection multiplies with, whatever it is made of."""
         projection = self.projection(self.output)
-        return projection.weight if self.is_linear(projection) else effective_weight(projection)
+        return values_of(projection.weight) if self.is_linear(projection) else effective_weight(projection)
 
     @property
     def is_bare(self) -> bool:
@@ -254,6 +254,22 @@ class BlockModules:
     def is_fused(self) -> bool:
         """Whether a projection has rows of several roles."""
         return any(len(parts) > 1 or parts[0].role == "group" for parts in self.inputs.values())
+
+
+@dataclass(frozen=True)
+class OutputWeights(Mapping[BlockKey, Tensor]):
+    """The scored matrix (D, C) of each of these blocks, made or read when it is asked for."""
+
+    blocks: Mapping[BlockKey, BlockModules]
+
+    def __getitem__(self, key: BlockKey) -> Tensor:
+        return self.blocks[key].scored_weight
+
+    def __iter__(self) -> Iterator[BlockKey]:
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
 
 
 def stack_path(model: PreTrainedModel) -> tuple[str, str]:

@@ -4,8 +4,11 @@ Nothing else in the library reaches for a name that its owner does not document.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from ctypes import CDLL
+from functools import lru_cache
 from types import MethodType
 from typing import Any
 
@@ -208,6 +211,43 @@ def keep_addresses(matrices: Iterable[tuple[Tensor | None, ...]]) -> None:
     for tensor in (one for matrix in matrices for one in matrix if one is not None):
         if mark is not None and tensor.device.type != "cpu":
             mark(tensor, guard=False)
+
+
+@contextmanager
+def parameters_without_memory() -> Iterator[None]:
+    """Within this context modules are made whose parameters have no memory, and whose buffers are computed as ever.
+
+    torch's ``meta`` device takes the buffers too, and nothing computes those again that no checkpoint has. What is
+    replaced is where every module registers a parameter; accelerate's ``init_empty_weights`` does the same.
+    """
+    register = nn.Module.register_parameter
+
+    def register_empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None and not param.is_meta:
+            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@lru_cache(maxsize=1)
+def _trim() -> Callable[[int], Any] | None:
+    """The C library's ``malloc_trim``; None where it is not glibc."""
+    return getattr(CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def give_memory_back() -> None:
+    """Let the system have what is free.
+
+    glibc keeps freed blocks below 32 MB for itself, and finds no use for the gaps when sizes differ from layer to
+    layer: the process grows by what each layer has had. Elsewhere nothing happens.
+    """
+    if (trim := _trim()) is not None:
+        trim(0)
 
 
 def compilations() -> list[Any]:

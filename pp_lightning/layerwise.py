@@ -1,8 +1,8 @@
 """Batches carried through a model layer by layer: all of them through one layer before the next one is looked at."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,84 +10,146 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pp_lightning.calls import Call, EnoughError, Record, gives_tuples, hidden_of, replaced
 from pp_lightning.errors import UserError
 from pp_lightning.families import BlockModules, layers_of
 from pp_lightning.functional.probe import token_norms
-from pp_lightning.interfaces import (
-    argument_names,
-    current_forward,
-    first_argument,
-    model_inputs,
-    replace_forward,
-    restore_forward,
-    without_head,
-)
-
-
-class _EnoughError(Exception):
-    """Ends a layer's run where what is wanted has been seen."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a layer is called with beside hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+from pp_lightning.hidden import HiddenStates
+from pp_lightning.interfaces import first_argument, model_inputs, without_head
+from pp_lightning.stored import resident
 
 
 class LayerByLayer:
     """Hidden states of a set of batches in front of one layer, and what every layer is called with for each.
 
-    No layer runs while it is made, but for the first batch, which shows that each layer takes what the one in front of
-    it gives.
+    No layer runs while it is made, but for the first batch and layer, which show what layers give. With a folder,
+    hidden states are there, and an interrupted run that carried the same goes on at the layer that it had reached.
 
     Args:
-        model: in evaluation mode; its layers may become narrower while the batches are carried through it.
+        model: in evaluation mode; its layers may become narrower while the batches are carried through it. The weights
+            of a layer that has them on disk are in memory while batches go through it.
         batches: as :func:`~pp_lightning.calibrate` takes them.
-        folder: keep hidden states in a file in there instead of in memory; None keeps them on the model's device.
-
-    Attributes:
-        layer: index of the layer in front of which the batches are.
+        folder: keep hidden states in files in there instead of in memory; None keeps them on the model's device.
+        about: what tells these batches, and the model, from others; empty begins anew in any case.
 
     Raises:
-        UserError: the layers are not called one after the other.
+        UserError: the layers are not called one after the other, or the disk is full.
     """
 
     @torch.no_grad()
     def __init__(
-        self, model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], folder: Path | None = None
+        self, model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], folder: Path | None = None, about: str = ""
     ) -> None:
-        self.layer = 0
         self._layers = layers_of(model)
-        self._folder = folder
-        self._hidden: list[Tensor] = []
-        self._calls: list[list[_Call]] = []
+        self._calls: list[list[Call]] = []
         self._real = [None if (mask := batch.get("attention_mask")) is None else mask.bool() for batch in batches]
-        wraps = _check_chain(model, batches[0])
-        for batch in batches:
-            calls: list[_Call] = []
-            with _recorded(self._layers, calls, self._hidden, wraps):
-                without_head(model)(**model_inputs(model, batch))
-            self._calls.append(calls)
-        if folder is not None:
-            self._hidden = [_on_disk(hidden, folder / f"hidden-{i}.bin") for i, hidden in enumerate(self._hidden)]
+        self._hidden = HiddenStates(len(batches), folder, about)
+        self._batches = batches
+        self._wraps = gives_tuples(model, batches[0])
+        self._begin = partial(self._record, model)
+        self._begin(keep=self.layer == 0)
 
     def __len__(self) -> int:
         """How many batches there are."""
         return len(self._hidden)
 
+    @property
+    def layer(self) -> int:
+        """Index of the layer in front of which the batches are."""
+        return self._hidden.layer
+
+    @property
+    def chain(self) -> str:
+        """What was said of the hidden states when they came to be in front of this layer."""
+        return self._hidden.chain
+
+    def restart(self) -> None:
+        """Go back to the first layer."""
+        self._begin(keep=True)
+
+    def advance(self, chain: str = "") -> None:
+        """Carry all batches through the layer as it is now.
+
+        Args:
+            chain: what tells the hidden states that come out from others of the same batches.
+        """
+        for _ in self.watched():
+            pass
+        self.passed(chain)
+
     @torch.no_grad()
-    def advance(self) -> None:
-        """Carry all batches through the layer as it is now."""
+    def watched(self) -> Iterator[int]:
+        """Run the layer on one batch after the other, for hooks on its modules, without going on behind it.
+
+        Yields:
+            The number of each batch before it is run.
+        """
         layer = self._layers[self.layer]
-        for number, hidden in enumerate(self._hidden):
-            out = _first(self._run(layer, number))
-            if self._folder is None:
-                self._hidden[number] = out
-            else:
-                hidden.copy_(out)
-        self.layer += 1
+        with resident(layer):
+            for number in range(len(self)):
+                yield number
+                self._hidden.put(number, hidden_of(self._run(layer, number)))
+
+    def passed(self, chain: str = "") -> None:
+        """Take what :meth:`watched` has seen coming out of the layer for what enters the next one."""
+        self._hidden.turn(self.layer + 1, chain)
+
+    @torch.no_grad()
+    def advance_inside(self, model: PreTrainedModel) -> None:
+        """Carry all batches through the layer, each in a call of the model in which all other layers stand still.
+
+        For what stands around the layers, and sees that a batch begins and ends.
+        """
+        layer = self._layers[self.layer]
+        others = [one for one in self._layers if one is not layer]
+
+        def see(_: nn.Module, __: Any, output: Any) -> None:
+            self._hidden.put(number, hidden_of(output))
+
+        hook = layer.register_forward_hook(see)
+        try:
+            with resident(layer):
+                for number in range(len(self)):
+                    with replaced(others, partial(self._stand, number)):
+                        without_head(model)(**model_inputs(model, self._batches[number]))
+        finally:
+            hook.remove()
+        self.passed()
+
+    @torch.no_grad()
+    def output(self, model: PreTrainedModel, number: int) -> Any:
+        """What the model makes of a batch's hidden states behind the last layer."""
+        with replaced(self._layers, partial(self._stand, number)):
+            return model(**model_inputs(model, self._batches[number]))
+
+    def _stand(self, number: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What a layer gives that is not run: what it is given, the first one what the batches have come to."""
+        hidden = self.hidden(number) if layer is self._layers[0] else first_argument(layer, args, kwargs)
+        return (hidden,) if self._wraps else hidden
+
+    def hidden(self, number: int) -> Tensor:
+        """A batch's hidden states in front of the layer, (B, S, D)."""
+        return self._hidden.get(number)
+
+    @torch.no_grad()
+    def _record(self, model: PreTrainedModel, *, keep: bool) -> None:
+        """Note what every layer is called with, and what enters the first one unless that is known."""
+        self._calls.clear()
+        for number, batch in enumerate(self._batches):
+            record = Record(calls=[], checks=number == 0, wraps=self._wraps)
+            with replaced(self._layers, record.note):
+                without_head(model)(**model_inputs(model, batch))
+            if not record.is_chain or len(record.calls) != len(self._layers):
+                raise UserError(
+                    f"{model.config.model_type} does more between its layers than to hand on hidden states: they "
+                    "cannot be carried through it layer by layer"
+                )
+            self._calls.append(record.calls)
+            if keep:
+                assert record.entered is not None
+                self._hidden.put(number, record.entered)
+        if keep:
+            self._hidden.turn(0, "")
 
     @torch.no_grad()
     def states(self, modules: BlockModules) -> Iterator[Tensor]:
@@ -104,15 +166,15 @@ class LayerByLayer:
 
         def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             found.append(inputs[0])
-            raise _EnoughError
+            raise EnoughError
 
         hook = modules.projection(modules.output).register_forward_pre_hook(see)
         try:
             for number, real in enumerate(self._real):
-                with suppress(_EnoughError):
+                with suppress(EnoughError):
                     self._run(self._layers[self.layer], number)
                 states = found.pop().flatten(0, -2)
-                norms = token_norms(self._hidden[number]).flatten()[:, None].to(states.device)
+                norms = token_norms(self.hidden(number)).flatten()[:, None].to(states.device)
                 wide = states if states.dtype == torch.float64 else states.float()
                 relative = torch.where(norms > 0, wide / norms, 0.0)
                 yield relative if real is None else relative[real.flatten().to(states.device)]
@@ -120,78 +182,6 @@ class LayerByLayer:
             hook.remove()
 
     def _run(self, layer: nn.Module, number: int) -> Any:
-        hidden, call = self._hidden[number], self._calls[number][self.layer]
+        hidden, call = self.hidden(number), self._calls[number][self.layer]
         device = next(layer.parameters()).device
         return layer(hidden.to(device), *call.args, **call.kwargs)
-
-
-@contextmanager
-def _recorded(layers: Sequence[nn.Module], calls: list[_Call], firsts: list[Tensor], wraps: bool) -> Iterator[None]:
-    """Let layers give back what they are given, and note what that is."""
-    before = [current_forward(layer) for layer in layers]
-
-    def noting(layer: nn.Module, first: bool) -> Any:
-        name = argument_names(layer)[0]
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = first_argument(layer, args, kwargs)
-            if first:
-                firsts.append(hidden)
-            calls.append(_Call(args[1:], {key: value for key, value in kwargs.items() if key != name}))
-            return (hidden,) if wraps else hidden
-
-        return forward
-
-    try:
-        for index, layer in enumerate(layers):
-            replace_forward(layer, noting(layer, index == 0))
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            is_stock = getattr(forward, "__func__", None) is type(layer).forward
-            restore_forward(layer, None if is_stock else forward)
-
-
-def _check_chain(model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
-    """Whether layers give tuples.
-
-    Raises:
-        UserError: a layer is called with something else than the one in front of it gave.
-    """
-    given: list[Tensor] = []
-    wraps, hooks = [], []
-
-    def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        given.append(first_argument(layer, args, kwargs).detach())
-
-    def leave(_: nn.Module, __: Any, output: Any) -> None:
-        wraps.append(isinstance(output, tuple))
-        given.append(_first(output).detach())
-
-    for layer in layers_of(model):
-        hooks += [layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave)]
-    try:
-        without_head(model)(**model_inputs(model, batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    between = zip(given[1:-1:2], given[2::2], strict=True)
-    if len(wraps) != len(layers_of(model)) or any(
-        not torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in between
-    ):
-        raise UserError(
-            f"{model.config.model_type} does more between its layers than to hand on hidden states: they cannot be "
-            "carried through it layer by layer"
-        )
-    return wraps[0]
-
-
-def _first(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
-def _on_disk(tensor: Tensor, path: Path) -> Tensor:
-    """The same numbers in a file that is mapped into memory."""
-    file = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-    return file.copy_(tensor)

@@ -1,7 +1,9 @@
 """Counts by what units lose after an update: one ranking over all layers, and a search that starts from it."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,16 +14,18 @@ from pp_lightning.allocation import settled_floors, spread, unit_flops
 from pp_lightning.blocks import Block, BlockKey
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence
-from pp_lightning.families import blocks_of
+from pp_lightning.families import BlockModules, OutputWeights, blocks_of, layers_of
 from pp_lightning.functional.allocation import floor_count
 from pp_lightning.functional.least_squares import SecondMoments, losses_in_order
 from pp_lightning.functional.selection import unit_channels
 from pp_lightning.layerwise import LayerByLayer
 from pp_lightning.methods.base import AllocationName, BlockToPrune, StaticMethod
 from pp_lightning.plan import Plan
+from pp_lightning.progress import Steps
 from pp_lightning.searching import Movable, Search
 from pp_lightning.statistics import Statistics
-from pp_lightning.updating import RIDGE_UNTRIED, LeastSquares
+from pp_lightning.stored import described, is_settled, places_of, resident, write_whole
+from pp_lightning.updating import RIDGE_UNTRIED, LeastSquares, digest_of
 
 _FEW_BATCHES = 2
 
@@ -83,12 +87,16 @@ def measured_counts(
     Raises:
         UserError: there are no statistics, or second moments are singular or not finite.
     """
+    if name == "searched" and is_settled(layers_of(model)[0]):
+        raise UserError("allocation=searched runs the model again and again, which cannot be streamed: use global")
     if not isinstance(evidence, Statistics):
         raise UserError(f"allocation={name} needs calibration statistics: pass the result of calibrate()")
-    blocks = {target.key: _ranked(target, method.unit_scores(target, evidence)) for target in targets}
+    blocks = {
+        target.key: method.unit_scores(target, evidence).argsort(descending=True, stable=True) for target in targets
+    }
     found = ranked_after_update(model, update, targets, blocks, keep_moments=name == "searched")
     modules = blocks_of(model)
-    weights = {key: block.scored_weight for key, block in modules.items()}
+    weights = OutputWeights(modules)
     losses = {key: block.losses for key, block in found.items()}
     whole, keep = spread(plan, method, weights, evidence, "global", floor, losses)
     if name != "searched":
@@ -108,10 +116,6 @@ def measured_counts(
         movable[target.key] = Movable(modules[target.key], block.ranked, block.moments, flops, step, least)
     search = Search(model, movable, update.held_out, RIDGE_UNTRIED, update.passes, update.tell)
     return Counts(whole, keep | search.run({key: keep[key] for key in movable}), search.path)
-
-
-def _ranked(target: BlockToPrune, scores: Tensor) -> Tensor:
-    return scores.to(target.weight.device).argsort(descending=True, stable=True)
 
 
 def ranked_after_update(
@@ -135,22 +139,50 @@ def ranked_after_update(
         UserError: second moments are singular or not finite.
     """
     found, modules = {}, blocks_of(model)
-    carried = LayerByLayer(model, update.batches[: max(_FEW_BATCHES, len(update.batches) // 4)])
+    folder = None if update.folder is None else Path(update.folder) / "ranking"
+    about = hashlib.sha256(digest_of(model, update).encode())
     for target in targets:
-        key, width = target.key, target.units.channels
+        about.update(ranked[target.key].cpu().numpy().tobytes())
+    digest = about.hexdigest() + ("+" if keep_moments else "")
+    batches = update.batches[: max(_FEW_BATCHES, len(update.batches) // 4)]
+    carried = LayerByLayer(model, batches, folder, digest)
+    steps = Steps("ranking", "layer", len(layers_of(model)))
+    steps.skip(carried.layer)
+    for target in targets:
+        file = None if folder is None else folder / f"{target.layer}-{target.plan.block.value}.safetensors"
+        done = None if file is None or described(file) != digest else places_of(file)
+        if done is None and target.layer < carried.layer:
+            carried.restart()
         while carried.layer < target.layer:
             carried.advance()
-        moments = SecondMoments(target.weight.shape[1], target.weight.device)
-        for states in carried.states(modules[key]):
+            update.tell(steps.line(carried.layer))
+        if done is None:
+            block = _ranked_block(carried, target, modules[target.key], ranked[target.key], keep_moments)
+            if file is not None:
+                moments = {} if block.moments is None else {"moments": block.moments}
+                write_whole(file, {"losses": block.losses, **moments}, {"about": digest}, "what units cost")
+        else:
+            place = done.get("moments")
+            block = RankedBlock(ranked[target.key], done["losses"].read(), None if place is None else place.read())
+        found[target.key] = block
+    return found
+
+
+def _ranked_block(
+    carried: LayerByLayer, target: BlockToPrune, modules: BlockModules, ranked: Tensor, keep_moments: bool
+) -> RankedBlock:
+    with resident(modules.layer):
+        weight = modules.output_weight
+        moments = SecondMoments(weight.shape[1], weight.device)
+        for states in carried.states(modules):
             moments.add(states)
-        matrix = moments.matrix()
+        matrix, width = moments.matrix(), target.units.channels
         try:
-            lost = losses_in_order(target.weight, matrix, unit_channels(ranked[key], width), RIDGE_UNTRIED)
+            lost = losses_in_order(weight, matrix, unit_channels(ranked, width), RIDGE_UNTRIED)
         except torch.linalg.LinAlgError as error:
             raise UserError(
-                f"second moments of the {key[1].value} block of layer {target.layer} are singular or not finite: give "
-                "more calibration text, or another dtype"
+                f"second moments of the {target.plan.block.value} block of layer {target.layer} are singular or not "
+                "finite: give more calibration text, or another dtype"
             ) from error
-        losses = lost.view(-1, width).sum(1).float()
-        found[key] = RankedBlock(ranked[key], losses, matrix.float() if keep_moments else None)
-    return found
+    losses = lost.view(-1, width).sum(1).float()
+    return RankedBlock(ranked, losses, matrix.float() if keep_moments else None)

@@ -54,6 +54,30 @@ def shown(items: Iterable[T], name: str, unit: str, progress: bool = True) -> It
     return lines
 
 
+class Steps:
+    """Lines about work of so many steps, with the time that is left.
+
+    Args:
+        name: of the work.
+        unit: of its steps.
+        total: how many there are.
+    """
+
+    def __init__(self, name: str, unit: str, total: int) -> None:
+        self._name, self._unit, self._total = name, unit, total
+        self._begun, self._first = time.perf_counter(), 0
+
+    def line(self, done: int) -> str:
+        """What to say when so many are done."""
+        passed, mine = time.perf_counter() - self._begun, done - self._first
+        left = f", {passed / mine * (self._total - done) / 60:.1f} minutes left" if mine > 0 else ""
+        return f"{self._name}: {self._unit} {done} of {self._total} is done{left}"
+
+    def skip(self, done: int) -> None:
+        """An earlier run did so many."""
+        self._first = done
+
+
 class _Lines:
     """Gives every state of a bar, which is meant to replace the one before, a line of its own."""
 

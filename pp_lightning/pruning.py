@@ -1,8 +1,11 @@
 """Prune a transformers model in place, look at its choices, and undo it."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +19,7 @@ from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence
 from pp_lightning.families import (
     BlockModules,
+    OutputWeights,
     blocks_of,
     layers_of,
     refusal,
@@ -29,6 +33,7 @@ from pp_lightning.methods.base import AllocationName, BlockToPrune, PruningMetho
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.plan import Plan, make_plan
 from pp_lightning.prefill import Prefill, checked_refresh, dense_below, dense_rows
+from pp_lightning.progress import Tell, ignore_line
 from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruned.check import Meeting, check_block, kinds_of, meetings
 from pp_lightning.pruned.choice import Choice
@@ -38,8 +43,10 @@ from pp_lightning.pruned.lots import Lots
 from pp_lightning.pruned.recomputing import Recomputing
 from pp_lightning.pruned.runner import BlockRunner
 from pp_lightning.pruned.static import SlicedBlock, check_sliceable, restore_block, slice_block
+from pp_lightning.pruned.turns import Turns
 from pp_lightning.saving import guard, release
 from pp_lightning.statistics import Statistics
+from pp_lightning.stored import is_settled, is_stored, resident
 from pp_lightning.updating import LeastSquares, UpdatedBlock, Updating
 
 _ATTRIBUTE = "_pp_lightning"
@@ -76,9 +83,10 @@ class Pruning:
         pruners: the blocks that choose, of a dynamic method.
         choices: the units of a static method, and of blocks that keep all.
         biases: what it added to the outputs of its blocks, where anything.
-        columns: the output matrices (D, K * c) that it changed, where any.
+        columns: the output matrices (D, K * c) that it changed, where any, and they are in memory.
         updated: what came of each block's update, where there was one.
         path: of a search for counts, if there was one.
+        places: the folder of pruned layers that stay on disk, where it goes with the model.
     """
 
     method: PruningMethod
@@ -92,6 +100,7 @@ class Pruning:
     columns: dict[BlockKey, Tensor] = field(default_factory=dict)
     path: list[dict[str, Any]] = field(default_factory=list)
     updated: dict[BlockKey, UpdatedBlock] = field(default_factory=dict)
+    places: TemporaryDirectory[str] | None = None
     _sliced: dict[BlockKey, SlicedBlock] = field(default_factory=dict)
     _hooks: list[RemovableHandle] = field(default_factory=list)
     _can_undo: bool = True
@@ -119,6 +128,8 @@ def prune_(
     prefill: Prefill | None = None,
     refresh: int | None = None,
     update: LeastSquares | None = None,
+    folder: str | Path | None = None,
+    tell: Tell = ignore_line,
 ) -> None:
     """Prune a transformer in place. It stays the transformers model it was: same class, same call.
 
@@ -156,6 +167,10 @@ def prune_(
             those that were dropped have no keys for these tokens. None holds the prompt's choice.
         update: let what a static method keeps take over what goes, block by block on calibration batches; a mistake on
             the way leaves the model as it was, unless ``keep_dense`` is off. None keeps the weights as they are.
+        folder: where a static method leaves the pruned layers of a model whose weights stay on disk
+            (:func:`~pp_lightning.load_streamed`); None makes one that goes with the model. What it has of an
+            interrupted run with the same choices is not written again.
+        tell: told of each layer that is left there.
 
     Raises:
         UserError: the model is not supported or already pruned, the ratios leave nothing, or ``evidence`` is missing,
@@ -182,7 +197,7 @@ def prune_(
     if isinstance(method, StaticMethod) and (prefill, refresh) != (None, None):
         raise UserError(f"{type(method).__name__} has chosen before any prompt: leave prefill and refresh out")
     stats = evidence if isinstance(evidence, Statistics) else None
-    weights = {key: block.scored_weight for key, block in blocks.items()}
+    weights = OutputWeights(blocks)
     name, path = method.allocation if allocation is None else allocation, []
     if update is not None and isinstance(method, StaticMethod) and name in ("global", "searched"):
         targets = blocks_to_prune(model, replace(plan, layers=tuple(range(len(layers_of(model))))))
@@ -202,7 +217,7 @@ def prune_(
     else:
         assert isinstance(method, StaticMethod)
         found = Statistics(model="") if evidence is None else evidence
-        pruning = _prune_static(surgery, method, found, keep_dense, update)
+        pruning = _prune_static(surgery, method, found, keep_dense, update, partial(Turns, model, folder, tell))
     heads = {key for key in pruning.keep if key[1] is Block.ATTENTION} - surgery.whole().keys()
     pruning.path = path
     guard(model, dynamic=pruning.context is not None, narrow_heads=bool(heads))
@@ -237,7 +252,7 @@ def unprune_(model: PreTrainedModel) -> None:
 
 
 def _check_loaded(model: PreTrainedModel) -> None:
-    if any(weight.is_meta for weight in model.parameters()):
+    if any(weight.is_meta and not is_stored(weight) for weight in model.parameters()):
         raise UserError("weights are offloaded, and pruning needs all of them: load the model where it fits")
 
 
@@ -319,8 +334,10 @@ def blocks_to_prune(
         keep: units that stay in each block; None takes the plan's uniform counts.
     """
     blocks = blocks_of(model)
+    weights = OutputWeights(blocks)
+    later = is_settled(layers_of(model)[0])
     return [
-        BlockToPrune(index, block, blocks[key].scored_weight)
+        BlockToPrune(index, block, partial(weights.__getitem__, key) if later else weights[key])
         for index in plan.layers
         for block in (plan.blocks if keep is None else counted(plan, keep, index))
         if block.ratio > 0 and (key := (index, block.block)) in blocks
@@ -377,7 +394,8 @@ def _checked(
         if splits_groups and key[1] is Block.ATTENTION and blocks[key].is_fused:
             _refuse(key[1], "its queries and keys are one projection, use attention_unit=kv_group", model)
         try:
-            check_block(blocks[key], shape, plan.unit, met[key])
+            with resident(blocks[key].layer):
+                check_block(blocks[key], shape, plan.unit, met[key])
         except UserError as reason:
             _refuse(key[1], str(reason), model)
     return met
@@ -503,7 +521,12 @@ def _pruned_block(
 
 
 def _prune_static(
-    surgery: _Surgery, method: StaticMethod, evidence: Evidence, keep_dense: bool, update: LeastSquares | None
+    surgery: _Surgery,
+    method: StaticMethod,
+    evidence: Evidence,
+    keep_dense: bool,
+    update: LeastSquares | None,
+    turns_of: Callable[[], Turns],
 ) -> Pruning:
     plan = surgery.plan
     pruning = Pruning(method, plan, {}, surgery.shape, _can_undo=keep_dense)
@@ -515,21 +538,24 @@ def _prune_static(
     targets = blocks_to_prune(surgery.model, plan, surgery.keep)
     for target in targets:  # all of them before the first is sliced
         check_sliceable(surgery.blocks[target.key], "static pruning slices")
-    with torch.no_grad(), _undone_on_mistakes(pruning):
+    with torch.no_grad(), _undone_on_mistakes(pruning), ExitStack() as stack:
         updating = None if update is None else Updating(surgery.model, update, method.restores_means)
-        for target, choice in method.choose(targets, evidence):
+        turns = stack.enter_context(turns_of())
+        for target, choice in turns.of(method.choose(targets, evidence)):
             if updating is not None:
                 choice = updating(target, surgery.blocks[target.key], choice)
+            turns.note(target.key, choice)
             sliced = slice_block(surgery.blocks[target.key], surgery.shape, plan.unit, choice)
             pruning.choices[target.key] = choice.kept
             if choice.bias is not None:
                 pruning.biases[target.key] = choice.bias
-            if choice.columns is not None:
+            if choice.columns is not None and not turns.leave:
                 pruning.columns[target.key] = surgery.blocks[target.key].output_weight.detach()
             if keep_dense:
                 pruning._sliced[target.key] = sliced
         if updating is not None:
             pruning.updated = updating.updated
+        pruning.places = turns.place
     pruning.keep = {key: len(kept) for key, kept in pruning.choices.items()}
     return pruning
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from pp_lightning.blocks import Block, BlockKey
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence, fingerprint
+from pp_lightning.stored import at, places_of, values_of, write_whole
 
 __all__ = ["BlockKey", "BlockSums", "Statistics", "fingerprint"]
 
@@ -32,6 +34,13 @@ class BlockSums:
     values: Tensor | None
     shift: Tensor | None = None
     spread: Tensor | None = None
+
+    def read(self) -> "BlockSums":
+        """The same in memory, where the sums have been left on disk."""
+        values, shift, spread = (
+            None if one is None else values_of(one) for one in (self.values, self.shift, self.spread)
+        )
+        return BlockSums(values_of(self.squares), values, shift, spread)
 
 
 @dataclass(repr=False)  # in a notebook, all tensors would be shown
@@ -140,14 +149,40 @@ class Statistics(Evidence):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file; an existing one is replaced only when the new one is complete."""
         tensors = {"counts": self.counts}
-        for (layer, block), sums in self.sums.items():
-            tensors[f"{layer}.{block.value}.squares"] = sums.squares
-            for name, tensor in (("values", sums.values), ("shift", sums.shift), ("spread", sums.spread)):
-                if tensor is not None:
-                    tensors[f"{layer}.{block.value}.{name}"] = tensor
-            tensors[f"{layer}.{block.value}.residual"] = self.residuals[layer, block]
+        for key in self.sums:
+            tensors |= self.tensors_of(key)
         header = {"model": self.model, "num_batches": self.num_batches, "batches_digest": self.batches_digest}
         self._write(path, header, tensors)
+
+    def tensors_of(self, key: BlockKey) -> dict[str, Tensor]:
+        """What a file holds of one block, by name."""
+        sums, (layer, block) = self.sums[key], key
+        found = {**vars(sums), "residual": self.residuals[key]}
+        return {f"{layer}.{block.value}.{name}": tensor for name, tensor in found.items() if tensor is not None}
+
+    def leave(self, layer: int, file: Path, about: str) -> None:
+        """Write a layer's sums to a file of their own, and leave them there.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        own = [key for key in self.sums if key[0] == layer]
+        tensors = {name: tensor for key in own for name, tensor in self.tensors_of(key).items()}
+        write_whole(file, tensors | {"counts": self.counts}, {"about": about}, self.called)
+        self.find(layer, file)
+
+    def find(self, layer: int, file: Path) -> None:
+        """Take a layer's sums from where :meth:`leave` has left them."""
+        places = places_of(file)
+        self.counts = places.pop("counts").read()
+        for name in [name for name in places if name.endswith(".squares")]:
+            key = layer, Block(name.split(".")[1])
+            prefix = name.removesuffix("squares")
+            parts = ("squares", "values", "shift", "spread")
+            found = [at(places[prefix + part]) if prefix + part in places else None for part in parts]
+            assert found[0] is not None
+            self.sums[key] = BlockSums(found[0], *found[1:])
+            self.residuals[key] = places[f"{prefix}residual"].read()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Statistics":
@@ -177,7 +212,7 @@ class Statistics(Evidence):
 
     def _of(self, layer: int, block: Block) -> BlockSums:
         try:
-            return self.sums[layer, block]
+            return self.sums[layer, block].read()
         except KeyError:
             raise UserError(f"these statistics do not cover the {block.value} block of layer {layer}") from None
 

@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pp_lightning.blocks import BlockKey
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import fingerprint
-from pp_lightning.families import BlockModules
+from pp_lightning.families import BlockModules, layers_of
 from pp_lightning.functional.least_squares import SecondMoments, solve_kept, squared_error
 from pp_lightning.functional.selection import unit_channels
 from pp_lightning.interfaces import INPUTS
 from pp_lightning.layerwise import LayerByLayer
 from pp_lightning.methods.base import BlockToPrune, StaticChoice
-from pp_lightning.progress import Tell, ignore_line
+from pp_lightning.progress import Steps, Tell, ignore_line
+from pp_lightning.stored import write_whole
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 RIDGE_UNTRIED = 1e-2  # where nothing is held out
@@ -104,9 +104,12 @@ class Updating:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._carried = LayerByLayer(model, update.batches, folder)
         self._held_out = len(update.held_out)
-        self._digest = _digest(model, self.update)
+        self._time = Steps("updating", "layer", len(layers_of(model)))
+        self._digest = digest_of(model, self.update)
+        self._carried = LayerByLayer(model, update.batches, folder, self._digest)
+        self._is_resumed = self._carried.layer > 0
+        self._time.skip(self._carried.layer)
 
     def __call__(self, target: BlockToPrune, modules: BlockModules, choice: StaticChoice) -> StaticChoice:
         """The choice with new columns and bias for the block's output matrix.
@@ -119,20 +122,32 @@ class Updating:
         Raises:
             UserError: states are not finite, or their second moments are singular.
         """
-        while self._carried.layer < target.layer:
-            self.update.tell(f"layer {self._carried.layer} is done")
-            self._carried.advance()
+        self._carry_to(target.layer)
         if len(choice.kept) == target.units.number:
             return choice
         self._digest = hashlib.sha256(f"{self._digest}{target.key}{choice.kept.tolist()}".encode()).hexdigest()
         found = self._finished(target)
         if found is None:
+            if self._carried.layer > target.layer:  # what an earlier run had found is gone
+                self._is_resumed = False
+                self._carried.restart()
+                self._carry_to(target.layer)
             found = self._solved(target, modules, choice)
             self._keep(target, *found)
         block, columns, bias = found
         self.updated[target.key] = block
         device = target.weight.device
         return StaticChoice(choice.kept, None if bias is None else bias.to(device), columns.to(device))
+
+    def _carry_to(self, layer: int) -> None:
+        """Bring the batches in front of a layer, unless an earlier run brought them that far and further."""
+        if self._is_resumed and self._carried.layer <= layer:
+            self._is_resumed = False
+            if self._carried.chain != self._digest:  # which made other choices
+                self._carried.restart()
+        while self._carried.layer < layer:
+            self._carried.advance(self._digest)
+            self.update.tell(self._time.line(self._carried.layer))
 
     def _solved(self, target: BlockToPrune, modules: BlockModules, choice: StaticChoice) -> _Solved:
         weight, update = modules.output_weight.detach(), self.update
@@ -203,17 +218,11 @@ class Updating:
         file = self._file(target)
         if file is None:
             return
-        unfinished = file.with_suffix(".unfinished")
         metadata = {"digest": self._digest, "block": json.dumps(vars(block))}
-        try:
-            tensors = {"columns": columns.contiguous()} | ({} if bias is None else {"bias": bias})
-            save_file(tensors, unfinished, metadata=metadata)
-            unfinished.replace(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write {file}: {error}") from error
+        write_whole(file, {"columns": columns} | ({} if bias is None else {"bias": bias}), metadata)
 
 
-def _digest(model: PreTrainedModel, update: LeastSquares) -> str:
+def digest_of(model: PreTrainedModel, update: LeastSquares) -> str:
     """What tells one update from another: model, text and settings."""
     digest = hashlib.sha256(f"{fingerprint(model)} {update.ridge} {update.bias}".encode())
     for batch in update.batches:

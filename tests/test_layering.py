@@ -12,11 +12,12 @@ PACKAGE = "pp_lightning"
 
 # Lowest first; a module imports its own layer and lower ones. A package stands for everything inside.
 LAYERS = [
-    {"errors", "interfaces", "prefill", "progress", "saving"},
+    {"errors", "interfaces", "prefill", "progress", "saving", "tensor_files"},
+    {"stored", "hidden"},
     {"records", "resume", "functional"},
     {"blocks"},
     {"families", "evidence"},
-    {"statistics", "layerwise", "searching"},
+    {"statistics", "calls", "layerwise", "searching"},
     {"importances"},
     {"methods"},
     {"plan", "updating"},
@@ -24,10 +25,11 @@ LAYERS = [
     {"target", "measured"},
     {"pruned"},
     {"pruning"},
-    {"state", "freezing", "continuation"},
-    {"calibration", "gradients"},
+    {"state", "freezing", "continuation", "passes"},
+    {"collecting", "calibration", "gradients"},
     {"compilation", "counting"},
     {"flops", "checkpoints"},
+    {"forecast"},
     {"benchmark"},
     {"data"},
     {"recovery"},
@@ -127,7 +129,7 @@ def test_the_library_does_without_heavy_packages(name):
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_layers_import_torch_and_transformers_only(name):
-    allowed = {PACKAGE, "torch", "transformers", "safetensors", "yaml"} | sys.stdlib_module_names
+    allowed = {PACKAGE, "torch", "transformers", "safetensors", "huggingface_hub", "yaml"} | sys.stdlib_module_names
     assert {i.split(".")[0] for i in imports(name)} <= allowed
 
 

@@ -82,7 +82,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("pp_lightning.evidence.save_file", fail)
+    monkeypatch.setattr("pp_lightning.stored.write_tensors", fail)
     with pytest.raises(UserError, match=r"cannot write statistics to .*disk full"):
         small().save(path)
     assert path.read_bytes() == before

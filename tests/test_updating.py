@@ -120,7 +120,7 @@ def test_batches_go_layer_by_layer_through_every_family(name):
         carried = LayerByLayer(model, batches)
         for _ in layers_of(model):
             carried.advance()
-    for end, hidden in zip(ends, carried._hidden, strict=True):
+    for end, hidden in zip(ends, map(carried.hidden, range(len(carried))), strict=True):
         assert torch.equal(end[0] if isinstance(end, tuple) else end, hidden)
     assert all("forward" not in vars(layer) for layer in layers_of(model))
 

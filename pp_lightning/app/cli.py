@@ -3,7 +3,7 @@
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ DATA = {
     "commonsense": f"{CommonsenseData.__module__}.{CommonsenseData.__name__}",
 }
 
-_OPTIONS = {"--for": "--engine", "--check-with": "--check_with"}
+_OPTIONS = {"--for": "--engine", "--check-with": "--check_with", "--stream": "--model.stream"}
 
 EXAMPLES = """
 examples:
@@ -71,6 +71,8 @@ examples:
     pp-lightning compare --model.path DIR --data commonsense --data.path DIR3 --methods [pp] --out DIR2
   does saved arithmetic become saved time? its own options: pp-lightning benchmark --help
     pp-lightning benchmark --config configs/tiny/benchmark.yaml --out DIR
+  what will it cost? nothing is loaded; its own options: pp-lightning plan --help
+    pp-lightning plan --model.path DIR --pruning_ratio 0.4
   any task of lm-evaluation-harness, its own options
     pp-lightning lm-eval --tasks hellaswag --batch_size 20 --model_args path=DIR,method=pp,pruning_ratio=0.4
   from a checkpoint and a text to a smaller checkpoint
@@ -248,8 +250,10 @@ def main() -> None:
     if sys.argv[1:2] == ["lm-eval"]:
         _run_harness(sys.argv[2:])
         return
-    if sys.argv[1:2] == ["benchmark"]:
-        _run_benchmark(sys.argv[2:])
+    if sys.argv[1:2] in (["benchmark"], ["plan"]):
+        from pp_lightning.app import benchmarking, planning
+
+        _run_own({"benchmark": benchmarking.main, "plan": planning.main}[sys.argv[1]], sys.argv[2:])
         return
     _quiet()
     sys.argv = with_full_names(sys.argv)
@@ -281,12 +285,10 @@ def _mistake_behind(error: BaseException | None) -> BaseException | None:
     return error
 
 
-def _run_benchmark(words: Sequence[str]) -> None:
-    """``pp-lightning benchmark``: it measures a model that is no LightningModule, so it has options of its own."""
-    from pp_lightning.app import benchmarking
-
+def _run_own(command: Callable[[Sequence[str]], None], words: Sequence[str]) -> None:
+    """A command without a LightningModule, which has options of its own."""
     try:
-        benchmarking.main(words)
+        command(words)
     except (UserError, ArgumentError) as error:
         print(f"pp-lightning: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
@@ -317,7 +319,8 @@ def with_full_names(words: Sequence[str]) -> list[str]:
         elif before in ("--data.text", "--data.calibration") and Path(word).is_file():
             full += ["C4" if ".json" in Path(word).name else "TextFile", f"{before}.path", word]
         else:
-            full.append(_OPTIONS.get(word, named.get(word, word)))
+            name, equals, value = word.partition("=")
+            full.append(named.get(word, _OPTIONS.get(name, name) + equals + value))
     return full
 
 

@@ -268,6 +268,11 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> bool:
         check_biases(module.model, more=module.method.restores_means)
         tokenizer_fields(module.tokenizer, module.model.config.vocab_size)
     _check_quantize(settings)
+    if module.is_streamed and settings.written != "safetensors":
+        raise UserError(
+            f"a model whose weights stay on disk is written as safetensors: convert the folder to {settings.written} "
+            "afterwards, or say --model.stream false"
+        )
     return dynamic
 
 

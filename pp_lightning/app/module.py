@@ -13,8 +13,8 @@ from transformers import get_cosine_schedule_with_warmup
 from pp_lightning.app.prunable import FrozenOn, PrunableModule
 from pp_lightning.app.recovery import RecoveryRun, described, recovery_callbacks
 from pp_lightning.app.results import Evaluation
-from pp_lightning.app.scoring import Scoring, scoring_for
-from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer, new_model
+from pp_lightning.app.scoring import Scoring, scoring_for, streamed_scoring_for
+from pp_lightning.checkpoints import Dtype, load_tokenizer, new_model, open_model
 from pp_lightning.commonsense import CommonsenseData
 from pp_lightning.compilation import Compilation, compile_, uncompile_
 from pp_lightning.data.base import EvaluationData
@@ -77,6 +77,8 @@ class PrunedLM(PrunableModule):
         pad_token: a token to pad with, for tokenizers that define none (LLaMA: ``</s>``).
         compile: compile every layer, dense ones too: saved arithmetic becomes saved time. The first batch pays for it.
         allow_pickle: also load ``.bin`` checkpoints, which can run code of whoever wrote them.
+        stream: leave the weights of the layers on disk, and give each layer its own while it runs, for models larger
+            than the memory; none does so where they would take more than half of the free memory.
         from_scratch: take only the config and tokenizer from ``path`` and draw new weights.
         learning_rate: peak learning rate of ``fit`` (AdamW, linear warm-up, cosine decay).
         warmup_steps: optimiser steps of linear warm-up.
@@ -111,6 +113,7 @@ class PrunedLM(PrunableModule):
         pad_token: str | None = None,
         compile: bool = False,
         allow_pickle: bool = False,
+        stream: bool | None = None,
         from_scratch: bool = False,
         learning_rate: float = 1e-3,
         warmup_steps: int = 100,
@@ -118,8 +121,10 @@ class PrunedLM(PrunableModule):
         recovery: Recovery | None = None,
         recovered: str | None = None,
     ) -> None:
+        if stream and (from_scratch or compile or allow_pickle):
+            raise UserError("weights that stay on disk are not drawn, compiled or pickled: leave stream out")
         super().__init__(
-            new_model(path) if from_scratch else load_model(path, dtype, allow_pickle=allow_pickle),
+            new_model(path) if from_scratch else open_model(path, dtype, allow_pickle=allow_pickle, stream=stream),
             method=method,
             pruning_ratio=_DEFAULT_RATIO if pruning_ratio is None else pruning_ratio,
             attention_ratio=attention_ratio,
@@ -170,6 +175,8 @@ class PrunedLM(PrunableModule):
     def setup(self, stage: str) -> None:
         """Get ready for the trainer's data."""
         self.prepare(self.data)
+        if stage == "fit" and self.is_streamed:
+            raise UserError("training needs all weights in memory: say --model.stream false, or take a smaller model")
         if stage == "fit" and self.recovery is not None:
             self._start_recovery(self.recovery)
 
@@ -193,7 +200,9 @@ class PrunedLM(PrunableModule):
         bar = self.trainer.progress_bar_callback
         progress = bar.show if isinstance(bar, ShowsProgress) else None
         resume_file = Path(self.trainer.default_root_dir) / f"unfinished-{self.label}-{self.pruning_ratio}.json"
-        self._scoring = scoring_for(self.data)
+        self._scoring = (
+            streamed_scoring_for(self.data, self.model, self.tell) if self.is_streamed else scoring_for(self.data)
+        )
         self._scoring.start(self.device, resume_file, progress)
 
     def test_step(self, batch: Any, batch_index: int) -> None:
@@ -204,6 +213,7 @@ class PrunedLM(PrunableModule):
     def on_test_epoch_end(self) -> None:
         """Sum up, and log the figures that are single numbers."""
         assert self._scoring is not None
+        self._scoring.finish(self.model)
         skipped_batches(self.model)  # on an accelerator nobody has looked yet
         self.evaluation = Evaluation(
             method=self.label,

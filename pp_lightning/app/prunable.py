@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import lightning as L
@@ -15,7 +16,7 @@ from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import first_batch
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence
-from pp_lightning.families import shape_of
+from pp_lightning.families import layers_of, shape_of
 from pp_lightning.freezing import choice_for
 from pp_lightning.importances import Importances
 from pp_lightning.methods import DynamicMethod, PruningMethod, StaticMethod, Updated
@@ -24,10 +25,11 @@ from pp_lightning.methods.frozen import FrozenOnHistory
 from pp_lightning.methods.gradient import GradientMethod
 from pp_lightning.plan import make_plan
 from pp_lightning.prefill import BreakEven, Prefill, break_even_file
-from pp_lightning.progress import ignore_line, write_line
+from pp_lightning.progress import Tell, ignore_line, write_line
 from pp_lightning.pruning import check_family, is_pruned, prune_, pruning_of, unprune_
 from pp_lightning.recovery import Adapters, Recovered
 from pp_lightning.statistics import Statistics
+from pp_lightning.stored import is_settled
 from pp_lightning.updating import LeastSquares
 
 FrozenOn = Literal["history", "text"]
@@ -63,7 +65,7 @@ class PrunableModule(L.LightningModule):
         label: name of the row that is evaluated.
         reuse: whether further rows follow: what one pass over the calibration text gives is kept for them, and the
             dense weights too.
-        update_folder: where an update keeps what it has finished; None keeps nothing.
+        update_folder: where an update, and all work on a streamed model, keeps what is finished; None keeps nothing.
     """
 
     def __init__(
@@ -111,9 +113,30 @@ class PrunableModule(L.LightningModule):
         self.label = "dense" if method is None else method.label
         self.reuse = False
         self.update_folder: Path | None = None
+        self._scratch: TemporaryDirectory[str] | None = None
         self._adapters: Adapters | None = None
         self._statistics: Statistics | None = None
         self._importances: dict[PruningMethod, Importances] = {}
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the weights of the model's layers stay on disk."""
+        return is_settled(layers_of(self.model)[0])
+
+    @property
+    def place(self) -> Path | None:
+        """Where unfinished work is kept: the folder that was given, or for a streamed model one that goes with it."""
+        if self.update_folder is not None or not self.is_streamed:
+            return self.update_folder
+        if self._scratch is None:
+            self._scratch = TemporaryDirectory(prefix="pp-lightning-")
+        return Path(self._scratch.name)
+
+    @property
+    def tell(self) -> Tell:
+        """Writes lines about long work, where progress is shown."""
+        shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        return write_line if shown else ignore_line
 
     def use_recovered(self, recovered: Recovered) -> None:
         """Evaluate this recovered model from now on."""
@@ -180,6 +203,7 @@ class PrunableModule(L.LightningModule):
         if isinstance(method, DynamicMethod) or not self.reuse:  # a table has static rows too, which have no prompts
             serving = {"prefill": self._prefill(method), "refresh": self.refresh}
         serving |= {"keep_dense": self.reuse, "release_stats": not self.reuse, "update": self.update_for(method, data)}
+        serving |= {"folder": self.place, "tell": self.tell} if self.is_streamed else {}
         prune_(self.model, method, evidence, **amounts, **allocation, **serving)
         if self.recovered is not None:
             self._adapters = self.recovered.attach(self.model)
@@ -190,9 +214,8 @@ class PrunableModule(L.LightningModule):
         """How the weights that stay are updated, on the calibration text; None for methods that leave them."""
         if not method.updates:
             return None
-        shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
         batches = list(UntilTerminated(data.calibration_batches(), self.trainer))
-        return LeastSquares(batches, folder=self.update_folder, tell=write_line if shown else ignore_line)
+        return LeastSquares(batches, folder=self.place, tell=self.tell)
 
     def read_evidence(self) -> str | None:
         """Take the method's file as it stands, if there is one: what needs no calibration text at hand.
@@ -351,6 +374,7 @@ class PrunableModule(L.LightningModule):
             layers=None if shared or self._ranks_globally(method) else plan.layers,
             save_to=self.statistics_file if self.trainer.is_global_zero else None,
             progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None,
+            folder=None if self.place is None else self.place / "calibration",
         )
         if self.reuse:
             self._statistics = statistics

@@ -191,7 +191,7 @@ def _text_grid(rows: Sequence[Comparison]) -> Grid:
 
 def _text_cells(row: Comparison) -> tuple[str, ...]:
     e = row.evaluation
-    assert e.perplexity is not None and e.time is not None
+    assert e.perplexity is not None
     return (
         NAMES.get(e.method, e.method),
         f"{e.pruning_ratio:.0%}",
@@ -202,7 +202,7 @@ def _text_cells(row: Comparison) -> tuple[str, ...]:
         _number(row.time_ratio, ".3f"),
         _number(row.efficiency, ".2f"),
         _number(row.prr, ".3g"),
-        f"{e.time.median:.1f} ({e.time.fastest:.1f}-{e.time.slowest:.1f})",
+        "-" if e.time is None else f"{e.time.median:.1f} ({e.time.fastest:.1f}-{e.time.slowest:.1f})",
         _range(e.kept.get("attention")),
         _range(e.kept.get("mlp")),
     )

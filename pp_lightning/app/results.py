@@ -134,9 +134,11 @@ class Comparison:
     @staticmethod
     def of(evaluation: Evaluation, dense: Evaluation) -> "Comparison":
         """Compare a row with the dense row."""
-        if evaluation.perplexity is None or dense.perplexity is None or not evaluation.time or not dense.time:
+        if evaluation.perplexity is None or dense.perplexity is None:
             return Comparison(evaluation)
         degradation = evaluation.perplexity - dense.perplexity
+        if evaluation.time is None or dense.time is None:
+            return Comparison(evaluation, degradation)
         time_ratio = evaluation.time.median / dense.time.median
         saved = dense.time.median - evaluation.time.median
         prr = degradation / saved if saved > 0 else None

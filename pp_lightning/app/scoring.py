@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import singledispatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.families import shape_of
 from pp_lightning.flops import Flops, continued_flops, dense_flops, prompt_flops, pruned_flops
+from pp_lightning.passes import goes_layer_by_layer, outputs_layer_by_layer
+from pp_lightning.progress import Tell
 from pp_lightning.pruning import is_pruned, pruning_of
 
 Progress = Callable[[str, int, int], None]
@@ -55,6 +58,10 @@ class Scoring(ABC):
     @abstractmethod
     def step(self, model: PreTrainedModel, batch: Any) -> None:
         """Score one item of the data module's test dataloader."""
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """Do what waits for the last item."""
+        return
 
     @abstractmethod
     def figures(self) -> dict[str, Any]:
@@ -123,6 +130,33 @@ class TextScoring(Scoring):
             "tokens": tokens,
             "time": Timing.of(self.milliseconds) if self.milliseconds else None,
         }
+
+
+class LayerwiseTextScoring(TextScoring):
+    """Perplexity of a model whose layers' weights stay on disk: all batches wait for each layer. No batch has a time.
+
+    Args:
+        data: the data module.
+        tell: told of each layer.
+    """
+
+    def __init__(self, data: LanguageModelling, tell: Tell) -> None:
+        super().__init__(data)
+        self._batches: list[Any] = []
+        self._tell = tell
+
+    def step(self, model: PreTrainedModel, batch: Any) -> None:
+        """Put a batch with the others."""
+        self._batches.append(batch)
+        self.count_flops(model, *batch["input_ids"].shape)
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """Run all of them, and add their losses in their order."""
+        given = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in self._batches]
+        with TemporaryDirectory(prefix="pp-lightning-") as folder:
+            outputs = outputs_layer_by_layer(model, given, Path(folder), self._tell)
+            for batch, output in zip(self._batches, outputs, strict=True):
+                self.perplexity.update(output.logits, batch["labels"])
 
 
 class ContinuationScoring(TextScoring):
@@ -194,6 +228,13 @@ class TaskScoring(Scoring):
         """Accuracies of each task and their mean."""
         assert self.results is not None
         return {"tasks": self.results.as_dict()}
+
+
+def streamed_scoring_for(data: EvaluationData, model: PreTrainedModel, tell: Tell) -> Scoring:
+    """The way to score a model whose layers' weights stay on disk: with all batches together, where that can be."""
+    if isinstance(data, LanguageModelling) and data.protocol != "continuation" and goes_layer_by_layer(model):
+        return LayerwiseTextScoring(data, tell)
+    return scoring_for(data)
 
 
 @singledispatch

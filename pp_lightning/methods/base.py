@@ -1,7 +1,7 @@
 """What a pruning method is: a policy without state. One file a method."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from enum import Enum
@@ -96,12 +96,17 @@ class BlockToPrune:
     Attributes:
         layer: layer index.
         plan: its units, and how many stay under uniform ratios.
-        weight: the output matrix, (D, C).
+        output: the output matrix, (D, C), or what makes or reads it.
     """
 
     layer: int
     plan: BlockPlan
-    weight: Tensor
+    output: Tensor | Callable[[], Tensor]
+
+    @property
+    def weight(self) -> Tensor:
+        """The output matrix, (D, C)."""
+        return self.output if isinstance(self.output, Tensor) else self.output()
 
     @property
     def key(self) -> BlockKey:

@@ -79,16 +79,18 @@ class FLAP(StaticMethod[Statistics]):
 
     def unit_scores(self, block: BlockToPrune, evidence: Statistics) -> Tensor:
         """Standardised scores (U,) float32, comparable between blocks."""
-        columns = flap_column_scores(block.weight, evidence.variance(*block.key).to(block.weight.device))
+        weight = block.weight
+        columns = flap_column_scores(weight, evidence.variance(*block.key).to(weight.device))
         if block.plan.block is Block.ATTENTION:
             columns = columns.square()
         width = block.units.channels
         return block.checked(sum_over_units(standardised(columns), width) / width)
 
     def _bias(self, block: BlockToPrune, kept: Tensor, statistics: Statistics) -> Tensor:
-        mean = statistics.channel_moments(*block.key)[0].to(block.weight.device)
+        weight = block.weight
+        mean = statistics.channel_moments(*block.key)[0].to(weight.device)
         removed = mean.index_fill(0, unit_channels(kept, block.units.channels), 0.0)
-        return block.weight.detach().float() @ removed
+        return weight.detach().float() @ removed
 
 
 def global_counts(blocks: Sequence[BlockToPrune], scores: Sequence[Tensor]) -> list[int]:

@@ -21,5 +21,6 @@ class StaticPPsp(StaticMethod[Statistics]):
 
     def unit_scores(self, block: BlockToPrune, evidence: Statistics) -> Tensor:
         """Scores (U,) float32 of a block's units."""
-        energy = evidence.energy(*block.key).to(block.weight.device)
-        return block.checked(ppsp_unit_scores(energy, ppsp_weight_norm(block.weight), block.units.channels))
+        weight = block.weight
+        energy = evidence.energy(*block.key).to(weight.device)
+        return block.checked(ppsp_unit_scores(energy, ppsp_weight_norm(weight), block.units.channels))

@@ -21,5 +21,6 @@ class WandaSP(StaticMethod[Statistics]):
 
     def unit_scores(self, block: BlockToPrune, evidence: Statistics) -> Tensor:
         """Scores (U,) float32 of a block's units."""
-        columns = wanda_column_scores(block.weight, evidence.energy(*block.key).to(block.weight.device))
+        weight = block.weight
+        columns = wanda_column_scores(weight, evidence.energy(*block.key).to(weight.device))
         return block.checked(sum_over_units(columns, block.units.channels))

@@ -1,7 +1,8 @@
 """What the pruned blocks of one model share: the batch that runs, and what it is told by hooks of the model."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 from weakref import WeakSet
@@ -24,7 +25,7 @@ from pp_lightning.pruned.conversations import (
     has_fixed_size,
     is_filled,
 )
-from pp_lightning.pruned.inputs import BatchInputs, Earlier, Result
+from pp_lightning.pruned.inputs import BatchInputs, Earlier
 from pp_lightning.pruned.locks import Lock
 from pp_lightning.pruned.lots import Lots
 from pp_lightning.pruned.projection import Product
@@ -58,6 +59,7 @@ class ModelContext:
         memory: for one block's slice.
         held: see above.
         frozen: leave states as they are.
+        part: the only layer that runs; None where all do.
         last: what the last batch was run on, by block; None before the first.
         num_batches: batches that have moved the states.
         skipped: counts batches that were not finite.
@@ -86,6 +88,7 @@ class ModelContext:
         self.refresh = refresh
         self.dense_rows = dense_rows
         self.frozen = False
+        self.part: int | None = None
         self.last: list[Choice] | None = None
         self.num_batches = 0
         self.skipped = SkippedBatches()
@@ -124,6 +127,15 @@ class ModelContext:
     @leaving.setter
     def leaving(self, product: Product | None) -> None:
         self._here.leaving = product
+
+    @contextmanager
+    def only(self, layer: int) -> Iterator[None]:
+        """Within this context batches run one layer, and move the states of its blocks alone."""
+        self.part = layer
+        try:
+            yield
+        finally:
+            self.part = None
 
     def runs_dense(self, rows: int, tokens: int) -> bool:
         """Whether a prompt of (B, S) runs on all units."""
@@ -257,6 +269,8 @@ class ModelContext:
         cache = given.get("past_key_values")
         if batch is not None and batch.decoding:
             self._end_decoding(batch, cache)
+        elif batch is not None and self.part is not None:
+            self._remember(batch, [block for block in self.blocks if block.index == self.part])
         elif batch is not None and len(batch.results) == len(self.blocks):
             self._end_prompt(batch, getattr(output, "past_key_values", None) if cache is None else cache)
         self._leave_batch()
@@ -264,8 +278,7 @@ class ModelContext:
     def _end_prompt(self, batch: BatchInputs, cache: Any) -> None:
         results = [batch.results[block.key] for block in self.blocks]
         self.last = choices = [_kept(result.choice) for result in results]
-        if batch.remember:
-            self._remember(batch, results)
+        self._remember(batch, self.blocks)
         one = batch.conversation
         if one is None or cache is None:
             return
@@ -293,14 +306,17 @@ class ModelContext:
             begin_with(cache, one)
             self.last = list(one.choices)
 
-    def _remember(self, batch: BatchInputs, results: Sequence[Result]) -> None:
-        """Move all states by one batch, if it is finite."""
+    def _remember(self, batch: BatchInputs, blocks: Sequence[Any]) -> None:
+        """Move the states of these blocks by one batch, if it is finite and to be remembered."""
+        if not batch.remember:
+            return
+        results = [batch.results[block.key] for block in blocks]
         moments = [result.moment for result in results if result.moment is not None]
         finite = all_finite(moments) if moments else None
         with self._lock.taken():
             alone = is_traced() or all(other is batch for other in self._running)
             if finite is not None:
-                for block, result in zip(self.blocks, results, strict=True):
+                for block, result in zip(blocks, results, strict=True):
                     block.remember(result, finite, in_place=alone)
             if not is_traced():
                 self.num_batches += 1

@@ -379,7 +379,7 @@ MISTAKES = {
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     command, where, type_in, arguments, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("pp_lightning.app.module.load_model", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr("pp_lightning.app.module.open_model", lambda *_, **__: pytest.fail("work was begun"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "locked").mkdir()
     allowed = os.access

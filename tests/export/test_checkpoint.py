@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +15,7 @@ from pp_lightning import UserError, calibrate, kept_units, prune_
 from pp_lightning.families import shape_of
 from pp_lightning.flops import dense_flops
 from pp_lightning.methods import FLAP, ProbePruning, StaticPPsp, WandaSP
+from pp_lightning.tensor_files import write_tensors
 from tests.models import (
     GROUPS,
     HEADS,
@@ -160,19 +160,19 @@ def test_shards_and_their_index(tmp_path):
 
 
 def test_a_shard_is_made_only_when_it_is_written(tmp_path, monkeypatch):
-    """One shard in memory: the tensors of the next are made after the file of the last was written."""
+    """The tensors of the next are made after the file of the last was written."""
     events = []
 
     def make(entry, *, real=Entry.make):
         events.append("make")
         return real(entry)
 
-    def write(*arguments, real=save_file, **more):
+    def write(*arguments, real=write_tensors):
         events.append("write")
-        real(*arguments, **more)
+        real(*arguments)
 
     monkeypatch.setattr(Entry, "make", make)
-    monkeypatch.setattr("export.weights.save_file", write)
+    monkeypatch.setattr("export.weights.write_tensors", write)
     export_checkpoint(pruned("llama"), tmp_path / "out", max_shard_size="100KB", layout="padded")
     assert events.index("write") < events.index("make", events.index("write"))
     assert events.count("write") > 3

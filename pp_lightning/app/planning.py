@@ -1,0 +1,194 @@
+"""``pp-lightning plan``: what pruning a model will cost, before anything of it is loaded."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+from transformers import AutoConfig, PreTrainedConfig
+
+from pp_lightning.app.help import ExamplesFormatter
+from pp_lightning.app.report import Grid, show_grid
+from pp_lightning.checkpoints import Dtype
+from pp_lightning.errors import UserError
+from pp_lightning.forecast import JOBS, Job, Sizes, Workload, memory, moments_flops, solving_flops, work_flops
+
+_EXAMPLES = """
+examples:
+  a checkpoint folder, a hub id, or a config alone
+    pp-lightning plan --model.path DIR --pruning_ratio 0.4
+    pp-lightning plan --model.path configs/shapes/llama-3-70b.json --devices 4
+  the work of an experiment of your own
+    pp-lightning plan --model.path DIR --window 128 --batch_size 4 --calibration_samples 16 --test_tokens 2000
+"""
+_SECONDS = 2.0  # of each of the four measurements
+_READ_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What this machine does in a second.
+
+    Attributes:
+        products: FLOPs of a layer's matrices, in the dtype of the weights.
+        moments: FLOPs of second moments, in float32.
+        solving: FLOPs of a factorisation, in float64.
+        reading: bytes from the disk that the model is on; of a config alone, from memory to memory.
+    """
+
+    products: float
+    moments: float
+    solving: float
+    reading: float
+
+
+def main(words: Sequence[str]) -> None:
+    """Read the options, measure for at most ten seconds, and show a table."""
+    options = _parser().parse_args(list(words))
+    if options.devices < 1:
+        raise UserError(f"devices must be at least 1, not {options.devices}")
+    config = read_config(options.model.path)
+    dtype = (config.dtype or torch.float32) if options.dtype == "auto" else getattr(torch, options.dtype)
+    work = Workload(
+        options.batch_size,
+        options.window,
+        options.calibration_samples,
+        options.test_tokens,
+        dtype,
+        options.pruning_ratio,
+    )
+    sizes = Sizes.of(config, dtype)
+    folder = Path(options.model.path)
+    speeds = measured_speeds(sizes, work, folder if folder.is_dir() else None) if options.measure else None
+    show_grid(planned(options.model.path, sizes, work, options.devices, speeds))
+
+
+def read_config(path: str) -> PreTrainedConfig:
+    """The config of a folder, a file or a hub id.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers and the hub client raise a dozen unrelated types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read a model config from {path}: {reason}") from error
+
+
+def planned(name: str, sizes: Sizes, work: Workload, devices: int, speeds: Speeds | None) -> Grid:
+    """The table."""
+    rows = [_row(job, sizes, work, devices, speeds) for job in JOBS]
+    flops = work_flops(sizes, work, "evaluation") / work.test_batches
+    dtype = str(work.dtype).removeprefix("torch.")
+    title = (
+        f"{Path(name).name}: {sizes.parameters / 1e9:.2f} billion parameters, {sizes.whole / 1e9:.1f} GB in {dtype}, "
+        f"{sizes.layer / 1e9:.2f} a layer, {sizes.outside / 1e9:.2f} outside of layers; {flops / 1e12:.2f} TFLOPs a "
+        f"batch of {work.rows} x {work.tokens}; {work.calibration_rows} calibration rows, {work.test_tokens} test "
+        f"tokens, ratio {work.pruning_ratio:g}, {devices} device(s)"
+    )
+    return Grid(title, ("job", "GB in memory", "GB streamed", "TFLOPs", "minutes in memory", "minutes streamed"), rows)
+
+
+def _row(job: Job, sizes: Sizes, work: Workload, devices: int, speeds: Speeds | None) -> tuple[str, ...]:
+    whole, streamed = (memory(sizes, work, job, streamed=way) / 1e9 for way in (False, True))
+    flops = work_flops(sizes, work, job)
+    times = ["-", "-"]
+    if speeds is not None:
+        took = (seconds(job, sizes, work, devices, speeds, streamed=way) for way in (False, True))
+        times = [f"{one / 60:.1f}" for one in took]
+    return (job, f"{whole:.2f}", f"{streamed:.2f}", f"{flops / 1e12:.0f}", *times)
+
+
+def seconds(job: Job, sizes: Sizes, work: Workload, devices: int, speeds: Speeds, *, streamed: bool) -> float:
+    """Time of a job. Several devices share the batches of an evaluation; everything else is done by one."""
+    shared = devices if job == "evaluation" else 1
+    busy = work_flops(sizes, work, job) / speeds.products / shared
+    if job == "update":
+        busy += moments_flops(sizes, work) / speeds.moments + solving_flops(sizes, work.pruning_ratio) / speeds.solving
+    return busy + bytes_moved(job, sizes, work, streamed=streamed) / speeds.reading
+
+
+def bytes_moved(job: Job, sizes: Sizes, work: Workload, *, streamed: bool) -> float:
+    """Bytes of weights that a job reads and writes, most of them from and to the disk where it is streamed."""
+    left = 1 - work.pruning_ratio
+    if streamed:
+        scores = 0.3  # output matrices
+        passes = {
+            "calibration": 1,
+            "pruning": scores + 1 + left,  # read, and written
+            "update": scores + 2 + 1 + 2 * left,  # ranked block by block; solved; written, and carried through
+            "evaluation": 1,
+            "export": 4 * left,  # asked, read, written, and asked again
+        }
+    else:
+        passes = {"calibration": 0, "pruning": 1, "update": 1, "evaluation": 0, "export": 3 * left}
+    return passes[job] * sizes.whole
+
+
+def measured_speeds(sizes: Sizes, work: Workload, folder: Path | None) -> Speeds:
+    """Measure this machine, in at most ten seconds."""
+    shape, rows = sizes.shape, min(work.rows * work.tokens, 2048)
+    states, matrix = (torch.randn(size, shape.hidden_size).to(work.dtype) for size in (rows, shape.hidden_size))
+    wide = torch.randn(rows, 2048)
+    square = wide.t().double() @ wide.double() / rows + torch.eye(2048, dtype=torch.float64)
+    return Speeds(
+        _rate(lambda: states @ matrix.t(), 2.0 * rows * shape.hidden_size**2),
+        _rate(lambda: wide.t() @ wide, 2.0 * rows * 2048**2),
+        _rate(lambda: torch.linalg.cholesky(square), 2048**3 / 3),
+        _copying() if folder is None else _reading(folder),
+    )
+
+
+def _rate(work: Callable[[], object], amount: float) -> float:
+    """How much of something is done in a second; the first time does not count."""
+    work()
+    start, times = time.perf_counter(), 0
+    while time.perf_counter() - start < _SECONDS:
+        work()
+        times += 1
+    return amount * times / (time.perf_counter() - start)
+
+
+def _copying() -> float:
+    block = torch.zeros(_READ_AT_ONCE, dtype=torch.uint8)
+    return _rate(block.clone, float(_READ_AT_ONCE))
+
+
+def _reading(folder: Path) -> float:
+    """Bytes a second from the disk: of the largest file of weights, from its middle on, without what a cache has."""
+    file = max(folder.glob("*.safetensors"), key=lambda one: one.stat().st_size, default=None)
+    if file is None:
+        return _copying()
+    start, done = time.perf_counter(), 0
+    with file.open("rb", buffering=0) as opened:
+        opened.seek(middle := file.stat().st_size // 2)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(opened.fileno(), middle, 0, os.POSIX_FADV_DONTNEED)
+        while (block := opened.read(_READ_AT_ONCE)) and time.perf_counter() - start < _SECONDS:
+            done += len(block)
+    return done / (time.perf_counter() - start)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="pp-lightning plan",
+        description="Say what pruning a model will cost, in memory and streamed. Nothing of the model is loaded.",
+        epilog=_EXAMPLES,
+        formatter_class=ExamplesFormatter,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
+    parser.add_argument("--model.path", type=str, required=True, help="A checkpoint folder, a config, or a hub id.")
+    parser.add_argument("--dtype", type=Dtype, default="auto", help="Of the weights.")
+    parser.add_argument("--pruning_ratio", type=float, default=0.4, help="Fraction removed.")
+    parser.add_argument("--window", type=int, default=1024, help="Tokens of a row.")
+    parser.add_argument("--batch_size", type=int, default=20, help="Rows of a batch.")
+    parser.add_argument("--calibration_samples", type=int, default=2000, help="Rows that are calibrated on.")
+    parser.add_argument("--test_tokens", type=int, default=300_000, help="Tokens that are evaluated.")
+    parser.add_argument("--devices", type=int, default=1, help="That share the batches of an evaluation.")
+    parser.add_argument("--measure", type=bool, default=True, help="Measure this machine for at most ten seconds.")
+    return parser

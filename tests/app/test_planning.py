@@ -1,0 +1,87 @@
+"""``pp-lightning plan``: what it says against models that are made, and against published numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pp_lightning.app.planning import Speeds, planned, read_config, seconds
+from pp_lightning.families import layers_of
+from pp_lightning.forecast import JOBS, Sizes, Workload, memory, work_flops
+from tests.app.test_cli import refused
+from tests.models import config, tiny
+
+SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
+# billions of parameters, as the models' makers or papers give them
+PUBLISHED = {
+    "llama-2-7b": 6.74,
+    "llama-2-13b": 13.02,
+    "llama-3-8b": 8.03,
+    "llama-3-70b": 70.55,
+    "opt-13b": 12.85,
+    "qwen3-32b": 32.76,
+    "gemma-3-27b": 27.0,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_the_published_ones(name):
+    sizes = Sizes.of(read_config(str(SHAPES / f"{name}.json")), torch.bfloat16)
+    assert sizes.parameters / 1e9 == pytest.approx(PUBLISHED[name], abs=0.015)
+    assert sizes.whole == 2 * sizes.parameters
+
+
+def test_every_shape_that_comes_with_the_package_is_checked():
+    assert {path.stem for path in SHAPES.glob("*.json")} == PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_gqa", "opt", "gemma3_text"])
+def test_sizes_are_those_of_the_model(name):
+    model, sizes = tiny(name), Sizes.of(config(name), torch.float32)
+    layers = sum(weight.nbytes for layer in layers_of(model) for weight in layer.parameters())
+    assert sizes.whole == sum(weight.nbytes for weight in model.parameters())
+    assert sizes.outside + layers == sizes.whole
+
+
+def test_streaming_pays_where_a_model_is_deep():
+    sizes, work = Sizes.of(read_config(str(SHAPES / "llama-3-70b.json")), torch.bfloat16), Workload(4, 128, 16, 2000)
+    for job in JOBS:
+        whole, streamed = (memory(sizes, work, job, streamed=way) for way in (False, True))
+        assert streamed < whole / 2
+        assert job == "export" or whole > sizes.whole > streamed
+
+
+def test_flops_are_of_all_batches():
+    sizes = Sizes.of(config("llama"), torch.float32)
+    one, two = (work_flops(sizes, Workload(2, 16, 8, tokens), "evaluation") for tokens in (64, 128))
+    assert two == 2 * one > 0
+
+
+def test_devices_share_the_evaluation_alone():
+    sizes, work, speeds = Sizes.of(config("llama"), torch.float32), Workload(2, 16, 8, 64), Speeds(1e9, 1e9, 1e9, 1e9)
+    for job in JOBS:
+        one, four = (seconds(job, sizes, work, number, speeds, streamed=False) for number in (1, 4))
+        assert four == pytest.approx(one / 4 if job == "evaluation" else one)
+
+
+def test_the_command_needs_a_config_alone(type_in, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config("llama").to_dict()))
+    assert type_in("plan", {"--model.path": tmp_path, "--measure": "false"}) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(job in printed for job in JOBS) and "parameters" in printed
+    assert type_in("plan", {"--model.path": tmp_path / "nowhere"}) == 2
+    assert "cannot read a model config" in refused(capsys)
+
+
+def test_a_table_without_a_measurement_has_no_times():
+    sizes = Sizes.of(config("llama"), torch.float32)
+    assert {cell for row in planned("x", sizes, Workload(), 1, None).rows for cell in row[4:]} == {"-"}
+    rows = planned("x", sizes, Workload(), 1, Speeds(1e9, 1e9, 1e9, 1e9)).rows
+    assert all(float(cell) >= 0 for row in rows for cell in row[4:])
+
+
+def test_nothing_is_loaded(monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert Sizes.of(read_config(str(SHAPES / "llama-3-70b.json")), torch.bfloat16).parameters > 70e9
