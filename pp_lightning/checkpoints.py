@@ -6,11 +6,14 @@ from typing import Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pp_lightning.checkpoint_files import check_folder, in_our_words
 from pp_lightning.errors import UserError
+from pp_lightning.files import is_file, is_folder
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny-llama"
+_LONGEST_ID = 96  # characters of a hub id
 
 
 def load_model(path: str | None = None, dtype: Dtype = "float32", *, allow_pickle: bool = False) -> PreTrainedModel:
@@ -25,6 +28,7 @@ def load_model(path: str | None = None, dtype: Dtype = "float32", *, allow_pickl
         UserError: there is no such checkpoint, it is incomplete or damaged, or it is not safetensors.
     """
     source = _checked_source(path)
+    config = check_folder(source, allow_pickle=allow_pickle) if is_folder(source) else {}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
@@ -34,7 +38,7 @@ def load_model(path: str | None = None, dtype: Dtype = "float32", *, allow_pickl
             output_loading_info=True,
         )
     except Exception as error:  # transformers, safetensors and the hub client raise a dozen unrelated types
-        raise UserError(f"cannot load a model from {source}: {_first_line(error)}") from error
+        raise UserError(f"cannot load a model from {source}: {in_our_words(error, config)}") from error
     missing = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
     if missing:
         raise UserError(f"the checkpoint {source} lacks {len(missing)} weights of its config ({missing[0]}, ...)")
@@ -47,7 +51,7 @@ def new_model(path: str | None = None, *, seed: int = 0) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # see load_model
-        raise UserError(f"cannot read a model config from {source}: {_first_line(error)}") from error
+        raise UserError(f"cannot read a model config from {source}: {in_our_words(error, {})}") from error
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -68,7 +72,7 @@ def load_tokenizer(path: str | None = None, pad_token: str | None = None) -> Pre
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # see load_model
-        raise UserError(f"cannot load a tokenizer from {source}: {_first_line(error)}") from error
+        raise UserError(f"cannot load a tokenizer from {source}: {in_our_words(error, {})}") from error
     if tokenizer.pad_token_id is None and pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise UserError(
@@ -82,15 +86,9 @@ def _checked_source(path: str | None) -> str:
     """``path`` if it can be a checkpoint: a folder with a config, or something shaped like a hub id."""
     if path is None:
         return str(EMBEDDED_MODEL)
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+    if is_folder(path):
+        if not is_file(Path(path) / "config.json"):
             raise UserError(f"{path} has no config.json: give a transformers checkpoint folder")
-    elif folder.exists() or folder.is_absolute() or path.startswith(".") or path.count("/") > 1:
-        raise UserError(f"no checkpoint folder at {path}: give an existing folder or a hub id such as org/name")
+    elif not path or len(path) > _LONGEST_ID or path.startswith((".", "/")) or path.count("/") > 1 or is_file(path):
+        raise UserError(f"no checkpoint folder at {path!r}: give an existing folder or a hub id such as org/name")
     return path
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -29,6 +29,7 @@ from pp_lightning.state import skipped_batches
 
 UpdateName = Literal["least_squares"]
 _DEFAULT_RATIO = 0.2
+_DEFAULT_SKIPPED = (0, 1, 2)
 
 
 @runtime_checkable
@@ -49,7 +50,8 @@ class PrunedLM(PrunableModule):
             that of ``recovered``.
         attention_ratio: the same for attention alone; none takes ``pruning_ratio``.
         mlp_ratio: the same for MLPs alone; none takes ``pruning_ratio``.
-        skip_layers: layers left dense; the others lose more to make up for them.
+        skip_layers: layers left dense; the others lose more to make up for them. None takes the first three, as
+            published.
         round_to: MLP channels are kept in multiples of this.
         allocation: ``uniform``; ``outliers``, where layers with more outliers keep more (after OCP); or ``global``: one
             ranking over the units of all layers, none skipped, at the FLOPs that uniform ratios would leave; none takes
@@ -90,7 +92,7 @@ class PrunedLM(PrunableModule):
         pruning_ratio: float | None = None,
         attention_ratio: float | None = None,
         mlp_ratio: float | None = None,
-        skip_layers: list[int] = [0, 1, 2],  # noqa: B006 (the command line's help shows it; never changed)
+        skip_layers: list[int] | None = None,
         round_to: int = 64,
         allocation: AllocationName | None = None,
         floor: float | None = None,
@@ -118,7 +120,7 @@ class PrunedLM(PrunableModule):
             pruning_ratio=_DEFAULT_RATIO if pruning_ratio is None else pruning_ratio,
             attention_ratio=attention_ratio,
             mlp_ratio=mlp_ratio,
-            skip_layers=skip_layers,
+            skip_layers=_DEFAULT_SKIPPED if skip_layers is None else skip_layers,
             round_to=round_to,
             allocation=allocation,
             floor=floor,
@@ -168,10 +170,7 @@ class PrunedLM(PrunableModule):
     def prepare(self, data: EvaluationData) -> None:
         """Hand the tokenizer to the data module, and check before any work what can be checked."""
         data.use_tokenizer(self.tokenizer)
-        limit = self.model.config.max_position_embeddings
-        if data.window > limit:
-            asked = f"windows of {data.window} tokens"
-            raise UserError(f"{asked} exceed the model's {limit} positions: lower --data.window")
+        data.suit(self.model.config.max_position_embeddings, self.trainer.strategy.root_device)
         if isinstance(data, CommonsenseData):
             data.check_refresh(self.refresh)
         self.check_plan(self.method, self.pruning_ratio, data.window)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from pp_lightning.errors import UserError
+from pp_lightning.errors import unknown
 from pp_lightning.methods.after_ocp import AfterOCP
 from pp_lightning.methods.base import PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
@@ -53,7 +53,7 @@ def method_named(label: str) -> PruningMethod:
     """
     named: dict[str, Callable[[], PruningMethod]] = {**METHODS, **PRESETS, **UPDATED}
     if label not in named:
-        raise UserError(f"unknown method {label!r}: choose from {', '.join(named)}")
+        raise unknown("method", label, named)
     return named[label]()
 
 
