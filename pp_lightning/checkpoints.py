@@ -16,6 +16,11 @@ EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny-llama"
 _LONGEST_ID = 96  # characters of a hub id
 
 
+def usual_dtype(path: str | None) -> Dtype:
+    """The dtype that a model runs in where nobody says: a checkpoint's own. The embedded one is stored small only."""
+    return "float32" if path is None else "auto"
+
+
 def load_model(path: str | None = None, dtype: Dtype = "float32", *, allow_pickle: bool = False) -> PreTrainedModel:
     """The causal language model at ``path``, in evaluation mode on the CPU.
 

@@ -197,7 +197,7 @@ def run(words: Sequence[str]) -> None:
     """Run one of the trainer's commands, as it was typed."""
     _quiet()
     sys.argv[1:] = spelled_out(words)
-    settings: dict[str, Any] = {"prog": "pp-lightning", "exit_on_error": False}
+    settings: dict[str, Any] = {"prog": "pp-lightning", "exit_on_error": False, "allow_abbrev": False}
     PruningCLI(
         PrunedLM,
         EvaluationData,
@@ -208,7 +208,7 @@ def run(words: Sequence[str]) -> None:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_kwargs={**settings, **{name: {**settings, "allow_abbrev": False} for name in PruningCLI.subcommands()}},
+        parser_kwargs={**settings, **{name: dict(settings) for name in PruningCLI.subcommands()}},
     )
 
 

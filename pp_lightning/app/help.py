@@ -117,7 +117,7 @@ def options_of(prefix: str, file: str, name: str, method: str) -> list[Option]:
     functions = {node.name: node for node in found.body if isinstance(node, ast.FunctionDef)}
     if method and method not in functions:
         return []
-    documented = [found, *([functions[method]] if method else [])]
+    documented: list[ast.ClassDef | ast.FunctionDef] = [found, *([functions[method]] if method else [])]
     texts = {key: text for node in documented for key, text in _described(ast.get_docstring(node) or "")}
     defaults = _defaults(functions[method]) if method else _fields(found)
     start = f"{prefix}." if prefix else ""

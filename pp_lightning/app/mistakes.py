@@ -3,6 +3,8 @@
 import re
 import sys
 from difflib import get_close_matches
+from inspect import signature
+from pydoc import locate
 
 from pp_lightning.app.help import known_options
 from pp_lightning.errors import UserError
@@ -15,6 +17,9 @@ _UNKNOWN = re.compile(r"(?:unrecognized arguments: |does not accept option |Opti
 _NO_CLASS = re.compile(
     r"either not accessible or invalid|does not correspond to a subclass|Problem with given class_path"
 )
+_EXPECTED = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^\]]*)\])|Not a valid subclass of (\w+)")
+_CLASS_PATH = re.compile(r"given class_path '([\w.]+)'")
+_TYPED = {"engine": "for", "check_with": "check-with"}  # where the option has another name than the setting
 _KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -57,20 +62,21 @@ def _mistakes() -> tuple[type[BaseException], ...]:
 
 def _of_parser(text: str, command: str) -> str:
     """The parser's message in our words."""
-    option = "--" + ".".join(_KEY.findall(text))
+    option = ".".join(_KEY.findall(text))
+    option = _TYPED.get(option, option)
     if unknown := _UNKNOWN.search(text):
-        return _no_option(unknown[1] if option == "--" else f"{option[2:]}.{unknown[1]}", text, command)
-    if option == "--":
+        return _no_option(option, unknown[1], text, command)
+    if not option:
         return text
     last = text[[found.start() for found in _KEY.finditer(text)][-1] :]
     value = _VALUE.search(last)
-    kinds = _expected(last[: value.start()] if value else last)
     given = "" if value is None or value[1].startswith("NestedArg") else f", not {_quoted(value[1])}"
-    if _NO_CLASS.search(last) and given:
-        return f"{option}: there is no class {value[1] if value else ''!r}: name one by its short name"
+    if value and _NO_CLASS.search(last) and given:
+        return f"--{option}: there is no {_quoted(value[1])}: give a name that pp-lightning {command} --help has"
+    kinds = _expected(last[: value.start()] if value else last)
     if not kinds:
-        return f"{option}: this does not fit{given}: see pp-lightning {command} --help"
-    return f"{option}: expected {' or '.join(kinds)}{given}"
+        return f"--{option}: this does not fit{given}: see pp-lightning {command} --help"
+    return f"--{option}: expected {' or '.join(kinds)}{given}"
 
 
 def _expected(text: str) -> list[str]:
@@ -86,12 +92,19 @@ def _expected(text: str) -> list[str]:
     return list(dict.fromkeys(kinds))
 
 
-def _no_option(name: str, text: str, command: str) -> str:
-    if not text.startswith(("unrecognized arguments: --", "Subcommand", "Parser key")):
+def _no_option(option: str, name: str, text: str, command: str) -> str:
+    """A key that is not there, with the nearest ones that are: of the command, or of the class that it was meant for."""
+    if text.startswith("unrecognized arguments") and not text.startswith("unrecognized arguments: --"):
         return f"there is no option {name!r}: options start with --"
-    near = get_close_matches(name, known_options(command), n=2, cutoff=0.75)
+    classes = _CLASS_PATH.findall(text)
+    owner = locate(classes[-1]) if classes else None
+    start = f"{option}." if option else ""
+    known = [start + one for one in signature(owner).parameters] if callable(owner) else known_options(command)
+    near = get_close_matches(start + name, known, n=2, cutoff=0.75)
     hint = f"did you mean --{' or --'.join(near)}?" if near else f"see pp-lightning {command} --help"
-    return f"--{name} is no option of {command}: {hint}"
+    if callable(owner) and not near:
+        hint = f"choose from {', '.join(signature(owner).parameters)}"
+    return f"--{start}{name} is no option of {owner.__name__ if isinstance(owner, type) else command}: {hint}"
 
 
 def _quoted(value: str) -> str:

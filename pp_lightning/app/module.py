@@ -10,19 +10,22 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
+from pp_lightning.app.forecast import Forecast
 from pp_lightning.app.prunable import FrozenOn, PrunableModule
 from pp_lightning.app.recovery import RecoveryRun, described, recovery_callbacks
 from pp_lightning.app.results import Evaluation
 from pp_lightning.app.scoring import Scoring, scoring_for
-from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer, new_model
+from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer, new_model, usual_dtype
 from pp_lightning.commonsense import CommonsenseData
 from pp_lightning.compilation import Compilation, compile_, uncompile_
 from pp_lightning.data.base import EvaluationData
+from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.data.windows import Batch
 from pp_lightning.errors import UserError
 from pp_lightning.methods import PruningMethod, StaticMethod
 from pp_lightning.methods.base import AllocationName
 from pp_lightning.prefill import Prefill, checked_refresh
+from pp_lightning.progress import write_line
 from pp_lightning.pruning import is_pruned
 from pp_lightning.recovery import Recovered, Recovery
 from pp_lightning.state import skipped_batches
@@ -71,7 +74,8 @@ class PrunedLM(PrunableModule):
             interruption).
         importances: the same for what LLM-Pruner and LoRAPrune choose from: a safetensors file of importances, read if
             it exists, else written. One file is for one of the two; LoRAPrune with recovery needs none.
-        dtype: dtype of the weights; ``auto`` keeps the checkpoint's own.
+        dtype: dtype of the weights; none and ``auto`` keep the checkpoint's own. The small model that comes with the
+            package is run in float32.
         pad_token: a token to pad with, for tokenizers that define none (LLaMA: ``</s>``).
         compile: compile every layer, dense ones too: saved arithmetic becomes saved time. The first batch pays for it.
         allow_pickle: also load ``.bin`` checkpoints, which can run code of whoever wrote them.
@@ -103,7 +107,7 @@ class PrunedLM(PrunableModule):
         update: UpdateName | None = None,
         statistics: str | None = None,
         importances: str | None = None,
-        dtype: Dtype = "float32",
+        dtype: Dtype | None = None,
         pad_token: str | None = None,
         compile: bool = False,
         allow_pickle: bool = False,
@@ -115,7 +119,9 @@ class PrunedLM(PrunableModule):
         recovered: str | None = None,
     ) -> None:
         super().__init__(
-            new_model(path) if from_scratch else load_model(path, dtype, allow_pickle=allow_pickle),
+            new_model(path)
+            if from_scratch
+            else load_model(path, dtype or usual_dtype(path), allow_pickle=allow_pickle),
             method=method,
             pruning_ratio=_DEFAULT_RATIO if pruning_ratio is None else pruning_ratio,
             attention_ratio=attention_ratio,
@@ -141,6 +147,7 @@ class PrunedLM(PrunableModule):
         self.recovery = recovery
         self.evaluation: Evaluation | None = None
         self._scoring: Scoring | None = None
+        self._forecast: Forecast | None = None
         self._compilation: Compilation | None = None
         self._run: RecoveryRun | None = None
         if recovery is not None:
@@ -186,11 +193,23 @@ class PrunedLM(PrunableModule):
         resume_file = Path(self.trainer.default_root_dir) / f"unfinished-{self.label}-{self.pruning_ratio}.json"
         self._scoring = scoring_for(self.data)
         self._scoring.start(self.device, resume_file, progress)
+        self._forecast = self._evaluation_forecast()
+
+    def _evaluation_forecast(self) -> Forecast | None:
+        """For a text, which has one batch after the other; tasks show their own progress."""
+        if not isinstance(self.data, LanguageModelling) or not self.trainer.is_global_zero:
+            return None
+        (batches,) = self.trainer.num_test_batches
+        tokens = int(batches) * self.data.batch_size * self.data.window * self.trainer.world_size
+        name = "dense" if self.method is None else f"{self.label} at {self.pruning_ratio:g}"
+        return Forecast(f"evaluating {name}", "--data.limit_tokens", tokens, int(batches), write_line)
 
     def test_step(self, batch: Any, batch_index: int) -> None:
         """Score one batch."""
         assert self._scoring is not None
         self._scoring.step(self.model, batch)
+        if self._forecast is not None:
+            self._forecast.batch_done()
 
     def on_test_epoch_end(self) -> None:
         """Sum up, and log the figures that are single numbers."""

@@ -164,7 +164,7 @@ def _method(value: str) -> Any:
     """A method by its label or its class; one with a path as it is."""
     if "." in value:
         return value
-    classes = {one.__name__: one for one in _classes(PruningMethod)}
+    classes: dict[str, type[PruningMethod]] = {one.__name__: one for one in _classes(PruningMethod)}
     if value in classes:
         return {"class_path": _path(classes[value])}
     return _named_method(value)
@@ -178,7 +178,7 @@ def _named_method(label: str) -> dict[str, Any]:
     return {"class_path": _path(type(method)), "init_args": method.settings() if label in PRESETS else {}}
 
 
-def _classes(base: type) -> Iterator[type]:
+def _classes(base: type[PruningMethod]) -> Iterator[type[PruningMethod]]:
     for one in base.__subclasses__():
         yield one
         yield from _classes(one)

@@ -39,7 +39,7 @@ from pp_lightning.data.windows import batched, document_windows
 from pp_lightning.errors import UserError, unknown
 from pp_lightning.evidence import Evidence
 from pp_lightning.importances import Importances
-from pp_lightning.methods import method_named
+from pp_lightning.methods import PruningMethod, method_named
 from pp_lightning.methods.gradient import GradientMethod
 from pp_lightning.progress import shown
 from pp_lightning.pruning import prune_
@@ -119,10 +119,7 @@ class PrunedHFLM(HFLM):
         device: str | None = None,
         **settings: Any,
     ) -> None:
-        known = {*signature(PrunedHFLM).parameters, *signature(HFLM).parameters}
-        for name in settings:
-            if name not in known:
-                raise unknown("setting in model_args", name, sorted(known - {"settings", "kwargs"}))
+        _check_names(settings)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"batch_size={batch_size}: give a number, since dynamic pruning chooses per batch")
         if pretrained is None:
@@ -130,14 +127,8 @@ class PrunedHFLM(HFLM):
                 raise UserError("name the model: --model_args path=DIR")
             if recovered is not None and method is not None:
                 raise UserError("recovered brings its own method: leave out method")
-            policy = None if method is None else method_named(method)
+            policy = None if method is None else _policy(method, importances)
             trained = None if recovered is None else Recovered.load(recovered)
-            if policy is not None and policy.updates:
-                raise UserError(
-                    f"{method} updates weights: write a folder with pp-lightning prune, and name that as path"
-                )
-            if isinstance(policy, GradientMethod) and importances is None:
-                raise UserError(f"{method} chooses from importances: name their file, importances=FILE.safetensors")
             tokenizer = load_tokenizer(path, pad_token)
             pretrained = load_model(path, dtype).to(_device(device))
             if trained is not None:
@@ -313,6 +304,32 @@ def _statistics(
     windows = document_windows(source.documents(), encode, window or _CALIBRATION_WINDOW, number, seed=0)
     batches = batched(windows, _CALIBRATION_ROWS, int(tokenizer.pad_token_id or 0))
     return calibrate(model, cast(list[Mapping[str, torch.Tensor]], batches))
+
+
+def _policy(method: str, importances: str | None) -> PruningMethod:
+    """The method of this name.
+
+    Raises:
+        UserError: there is none, or it does not work here.
+    """
+    policy = method_named(method)
+    if policy.updates:
+        raise UserError(f"{method} updates weights: write a folder with pp-lightning prune, and name that as path")
+    if isinstance(policy, GradientMethod) and importances is None:
+        raise UserError(f"{method} chooses from importances: name their file, importances=FILE.safetensors")
+    return policy
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    """Refuse arguments that neither this class nor the harness's knows; the latter would take no notice of them.
+
+    Raises:
+        UserError: there is one.
+    """
+    known = {*signature(PrunedHFLM).parameters, *signature(HFLM).parameters} - {"settings", "kwargs"}
+    for name in settings:
+        if name not in known:
+            raise unknown("setting in model_args", name, sorted(known))
 
 
 def _device(name: str | None) -> torch.device:

@@ -45,13 +45,22 @@ UPDATED: Mapping[str, Callable[[], PruningMethod]] = {
 }
 
 
+def _named() -> dict[str, Callable[[], PruningMethod]]:
+    return {**METHODS, **PRESETS, **UPDATED}
+
+
+def method_labels() -> list[str]:
+    """The names that :func:`method_named` knows."""
+    return list(_named())
+
+
 def method_named(label: str) -> PruningMethod:
     """A method with its default settings, or a preset.
 
     Raises:
         UserError: there is no such method.
     """
-    named: dict[str, Callable[[], PruningMethod]] = {**METHODS, **PRESETS, **UPDATED}
+    named = _named()
     if label not in named:
         raise unknown("method", label, named)
     return named[label]()
@@ -74,5 +83,6 @@ __all__ = [
     "StaticPPsp",
     "Updated",
     "WandaSP",
+    "method_labels",
     "method_named",
 ]

@@ -48,10 +48,8 @@ def _column(path: str, column: str) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
     try:
-        if path.lower().endswith(".parquet"):
-            table = pyarrow.parquet.read_table(path)
-        else:
-            table = _arrow_table(pyarrow, path)
+        parquet = path.lower().endswith(".parquet")
+        table = pyarrow.parquet.read_table(path) if parquet else _arrow_table(pyarrow, path)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"cannot read {path}: it is damaged, or of another kind than its name says") from error
     if column not in table.column_names:

@@ -1,6 +1,6 @@
 """About three hundred commands that cannot work, from a compact table, and the broken files that they name.
 
-A line is a command and, after ``=>``, what its message must hold. ``{name}`` is a file or folder of :func:`broken_files`.
+A line is a command and, after ``=>``, what its message must hold. ``{name}`` is a file of :func:`broken_files`.
 """
 
 import gzip
@@ -31,6 +31,12 @@ def commands():
             yield f"{first}{option.replace('_:_', ' ')}={value}", says.format(option=option.rpartition("_:_")[2])
 
 
+_BROKEN_MODELS = [
+    *("no_tokenizer", "pickle", "sizes", "activation", "rope", "index", "index_list", "index_file", "config_cut"),
+    *("config_list", "config_deep", "config_surrogate", "type", "no_type", "weights_cut", "weights_empty"),
+    *("weights_missing", "tokenizer_cut", "tokenizer_list", "remote", "heads", "layers", "zero_heads", "hidden_text"),
+    *("negative", "latin", "folder_config", "vocabulary", "no_files"),
+]
 _PRODUCTS = [
     # whole numbers
     (
@@ -108,10 +114,7 @@ _PRODUCTS = [
     # checkpoints
     (
         "--model.path",
-        " ".join(
-            f"{{model-{name}}}"
-            for name in ["no_tokenizer", "pickle", "sizes", "activation", "rope", "index", "index_list", "index_file", "config_cut", "config_list", "config_deep", "config_surrogate", "type", "no_type", "weights_cut", "weights_empty", "weights_missing", "tokenizer_cut", "tokenizer_list", "remote", "heads", "layers", "zero_heads", "hidden_text", "negative", "latin", "folder_config", "vocabulary", "no_files"]
-        ),
+        " ".join(f"{{model-{name}}}" for name in _BROKEN_MODELS),
         "model-",
     ),
 ]
