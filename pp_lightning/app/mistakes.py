@@ -72,7 +72,7 @@ def _of_parser(text: str, command: str) -> str:
     value = _VALUE.search(last)
     given = "" if value is None or value[1].startswith("NestedArg") else f", not {_quoted(value[1])}"
     if value and _NO_CLASS.search(last) and given:
-        return f"--{option}: there is no {_quoted(value[1])}: give a name that pp-lightning {command} --help has"
+        return f"--{option}: there is no {_quoted(value[1])}: see pp-lightning {command} --help"
     kinds = _expected(last[: value.start()] if value else last)
     if not kinds:
         return f"--{option}: this does not fit{given}: see pp-lightning {command} --help"

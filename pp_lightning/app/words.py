@@ -13,7 +13,7 @@ from pp_lightning.commonsense import CommonsenseData
 from pp_lightning.data import LanguageModelling
 from pp_lightning.errors import UserError, unknown
 from pp_lightning.files import read_text
-from pp_lightning.methods import PRESETS, PruningMethod, Updated, method_named
+from pp_lightning.methods import PRESETS, PruningMethod, Updated, method_labels, method_named
 from pp_lightning.texts import source_settings
 
 DATA = {"text": LanguageModelling, "commonsense": CommonsenseData}
@@ -167,6 +167,8 @@ def _method(value: str) -> Any:
     classes: dict[str, type[PruningMethod]] = {one.__name__: one for one in _classes(PruningMethod)}
     if value in classes:
         return {"class_path": _path(classes[value])}
+    if value not in method_labels():
+        raise unknown("method", value, [*method_labels(), *classes])
     return _named_method(value)
 
 
@@ -175,7 +177,7 @@ def _named_method(label: str) -> dict[str, Any]:
     method = method_named(label)
     if isinstance(method, Updated):
         return {"class_path": _path(Updated), "init_args": {"origin": {"class_path": _path(type(method.origin))}}}
-    return {"class_path": _path(type(method)), "init_args": method.settings() if label in PRESETS else {}}
+    return {"class_path": _path(type(method)), **({"init_args": method.settings()} if label in PRESETS else {})}
 
 
 def _classes(base: type[PruningMethod]) -> Iterator[type[PruningMethod]]:
