@@ -7,6 +7,8 @@ from typing import Any
 
 from pp_lightning.errors import UserError
 from pp_lightning.methods import METHODS, DynamicMethod, PruningMethod
+from pp_lightning.methods.gradient import GradientMethod
+from pp_lightning.records import check_new_file
 
 _RATIOS = ("pruning_ratio", "attention_ratio", "mlp_ratio")
 _OF_DYNAMIC = ("frozen_on", "refresh", "prefill")
@@ -30,6 +32,9 @@ def check_settings(command: str, settings: Mapping[str, Any]) -> None:
     check_seed("seed_everything", settings["seed_everything"])
     model = settings["model"]
     _check_training(model)
+    for name in ("statistics", "importances"):
+        if model[name] is not None:
+            check_new_file(model[name], f"--model.{name}")
     for name in _RATIOS:
         check_ratio(f"model.{name}", model[name])
     if model["uniform"] and model["skip_layers"]:
@@ -82,6 +87,8 @@ def _check_method(command: str, model: Mapping[str, Any]) -> None:
             raise UserError(f"--model.{alone[0]} needs a method: add --method pp (or best, or one of {names})")
         return
     method = _class(given["class_path"])
+    if model["importances"] is not None and not issubclass(method, GradientMethod):
+        raise UserError(f"--model.importances is for llm_pruner and lora_prune, and {method.__name__} reads none")
     if issubclass(method, DynamicMethod):
         if model["update"] is not None:
             raise UserError(f"--model.update is for static methods, and {method.__name__} chooses per batch")

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
@@ -68,9 +68,14 @@ class PruningCLI(LightningCLI):
         parser.add_argument("--out", type=str, default="results", help="Folder that everything is written into.")
         parser.link_arguments("out", "trainer.default_root_dir")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Refuse what contradicts itself, before anything is drawn or made."""
+        super().parse_arguments(parser, args)
+        command = str(self.config["subcommand"])
+        check_settings(command, self.config[command])
+
     def before_instantiate_classes(self) -> None:
-        """Refuse what contradicts itself, and a place where nothing can be written, before any work."""
-        check_settings(str(self.subcommand), self.config[self.subcommand])
+        """Refuse a place where nothing can be written, before any work."""
         check_place(self.out)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

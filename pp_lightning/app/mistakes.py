@@ -93,7 +93,7 @@ def _expected(text: str) -> list[str]:
 
 
 def _no_option(option: str, name: str, text: str, command: str) -> str:
-    """A key that is not there, with the nearest ones that are: of the command, or of the class that it was meant for."""
+    """A key that is not there, with the nearest ones that are: of the command, or of a class that it was meant for."""
     if text.startswith("unrecognized arguments") and not text.startswith("unrecognized arguments: --"):
         return f"there is no option {name!r}: options start with --"
     classes = _CLASS_PATH.findall(text)

@@ -106,6 +106,8 @@ class PruningTrainer(L.Trainer):
             raise UserError("at ratio 0.0 nothing is removed, which is the dense row: leave it out of ratios")
         if not (methods or variants) or not ratios:
             raise UserError("nothing to compare: give at least one of methods (or variants) and one of ratios")
+        if len(set(methods)) < len(methods):
+            raise UserError(f"methods must be different ones, not {', '.join(methods)}")
         rows = [Row("dense"), *self._rows(methods, ratios, variants or {}, model.recovery)]
         for row in rows:
             model.check_plan(row.method, row.pruning_ratio, datamodule.window)

@@ -87,7 +87,7 @@ _PRODUCTS = [
         "{nowhere} LONG {loop} {folder} EMPTY",
         "path|file|folder|text|config|name|long|links",
     ),
-    ("--model.statistics --model.importances", "LONG {loop} {folder} {text}", "long|link|file|folder|statistics|read"),
+    ("--model.statistics --model.importances", "LONG {loop} {folder} {text}", "statistics|importances"),
     ("--data.text.path --data.calibration.path", "{nowhere} {folder}", "file"),
     ("prune_:_--target", "params=2 params=0 flops=abc memory=1XB memory=1KB nonsense EMPTY params=0.0001", "target"),
     ("prune_:_--max_shard_size export_:_--max_shard_size", "abc -1GB 0 EMPTY", "shard"),
@@ -99,7 +99,7 @@ _PRODUCTS = [
         "did you mean|is no option|no setting",
     ),
     # files
-    ("--data.text", "{latin} {utf16} {binary} {empty} {short}", "UTF-8|longer text"),
+    ("--data.text", "{latin} {utf16} {binary} {empty}", "UTF-8|longer text"),
     (
         "--data.text --data.calibration",
         "{broken.jsonl} {deep.jsonl} {surrogate.jsonl} {fields.jsonl} {number.jsonl} {plain.gz} {cut.gz} "
@@ -109,7 +109,7 @@ _PRODUCTS = [
     (
         "--config",
         "{broken.yaml} {list.yaml} {key.yaml} {deep.yaml} {latin} {binary} {value.yaml} {anchor.yaml} {word.yaml}",
-        "yaml|config|model|option|latin|binary",
+        "yaml|config|model|option|latin|binary|window",
     ),
     # checkpoints
     (
@@ -142,8 +142,8 @@ test --model.method.rank_by nonsense => rank_by
 test --model.method.momentum 3 => momentum
 test --model.round_to 0 => round_to
 test --model.pad_token nonsense-token => pad_token
-test --model.recovered {nowhere} --model.method null => recovered
-test --model.recovered {folder} --model.method null => recovered
+test --model.recovered {nowhere} --model.method null => recover
+test --model.recovered {folder} --model.method null => recover
 test --model.recovered {folder} => method
 test --model.from_scratch maybe => from_scratch
 test --data.prefix 4 => prefix

@@ -103,7 +103,7 @@ def test_ablate_measures_what_compare_does(type_in, arguments, tmp_path):
 def test_overlap_question_shows_each_layer(type_in, arguments, tmp_path, monkeypatch):
     question = Question("How?", [variant("pp"), Variant("full", lambda seed: FullBatchProbing())], overlap=True)
     monkeypatch.setattr("pp_lightning.app.trainer.QUESTIONS", {"overlap": question})
-    monkeypatch.setattr("pp_lightning.app.cli.QUESTIONS", {"overlap": question})
+    monkeypatch.setattr("pp_lightning.app.commands.QUESTIONS", {"overlap": question})
     extra = ["--questions", "[overlap]", "--ratios", "[0.4]", "--seeds", "[0]", "--out", tmp_path]
     assert type_in("ablate", arguments, extra=extra) == 0
     pp, full = json.loads((tmp_path / "ablation.json").read_text())["answers"]
@@ -116,8 +116,8 @@ def test_overlap_question_shows_each_layer(type_in, arguments, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--questions", "[methods,speed]"], "unknown question 'speed': choose from methods, probe_size"),
-        (["--questions", "[]"], "unknown question no question"),
+        (["--questions", "[methods,speed]"], "there is no question 'speed': choose from methods, probe_size"),
+        (["--questions", "[]"], "no questions are asked"),
         (["--seeds", "[1,1]"], "seeds must be different numbers"),
         (["--seeds", "[]"], "seeds must be different numbers"),
         (["--seeds", "[first]"], "seeds"),
@@ -167,7 +167,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(type_in, arguments, tmp_pat
     question = Question("How?", [variant("pp"), variant("b", row_ratio=0.5)], overlap=True)
     known = {"overlap": question, "methods": QUESTIONS["methods"]}
     monkeypatch.setattr("pp_lightning.app.trainer.QUESTIONS", known)
-    monkeypatch.setattr("pp_lightning.app.cli.QUESTIONS", known)
+    monkeypatch.setattr("pp_lightning.app.commands.QUESTIONS", known)
     asked = ["--questions", "[methods,overlap]", "--ratios", "[0.4]", "--seeds", "[0,1]"]
 
     def answers(folder):

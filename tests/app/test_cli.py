@@ -518,7 +518,9 @@ def test_a_missing_calibration_text_is_found_before_any_evaluation(
     monkeypatch.setattr(PruningTrainer, "test", lambda *_, **__: pytest.fail("work was begun"))
     given = {**arguments, "--data.calibration.path": "/nowhere.jsonl", "--out": tmp_path / "out"}
     assert type_in(command, given) == 2
-    assert "no json-lines file (.jsonl or .jsonl.gz) at /nowhere.jsonl: give the path" in refused(capsys)
+    assert "no file of records (.jsonl, .jsonl.gz, .parquet, .arrow) at /nowhere.jsonl: give the path" in refused(
+        capsys
+    )
     assert not (tmp_path / "out").exists()
 
 
