@@ -78,11 +78,11 @@ def load_tokenizer(path: str | None = None, pad_token: str | None = None) -> Pre
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # see load_model
         raise UserError(f"cannot load a tokenizer from {source}: {in_our_words(error, {})}") from error
+    if pad_token is not None and pad_token not in tokenizer.get_vocab():
+        raise UserError(
+            f"{pad_token!r} is no token of {source}: name another one with --model.pad_token, or leave it out"
+        )
     if tokenizer.pad_token_id is None and pad_token is not None:
-        if pad_token not in tokenizer.get_vocab():
-            raise UserError(
-                f"{pad_token!r} is no token of {source}: name another one with --model.pad_token, or leave it out"
-            )
         tokenizer.pad_token = pad_token
     return tokenizer
 

@@ -21,7 +21,7 @@ def unknown(kind: str, given: object, names: Iterable[str]) -> UserError:
         names: the right ones.
     """
     names = list(names)
-    lower = {name.lower(): name for name in names}
+    lower = {name.lower(): name for name in reversed(names)}  # the first of two that differ in case only
     near = [lower[name] for name in get_close_matches(str(given).lower(), lower, n=2)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}"
     return UserError(f"there is no {kind} {str(given)!r}: {hint}")

@@ -44,7 +44,7 @@ def check_settings(command: str, settings: Mapping[str, Any]) -> None:
     if command in _NAMES_ROWS:
         if model["pruning_ratio"] is not None:
             raise UserError(f"{command} takes --ratios [0.2,0.4] in place of --model.pruning_ratio")
-    elif model["recovered"] is None:
+    elif model["recovered"] is None and model["recovery"] is None:
         _check_method(command, model)
 
 

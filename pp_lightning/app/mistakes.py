@@ -12,7 +12,7 @@ from pp_lightning.errors import UserError
 _LONGEST_LINE, _LONGEST_WORD = 200, 90
 _START = "pp-lightning: "
 _KEY = re.compile(r'Parser key "([^"]+)":')
-_VALUE = re.compile(r"(?:Got|Given) value: (.*?)(?= - Expected| Subclass types| Given value type|$)")
+_VALUE = re.compile(r"(?:Got|Given) value: ?(.*?)(?= ?- Expected| Subclass types| Given value type|$)")
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: |does not accept option |Option )'?(?:--)?([^\s'=]+)")
 _NO_CLASS = re.compile(
     r"either not accessible or invalid|does not correspond to a subclass|Problem with given class_path"

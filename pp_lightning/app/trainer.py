@@ -1,6 +1,6 @@
 """The Trainer with two more verbs: compare and export."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -101,13 +101,7 @@ class PruningTrainer(L.Trainer):
         """
         _refuse_recovered(model)
         self._suit(model, datamodule)
-        _check_numbers("ratios", ratios)
-        if 0.0 in ratios:
-            raise UserError("at ratio 0.0 nothing is removed, which is the dense row: leave it out of ratios")
-        if not (methods or variants) or not ratios:
-            raise UserError("nothing to compare: give at least one of methods (or variants) and one of ratios")
-        if len(set(methods)) < len(methods):
-            raise UserError(f"methods must be different ones, not {', '.join(methods)}")
+        _check_comparison(methods, ratios, variants or {})
         rows = [Row("dense"), *self._rows(methods, ratios, variants or {}, model.recovery)]
         for row in rows:
             model.check_plan(row.method, row.pruning_ratio, datamodule.window)
@@ -369,6 +363,21 @@ def _check_seeds(seeds: Sequence[int], model: PrunedLM, rows: Sequence[Row]) -> 
         raise UserError("seeds draw other calibration windows: leave model.statistics and model.importances out")
     if len(seeds) > 1 and any(row.recovery is not None for row in rows):
         raise UserError("rows with recovery are trained once: compare them with one seed")
+
+
+def _check_comparison(methods: Sequence[str], ratios: Sequence[float], variants: Mapping[str, PruningMethod]) -> None:
+    """Refuse a comparison of nothing, or of something twice.
+
+    Raises:
+        UserError: see above.
+    """
+    if not (methods or variants):
+        raise UserError("nothing to compare: give at least one of methods (or variants)")
+    if len(set(methods)) < len(methods):
+        raise UserError(f"methods must be different ones, not {', '.join(methods)}")
+    _check_numbers("ratios", ratios)
+    if 0.0 in ratios:
+        raise UserError("at ratio 0.0 nothing is removed, which is the dense row: leave it out of ratios")
 
 
 def _check_numbers(name: str, numbers: Sequence[float]) -> None:

@@ -26,7 +26,7 @@ def commands():
         yield command.strip(), says.strip()
     for options, values, says in _PRODUCTS:
         for option, value in itertools.product(options.split(), values.split(" ")):
-            first = "" if " " in option else "test "
+            first = "" if "_:_" in option else "test "
             value = {"EMPTY": "", "LONG": _LONG}.get(value, value)
             yield f"{first}{option.replace('_:_', ' ')}={value}", says.format(option=option.rpartition("_:_")[2])
 
@@ -102,7 +102,7 @@ _PRODUCTS = [
     ("--data.text", "{latin} {utf16} {binary} {empty}", "UTF-8|longer text"),
     (
         "--data.text --data.calibration",
-        "{broken.jsonl} {deep.jsonl} {surrogate.jsonl} {fields.jsonl} {number.jsonl} {plain.gz} {cut.gz} "
+        "{broken.jsonl} {deep.jsonl} {surrogate.jsonl} {fields.jsonl} {number.jsonl} {plain.jsonl.gz} {cut.jsonl.gz} "
         "{broken.parquet} {fields.parquet} {broken.arrow} {broken.jsonl.gz}",
         "line|read|text|column",
     ),
@@ -283,8 +283,8 @@ def broken_files(folder: Path) -> dict[str, str]:
         "surrogate.jsonl": '{"text": "\\ud800 ' + _WORDS + '"}\n',
         "fields.jsonl": '{"words": "one"}\n',
         "number.jsonl": '{"text": 7}\n',
-        "plain.gz": "not compressed",
-        "cut.gz": gzip.compress((json.dumps({"text": _WORDS}) * 50).encode())[:60],
+        "plain.jsonl.gz": "not compressed",
+        "cut.jsonl.gz": gzip.compress((json.dumps({"text": _WORDS}) * 50).encode())[:60],
         "broken.jsonl.gz": gzip.compress(b"not json\n"),
         "broken.parquet": "PAR1 no",
         "broken.arrow": "ARROW no",
