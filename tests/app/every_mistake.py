@@ -76,7 +76,7 @@ _PRODUCTS = [
     ("benchmark_:_--device", "nonsense cuda:99 EMPTY 7", "device"),
     ("benchmark_:_--threads", "0 -1 abc", "threads"),
     ("benchmark_:_--repeats benchmark_:_--warmup benchmark_:_--batches", "0 abc", "repeats|warmup|batches"),
-    ("benchmark_:_--cases", "[] abc [{{}}] [3]", "cases"),
+    ("benchmark_:_--cases", "[] abc [3]", "cases"),
     ("benchmark_:_--ratios benchmark_:_--dtypes benchmark_:_--variants", "[] [nonsense]", "ratio|dtype|variant"),
     ("benchmark_:_--model.shape benchmark_:_--method", "nonsense", "nonsense"),
     ("benchmark_:_--model.layers benchmark_:_--seed", "abc -1", "layers|seed"),
