@@ -341,4 +341,8 @@ def _device(name: str | None) -> torch.device:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as mistake:
+        sys.stderr.write(f"pp-lightning: {mistake}\n")
+        sys.exit(2)
