@@ -37,10 +37,7 @@ def check_settings(command: str, settings: Mapping[str, Any]) -> None:
             check_new_file(model[name], f"--model.{name}")
     for name in _RATIOS:
         check_ratio(f"model.{name}", model[name])
-    if model["uniform"] and model["skip_layers"]:
-        raise UserError("--model.uniform prunes every layer alike and --model.skip_layers leaves some: leave one out")
-    if model["uniform"] and model["allocation"] not in (None, "uniform"):
-        raise UserError(f"--model.uniform and --model.allocation {model['allocation']} contradict: leave one out")
+    _check_uniform(model)
     if command in _NAMES_ROWS:
         if model["pruning_ratio"] is not None:
             raise UserError(f"{command} takes --ratios [0.2,0.4] in place of --model.pruning_ratio")
@@ -66,6 +63,17 @@ def check_ratio(name: str, ratio: float | None) -> None:
     """
     if ratio is not None and not 0.0 <= ratio < 1.0:
         raise UserError(f"{name} must be in [0, 1), not {ratio}")
+
+
+def _check_uniform(model: Mapping[str, Any]) -> None:
+    if not model["uniform"]:
+        return
+    if model["skip_layers"]:
+        raise UserError(
+            "--model.uniform prunes every layer alike and --model.skip_layers leaves some: add --model.skip_layers null"
+        )
+    if model["allocation"] not in (None, "uniform"):
+        raise UserError(f"--model.uniform and --model.allocation {model['allocation']} contradict: leave one out")
 
 
 def _check_training(model: Mapping[str, Any]) -> None:

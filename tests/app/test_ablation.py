@@ -128,7 +128,7 @@ def test_overlap_question_shows_each_layer(type_in, arguments, tmp_path, monkeyp
         (["--ratios", "[0.4,0.4]"], "ratios must be different numbers"),
         (["--ratios", "[0.4]", "--model.floor", "0.9"], "lower floor or pruning_ratio"),
         (["--model.allocation", "global"], "--model.allocation would settle for all variants"),
-        (["--model.uniform", "true"], "--model.uniform would settle"),
+        (["--model.uniform", "true", "--model.skip_layers", "null"], "--model.uniform would settle"),
         (["--model.frozen_on", "history"], "--model.frozen_on would settle"),
         (["--data.protocol", "paper"], "protocol contiguous"),
         (["--model.statistics", "file"], "leave model.statistics and model.importances out"),

@@ -355,7 +355,7 @@ MISTAKES = {
     ),
     "misspelled source": (
         {"--data.calibration": "C5"},
-        r"^pp-lightning: there is no text 'C5': did you mean C4\?$",
+        r"^pp-lightning: there is no text 'C5': choose from C4, Embedded, HubText, Records, TextFile, WikiText2$",
     ),
     "unknown setting of a method": ({"--model.method.colour": "red"}, "colour"),
     "unknown protocol": ({"--data.protocol": "mine"}, "protocol"),

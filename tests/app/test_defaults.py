@@ -115,7 +115,7 @@ CONTRADICTIONS = {
     "frozen_on for what is static": ({"--method": "flap", "--model.frozen_on": "history"}, "FLAP is static"),
     "uniform and skipped layers": (
         {"--method": "flap", "--model.uniform": "true", "--model.skip_layers": "[0]"},
-        "leave one out",
+        "add --model.skip_layers null",
     ),
     "a negative warm-up": ({"--model.warmup_steps": -1}, "--model.warmup_steps must be at least 0, not -1"),
     "no folder": ({"--out": ""}, "--out must name a folder"),

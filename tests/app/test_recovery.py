@@ -395,7 +395,7 @@ def test_gradients_have_no_ranking_by_statistics(run, settings, tmp_path, capsys
 
 
 def test_uniform_counts_are_trained_where_they_are_asked_for(run, settings, tmp_path):
-    settings["model"] |= {"uniform": True, "method": {"class_path": "pp_lightning.methods.FLAP"}}
+    settings["model"] |= {"uniform": True, "skip_layers": None, "method": {"class_path": "pp_lightning.methods.FLAP"}}
     assert run("fit", settings, "trained") == 0
     assert Recovered.load(tmp_path / "trained").uniform
     settings["model"]["uniform"] = False
