@@ -18,6 +18,8 @@ def check_shard_size(max_shard_size: str) -> None:
         UserError: it is not a number and a unit.
     """
     try:
+        if max_shard_size.strip().startswith("-"):
+            raise ValueError
         split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
     except ValueError as error:
         raise UserError(f"max_shard_size must be a size such as 5GB or 500MB, not {max_shard_size!r}") from error

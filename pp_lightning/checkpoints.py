@@ -18,8 +18,10 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from pp_lightning.checkpoint_files import check_folder, in_our_words
 from pp_lightning.errors import UserError
 from pp_lightning.families import layers_of
+from pp_lightning.files import is_file, is_folder
 from pp_lightning.interfaces import parameters_without_memory
 from pp_lightning.stored import Place, places_in, settle, stored, values_of
 from pp_lightning.tensor_files import SIZES
@@ -29,6 +31,12 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _READ = ["*.json", "*.safetensors"]
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny-llama"
+_LONGEST_ID = 96  # characters of a hub id
+
+
+def usual_dtype(path: str | None) -> Dtype:
+    """The dtype that a model runs in where nobody says: a checkpoint's own. The embedded one is stored small only."""
+    return "float32" if path is None else "auto"
 
 
 def load_model(path: str | None = None, dtype: Dtype = "float32", *, allow_pickle: bool = False) -> PreTrainedModel:
@@ -43,6 +51,7 @@ def load_model(path: str | None = None, dtype: Dtype = "float32", *, allow_pickl
         UserError: there is no such checkpoint, it is incomplete or damaged, or it is not safetensors.
     """
     source = _checked_source(path)
+    config = check_folder(source, allow_pickle=allow_pickle) if is_folder(source) else {}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
@@ -52,7 +61,7 @@ def load_model(path: str | None = None, dtype: Dtype = "float32", *, allow_pickl
             output_loading_info=True,
         )
     except Exception as error:  # transformers, safetensors and the hub client raise a dozen unrelated types
-        raise UserError(f"cannot load a model from {source}: {_first_line(error)}") from error
+        raise UserError(f"cannot load a model from {source}: {in_our_words(error, config)}") from error
     missing = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
     if missing:
         raise UserError(f"the checkpoint {source} lacks {len(missing)} weights of its config ({missing[0]}, ...)")
@@ -102,8 +111,9 @@ def load_streamed(path: str | None = None, dtype: Dtype = "float32", *, bundled_
             not those of the model one by one.
     """
     source = _checked_source(path)
+    settings = check_folder(source, allow_pickle=False) if is_folder(source) else {}
     try:
-        folder = Path(source if Path(source).is_dir() else snapshot_download(source, allow_patterns=_READ))
+        folder = Path(source if is_folder(source) else snapshot_download(source, allow_patterns=_READ))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=bundled_code)
         places = places_in(folder)
         wanted = (config.dtype or next(iter(places.values())).read().dtype) if dtype == "auto" else dtype
@@ -114,7 +124,7 @@ def load_streamed(path: str | None = None, dtype: Dtype = "float32", *, bundled_
     except UserError:
         raise
     except Exception as error:  # see load_model
-        raise UserError(f"cannot load a model from {source}: {_first_line(error)}") from error
+        raise UserError(f"cannot load a model from {source}: {in_our_words(error, settings)}") from error
     _fill(model, _places_of(model, places), source)
     for layer in layers_of(model):
         settle(layer)
@@ -161,8 +171,9 @@ def checkpoint_bytes(path: str | None, dtype: Dtype) -> int:
         UserError: a file is missing or cut off.
     """
     folder = Path(_checked_source(path))
-    if not any(folder.glob("*.safetensors")):
+    if not is_folder(folder) or not any(folder.glob("*.safetensors")):
         return 0
+    check_folder(str(folder), allow_pickle=False)
     size = None if dtype == "auto" else getattr(torch, dtype).itemsize
     return sum(math.prod(one.shape) * (size or SIZES[one.dtype]) for one in places_in(folder).values())
 
@@ -173,7 +184,7 @@ def new_model(path: str | None = None, *, seed: int = 0) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # see load_model
-        raise UserError(f"cannot read a model config from {source}: {_first_line(error)}") from error
+        raise UserError(f"cannot read a model config from {source}: {in_our_words(error, {})}") from error
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -194,12 +205,12 @@ def load_tokenizer(path: str | None = None, pad_token: str | None = None) -> Pre
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # see load_model
-        raise UserError(f"cannot load a tokenizer from {source}: {_first_line(error)}") from error
+        raise UserError(f"cannot load a tokenizer from {source}: {in_our_words(error, {})}") from error
+    if pad_token is not None and pad_token not in tokenizer.get_vocab():
+        raise UserError(
+            f"{pad_token!r} is no token of {source}: name another one with --model.pad_token, or leave it out"
+        )
     if tokenizer.pad_token_id is None and pad_token is not None:
-        if pad_token not in tokenizer.get_vocab():
-            raise UserError(
-                f"{pad_token!r} is no token of {source}: name another one with --model.pad_token, or leave it out"
-            )
         tokenizer.pad_token = pad_token
     return tokenizer
 
@@ -208,15 +219,9 @@ def _checked_source(path: str | None) -> str:
     """``path`` if it can be a checkpoint: a folder with a config, or something shaped like a hub id."""
     if path is None:
         return str(EMBEDDED_MODEL)
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+    if is_folder(path):
+        if not is_file(Path(path) / "config.json"):
             raise UserError(f"{path} has no config.json: give a transformers checkpoint folder")
-    elif folder.exists() or folder.is_absolute() or path.startswith(".") or path.count("/") > 1:
-        raise UserError(f"no checkpoint folder at {path}: give an existing folder or a hub id such as org/name")
+    elif not path or len(path) > _LONGEST_ID or path.startswith((".", "/")) or path.count("/") > 1 or is_file(path):
+        raise UserError(f"no checkpoint folder at {path!r}: give an existing folder or a hub id such as org/name")
     return path
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

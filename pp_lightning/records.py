@@ -41,16 +41,40 @@ def check_place(out: Path) -> None:
     Raises:
         UserError: it is, or lies below, a file, or a folder that must not be written to.
     """
+    try:
+        out.absolute().lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long, links in a circle
+        raise UserError(f"{out}: {str(error.strerror).lower()}: name another place with --out") from error
     nearest = nearest_existing(out)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         reason = "is not a folder" if not nearest.is_dir() else "cannot be written to"
         raise UserError(f"{nearest} {reason}: name another place with --out")
 
 
+def check_new_file(file: str, option: str) -> None:
+    """Refuse a path that is neither a file nor can become one.
+
+    Raises:
+        UserError: see above; ``option`` named it.
+    """
+    try:
+        check_place(Path(file).parent)
+        fits = not os.path.lexists(file) or Path(file).is_file()
+        os.stat(file)
+    except FileNotFoundError:
+        pass
+    except (OSError, UserError):
+        fits = False
+    if not fits:
+        raise UserError(f"{option} must name a file, there or new, not {file}")
+
+
 def nearest_existing(path: Path) -> Path:
     """The path itself or, where that is not there yet, the nearest of its parents that is."""
     absolute = path.absolute()
-    return next(place for place in (absolute, *absolute.parents) if place.exists())
+    return next(place for place in (absolute, *absolute.parents) if os.path.lexists(place))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

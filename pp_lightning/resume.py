@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pp_lightning.errors import UserError
+from pp_lightning.files import read_json
 
 
 class ResumeFile:
@@ -47,10 +48,7 @@ class ResumeFile:
         os.replace(unfinished, self._path)
 
     def _read(self, path: Path) -> dict[str, dict[str, Any]]:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"cannot read {path}: {error}; remove it or name another file") from error
+        content = read_json(path, "unfinished run")
         if not isinstance(content, dict) or content.get("format") != self._form:
             raise UserError(f"{path} holds no interrupted evaluation of this version: remove it or name another file")
         ours, theirs = self._settings, content["settings"]

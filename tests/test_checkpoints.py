@@ -38,7 +38,7 @@ def test_new_weights_differ_and_repeat(folder):
 
 
 def test_missing_folder():
-    with pytest.raises(UserError, match="no checkpoint folder at /nowhere/at/all"):
+    with pytest.raises(UserError, match=r"no checkpoint folder at '/nowhere/at/all'"):
         load_model("/nowhere/at/all")
 
 
@@ -49,7 +49,7 @@ def test_folder_without_config(tmp_path):
 
 def test_damaged_config(folder):
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot load a model") as caught:
+    with pytest.raises(UserError, match=r"cannot read .*config\.json: no JSON at line 1") as caught:
         load_model(str(folder))
     assert "\n" not in str(caught.value)
 
@@ -57,7 +57,7 @@ def test_damaged_config(folder):
 def test_truncated_weights(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot load a model"):
+    with pytest.raises(UserError, match=r"cannot load a model from .*: its weights are damaged or cut off"):
         load_model(str(folder))
 
 
@@ -71,7 +71,7 @@ def test_weights_missing_from_the_file(folder):
 def test_pickled_weights_only_when_asked(folder):
     (folder / "model.safetensors").unlink()
     torch.save(tiny("llama").state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot load a model"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin only.*--model\.allow_pickle true"):
         load_model(str(folder))
     assert load_model(str(folder), allow_pickle=True).dtype == torch.float32
 
@@ -87,7 +87,7 @@ def test_tokenizer_without_padding_token(folder):
 
 
 def test_folder_without_tokenizer(folder):
-    with pytest.raises(UserError, match="cannot load a tokenizer"):
+    with pytest.raises(UserError, match=r"cannot load a tokenizer from .*: it has no tokenizer\.json"):
         load_tokenizer(str(folder))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from pp_lightning.app.help import ExamplesFormatter
+from pp_lightning.app.words import spelled_out
 from pp_lightning.benchmark import BenchmarkSettings, run_benchmark
 from pp_lightning.benchmark.break_even import write_break_even
 from pp_lightning.benchmark.rows import Row
@@ -14,26 +14,10 @@ from pp_lightning.benchmark.write import caption, write_results
 from pp_lightning.progress import write_line
 from pp_lightning.records import check_place
 
-EXAMPLES = """
-examples:
-  the first table of docs/speed.md: a LLaMA of four layers with random weights
-    pp-lightning benchmark --config configs/tiny/benchmark.yaml --out results/benchmark
-  another shape, fewer layers, two batch sizes
-    pp-lightning benchmark --model.shape llama-2-7b --model.layers 4 \\
-        --cases '[{"rows": 20, "tokens": 1024}, {"rows": 1, "tokens": 128}]' --dtypes [bfloat16] --out DIR
-  a checkpoint on real text: perplexities too, and the share of units that change from batch to batch
-    pp-lightning benchmark --model.path DIR --text FILE --round_to 16 --out DIR2
-  from how many tokens on a probe of a prompt pays here: kept beside the statistics for --model.prefill auto
-    pp-lightning benchmark --calibrate-break-even --model.path DIR --text FILE --statistics stats.safetensors
-  where Lightning is not installed
-    python -m pp_lightning.benchmark --config FILE --out DIR
-"""
-
 
 def main(words: Sequence[str]) -> None:
     """Read the options, measure, write and show."""
-    flags = {"--calibrate-break-even": "--calibrate_break_even=true"}
-    options = _parser().parse_args([flags.get(word, word) for word in words])
+    options = _parser().parse_args(spelled_out(["benchmark", *words])[1:])
     settings = BenchmarkSettings.from_plain(_settings(options))
     out = Path(options.out)
     check_place(out)
@@ -77,9 +61,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="pp-lightning benchmark",
-        description="Time dense and pruned models side by side: does saved arithmetic become saved time?",
-        epilog=EXAMPLES,
-        formatter_class=ExamplesFormatter,
+        allow_abbrev=False,
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pp_lightning.app.cli import TRAINER_DEFAULTS
+from pp_lightning.app.commands import TRAINER_DEFAULTS
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.progress import progress_display
 from pp_lightning.app.report import NAMES, Grid, markdown, show_grid
@@ -69,7 +69,7 @@ def compared(out: Path, **settings: Any) -> dict[str, list[Comparison]]:
         for name, text in TEXTS.items():
             data = LanguageModelling(text, Embedded("calibration"), protocol="continuation", **sizes)
             options = TRAINER_DEFAULTS | {"accelerator": "cpu", "callbacks": [progress_display()]}
-            trainer = PruningTrainer(**options, default_root_dir=out)
+            trainer = PruningTrainer(**options, default_root_dir=Path(folder) / name)
             rows[name] = trainer.compare(model, data, methods=METHODS, ratios=[RATIO])
     return rows
 

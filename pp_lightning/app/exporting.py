@@ -322,7 +322,8 @@ def _choose_uniformly(module: PrunedLM) -> None:
     if module.skip_layers or module.method.with_uniform_counts() is not module.method:
         say(
             f"layout uniform: chosen anew with the same counts in every layer, {module.pruning_ratio:.0%} over the "
-            "whole model, no layer skipped. test and compare evaluate this choice with --model.uniform true."
+            "whole model, no layer skipped. test and compare evaluate this choice with --model.uniform true "
+            "--model.skip_layers null."
         )
     module.uniform = True
 

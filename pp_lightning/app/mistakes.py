@@ -1,36 +1,126 @@
-"""A user's mistake as one line, in our words where the parser's say too much."""
+"""A user's mistake as one short line, in our words where the parser's say too much."""
 
 import re
 import sys
 from difflib import get_close_matches
+from inspect import signature
 from pydoc import locate
 
-_UNKNOWN_CLASS = re.compile(r".*Subtypes: \[(.*?)\] Errors:.*?Expected a dot import path string: ([^\s']+)")
-_KEY = re.compile(r'Parser key "([^"]+)"')
-_CLASS = re.compile(r"<class '(\w+(?:\.\w+)+)'>")
+from pp_lightning.app.help import known_options
+from pp_lightning.errors import UserError
+
+_LONGEST_LINE, _LONGEST_WORD = 200, 90
+_START = "pp-lightning: "
+_KEY = re.compile(r'Parser key "([^"]+)":')
+_VALUE = re.compile(r"(?:Got|Given) value: ?(.*?)(?= ?- Expected| Subclass types| Given value type|$)")
+_UNKNOWN = re.compile(r"(?:unrecognized arguments: |does not accept option |Option )'?(?:--)?([^\s'=]+)")
+_NO_CLASS = re.compile(
+    r"either not accessible or invalid|does not correspond to a subclass|Problem with given class_path"
+)
+_EXPECTED = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^\]]*)\])|Not a valid subclass of (\w+)")
+_CLASS_PATH = re.compile(r"given class_path '([\w.]+)'")
+_TYPED = {"engine": "for", "check_with": "check-with"}  # where the option has another name than the setting
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a word",
+    "list": "a list such as [1,2]",
+    "dict": "a mapping such as {name: value}",
+}
 
 
-def one_line(mistake: BaseException) -> str:
-    """What to change."""
-    text = " ".join(str(mistake).split())
-    unknown = _UNKNOWN_CLASS.match(text)
-    if unknown is None:
-        return text
-    bases, given = unknown.groups()
-    names = sorted({name for base in _CLASS.findall(bases) for name in _names(locate(base))})
-    if not names:
-        return text
+def mistake_behind(error: BaseException | None) -> BaseException | None:
+    """The user's mistake that caused an error: the parser wraps what a constructor refuses. None where it is ours."""
+    while error is not None and not isinstance(error, _mistakes()):
+        error = error.__cause__
+    return error
+
+
+def in_one_line(mistake: BaseException, command: str) -> str:
+    """What to change.
+
+    Args:
+        mistake: what :func:`mistake_behind` found.
+        command: the command, whose options are suggested for misspelled ones.
+    """
+    if isinstance(mistake, UserError):
+        text = str(mistake)
+    elif isinstance(mistake, OSError):
+        place = "" if mistake.filename is None else f"{mistake.filename}: "
+        text = f"{place}{mistake.strerror or mistake}"
+    else:
+        text = _of_parser(" ".join(str(mistake).split()), command)
+    return _short(_START + _printable(" ".join(text.split())))
+
+
+def _mistakes() -> tuple[type[BaseException], ...]:
+    """Classes of errors that are the user's business: those of packages only where they are loaded."""
+    places = (("jsonargparse", "ArgumentError"), ("lightning.fabric.utilities.exceptions", "MisconfigurationException"))
+    return (UserError, OSError, *(getattr(sys.modules[name], kind) for name, kind in places if name in sys.modules))
+
+
+def _of_parser(text: str, command: str) -> str:
+    """The parser's message in our words."""
     option = ".".join(_KEY.findall(text))
-    close = get_close_matches(given, names)
-    return f"--{option}: there is no {given}: " + (
-        f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(names)}"
-    )
+    option = _TYPED.get(option, option)
+    if unknown := _UNKNOWN.search(text):
+        return _no_option(option, unknown[1], text, command)
+    if not option:
+        return text
+    last = text[[found.start() for found in _KEY.finditer(text)][-1] :]
+    value = _VALUE.search(last)
+    given = "" if value is None or value[1].startswith("NestedArg") else f", not {_quoted(value[1])}"
+    if value and _NO_CLASS.search(last) and given:
+        return f"--{option}: there is no {_quoted(value[1])}: see pp-lightning {command} --help"
+    kinds = _expected(last[: value.start()] if value else last)
+    if not kinds:
+        return f"--{option}: this does not fit{given}: see pp-lightning {command} --help"
+    return f"--{option}: expected {' or '.join(kinds)}{given}"
 
 
-def _names(base: object) -> list[str]:
-    """The classes below one that their packages offer; its own name where there are none."""
-    assert isinstance(base, type)
-    classes: list[type] = base.__subclasses__()
-    below = [name for each in classes for name in _names(each)]
-    package = sys.modules[base.__module__.rpartition(".")[0] or base.__module__]
-    return below or [base.__name__] * hasattr(package, base.__name__)
+def _expected(text: str) -> list[str]:
+    """The kinds of values that a message says were expected, in words, nothing twice."""
+    kinds: list[str] = []
+    for found in re.finditer(
+        r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^\]]*)\])|Not a valid subclass of (\w+)", text
+    ):
+        if found[1] == "NoneType":
+            continue
+        words = found[2] and found[2].replace("'", "")
+        kinds.append(words or _KINDS.get(found[1], found[1]) if not found[3] else f"a {found[3]}")
+    return list(dict.fromkeys(kinds))
+
+
+def _no_option(option: str, name: str, text: str, command: str) -> str:
+    """A key that is not there, with the nearest ones that are: of the command, or of a class that it was meant for."""
+    if text.startswith("unrecognized arguments") and not text.startswith("unrecognized arguments: --"):
+        return f"there is no option {name!r}: options start with --"
+    classes = _CLASS_PATH.findall(text)
+    owner = locate(classes[-1]) if classes else None
+    start = f"{option}." if option else ""
+    known = [start + one for one in signature(owner).parameters] if callable(owner) else known_options(command)
+    near = get_close_matches(start + name, known, n=2, cutoff=0.75)
+    hint = f"did you mean --{' or --'.join(near)}?" if near else f"see pp-lightning {command} --help"
+    if callable(owner) and not near:
+        hint = f"choose from {', '.join(signature(owner).parameters)}"
+    return f"--{start}{name} is no option of {owner.__name__ if isinstance(owner, type) else command}: {hint}"
+
+
+def _quoted(value: str) -> str:
+    return value if value[:1] in ("'", "[", "{") else f"'{value}'"
+
+
+def _printable(text: str) -> str:
+    """Half characters of file names, which no terminal takes, as question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _short(text: str) -> str:
+    """At most 200 characters: long words, mostly paths, lose their middle, and then the line its end."""
+    words = [
+        word if len(word) <= _LONGEST_WORD else f"{word[:20]}...{word[23 - _LONGEST_WORD :]}"
+        for word in text.split(" ")
+    ]
+    text = " ".join(words)
+    return text if len(text) <= _LONGEST_LINE else text[: _LONGEST_LINE - 4].rpartition(" ")[0] + " ..."

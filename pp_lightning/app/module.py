@@ -10,25 +10,29 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
+from pp_lightning.app.forecast import Forecast
 from pp_lightning.app.prunable import FrozenOn, PrunableModule
 from pp_lightning.app.recovery import RecoveryRun, described, recovery_callbacks
 from pp_lightning.app.results import Evaluation
 from pp_lightning.app.scoring import Scoring, scoring_for, streamed_scoring_for
-from pp_lightning.checkpoints import Dtype, load_tokenizer, new_model, open_model
+from pp_lightning.checkpoints import Dtype, load_tokenizer, new_model, open_model, usual_dtype
 from pp_lightning.commonsense import CommonsenseData
 from pp_lightning.compilation import Compilation, compile_, uncompile_
 from pp_lightning.data.base import EvaluationData
+from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.data.windows import Batch
 from pp_lightning.errors import UserError
 from pp_lightning.methods import PruningMethod, StaticMethod
 from pp_lightning.methods.base import AllocationName
 from pp_lightning.prefill import Prefill, checked_refresh
+from pp_lightning.progress import write_line
 from pp_lightning.pruning import is_pruned
 from pp_lightning.recovery import Recovered, Recovery
 from pp_lightning.state import skipped_batches
 
 UpdateName = Literal["least_squares"]
 _DEFAULT_RATIO = 0.2
+_DEFAULT_SKIPPED = (0, 1, 2)
 
 
 @runtime_checkable
@@ -49,7 +53,8 @@ class PrunedLM(PrunableModule):
             that of ``recovered``.
         attention_ratio: the same for attention alone; none takes ``pruning_ratio``.
         mlp_ratio: the same for MLPs alone; none takes ``pruning_ratio``.
-        skip_layers: layers left dense; the others lose more to make up for them.
+        skip_layers: layers left dense; the others lose more to make up for them. None takes the first three, as
+            published.
         round_to: MLP channels are kept in multiples of this.
         tensor_parallel: devices that are to share every block evenly: heads (key/value heads, where these go as a
             whole) and MLP channels are kept in multiples of this too.
@@ -73,7 +78,8 @@ class PrunedLM(PrunableModule):
             interruption).
         importances: the same for what LLM-Pruner and LoRAPrune choose from: a safetensors file of importances, read if
             it exists, else written. One file is for one of the two; LoRAPrune with recovery needs none.
-        dtype: dtype of the weights; ``auto`` keeps the checkpoint's own.
+        dtype: dtype of the weights; none and ``auto`` keep the checkpoint's own. The small model that comes with the
+            package is run in float32.
         pad_token: a token to pad with, for tokenizers that define none (LLaMA: ``</s>``).
         compile: compile every layer, dense ones too: saved arithmetic becomes saved time. The first batch pays for it.
         allow_pickle: also load ``.bin`` checkpoints, which can run code of whoever wrote them.
@@ -96,7 +102,7 @@ class PrunedLM(PrunableModule):
         pruning_ratio: float | None = None,
         attention_ratio: float | None = None,
         mlp_ratio: float | None = None,
-        skip_layers: list[int] = [0, 1, 2],  # noqa: B006 (the command line's help shows it; never changed)
+        skip_layers: list[int] | None = None,
         round_to: int = 64,
         tensor_parallel: int = 1,
         uniform_heads: bool = False,
@@ -109,7 +115,7 @@ class PrunedLM(PrunableModule):
         update: UpdateName | None = None,
         statistics: str | None = None,
         importances: str | None = None,
-        dtype: Dtype = "float32",
+        dtype: Dtype | None = None,
         pad_token: str | None = None,
         compile: bool = False,
         allow_pickle: bool = False,
@@ -124,12 +130,14 @@ class PrunedLM(PrunableModule):
         if stream and (from_scratch or compile or allow_pickle):
             raise UserError("weights that stay on disk are not drawn, compiled or pickled: leave stream out")
         super().__init__(
-            new_model(path) if from_scratch else open_model(path, dtype, allow_pickle=allow_pickle, stream=stream),
+            new_model(path)
+            if from_scratch
+            else open_model(path, dtype or usual_dtype(path), allow_pickle=allow_pickle, stream=stream),
             method=method,
             pruning_ratio=_DEFAULT_RATIO if pruning_ratio is None else pruning_ratio,
             attention_ratio=attention_ratio,
             mlp_ratio=mlp_ratio,
-            skip_layers=skip_layers,
+            skip_layers=_DEFAULT_SKIPPED if skip_layers is None else skip_layers,
             round_to=round_to,
             tensor_parallel=tensor_parallel,
             uniform_heads=uniform_heads,
@@ -152,6 +160,7 @@ class PrunedLM(PrunableModule):
         self.recovery = recovery
         self.evaluation: Evaluation | None = None
         self._scoring: Scoring | None = None
+        self._forecast: Forecast | None = None
         self._compilation: Compilation | None = None
         self._run: RecoveryRun | None = None
         if recovery is not None:
@@ -183,10 +192,7 @@ class PrunedLM(PrunableModule):
     def prepare(self, data: EvaluationData) -> None:
         """Hand the tokenizer to the data module, and check before any work what can be checked."""
         data.use_tokenizer(self.tokenizer)
-        limit = self.model.config.max_position_embeddings
-        if data.window > limit:
-            asked = f"windows of {data.window} tokens"
-            raise UserError(f"{asked} exceed the model's {limit} positions: lower --data.window")
+        data.suit(self.model.config.max_position_embeddings, self.trainer.strategy.root_device)
         if isinstance(data, CommonsenseData):
             data.check_refresh(self.refresh)
         self.check_plan(self.method, self.pruning_ratio, data.window)
@@ -204,11 +210,23 @@ class PrunedLM(PrunableModule):
             streamed_scoring_for(self.data, self.model, self.tell) if self.is_streamed else scoring_for(self.data)
         )
         self._scoring.start(self.device, resume_file, progress)
+        self._forecast = self._evaluation_forecast()
+
+    def _evaluation_forecast(self) -> Forecast | None:
+        """For a text, which has one batch after the other; tasks show their own progress."""
+        if not isinstance(self.data, LanguageModelling) or not self.trainer.is_global_zero:
+            return None
+        (batches,) = self.trainer.num_test_batches
+        tokens = int(batches) * self.data.batch_size * self.data.window * self.trainer.world_size
+        name = "dense" if self.method is None else f"{self.label} at {self.pruning_ratio:g}"
+        return Forecast(f"evaluating {name}", "--data.limit_tokens", tokens, int(batches), write_line)
 
     def test_step(self, batch: Any, batch_index: int) -> None:
         """Score one batch."""
         assert self._scoring is not None
         self._scoring.step(self.model, batch)
+        if self._forecast is not None:
+            self._forecast.batch_done()
 
     def on_test_epoch_end(self) -> None:
         """Sum up, and log the figures that are single numbers."""

@@ -2,15 +2,15 @@
 
 import os
 import time
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from transformers import AutoConfig, PreTrainedConfig
 
-from pp_lightning.app.help import ExamplesFormatter
 from pp_lightning.app.report import Grid, show_grid
 from pp_lightning.checkpoints import Dtype
 from pp_lightning.errors import UserError
@@ -26,6 +26,10 @@ examples:
 """
 _SECONDS = 2.0  # of each of the four measurements
 _READ_AT_ONCE = 1 << 24
+
+
+class _ExamplesFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the examples as they are written."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ def _parser() -> ArgumentParser:
         prog="pp-lightning plan",
         description="Say what pruning a model will cost, in memory and streamed. Nothing of the model is loaded.",
         epilog=_EXAMPLES,
-        formatter_class=ExamplesFormatter,
+        formatter_class=_ExamplesFormatter,
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")

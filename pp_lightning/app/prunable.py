@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from pp_lightning.allocation import settled_floors
 from pp_lightning.app.evidence import importances_for
+from pp_lightning.app.forecast import Forecast
 from pp_lightning.app.stopping import UntilTerminated
 from pp_lightning.calibration import calibrate
 from pp_lightning.data.base import EvaluationData
@@ -367,9 +368,12 @@ class PrunableModule(L.LightningModule):
         shared = self.reuse or self.statistics_file is not None  # then other methods will want to use them too
         method = self.settled(self.method)
         plan = make_plan(shape_of(self.model.config), method, **self.amounts(self.pruning_ratio))
+        batches = data.calibration_batches()
+        told = write_line if self.trainer.is_global_zero else ignore_line
+        samples = ("--data.calibration_samples", data.calibration_samples)
         statistics = calibrate(
             self.model,
-            UntilTerminated(data.calibration_batches(), self.trainer),
+            UntilTerminated(batches, self.trainer, Forecast("calibrating", *samples, len(batches), told)),
             means=shared or method.needs_means,
             layers=None if shared or self._ranks_globally(method) else plan.layers,
             save_to=self.statistics_file if self.trainer.is_global_zero else None,

@@ -67,6 +67,8 @@ def prune_and_export(
     module.prepare(data)
     module.check_plan(method, module.pruning_ratio, data.window)
     data.calibration.check()
+    if data.names_text:
+        data.check_text()
     if not data.names_text:
         data.text = data.calibration
         say("no --data.text: before and after are evaluated on the calibration text itself, which flatters the result")

@@ -81,6 +81,13 @@ class Evaluation:
     perplexity_error: float | None = None
 
     @staticmethod
+    def from_dict(values: dict[str, Any]) -> "Evaluation":
+        """An evaluation from what ``asdict`` made of it and JSON kept."""
+        time = values["time"] and Timing(**values["time"])
+        kept = {block: (low, high) for block, (low, high) in values["kept"].items()}
+        return Evaluation(**{**values, "flops": FlopsRatios(**values["flops"]), "time": time, "kept": kept})
+
+    @staticmethod
     def mean_of(evaluations: Sequence["Evaluation"]) -> "Evaluation":
         """One row, evaluated with several seeds: mean perplexity, all else of the first."""
         values = [one.perplexity for one in evaluations if one.perplexity is not None]

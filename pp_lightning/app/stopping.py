@@ -6,6 +6,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from pp_lightning.app.forecast import Forecast
+
 
 class UntilTerminated:
     """Batches that a loop of ours goes through inside a run of the trainer's, until that is told to end.
@@ -13,11 +15,15 @@ class UntilTerminated:
     Args:
         batches: the batches.
         trainer: whose process is told.
+        forecast: told of every batch that is done.
     """
 
-    def __init__(self, batches: Sequence[Mapping[str, Any]], trainer: L.Trainer) -> None:
+    def __init__(
+        self, batches: Sequence[Mapping[str, Any]], trainer: L.Trainer, forecast: Forecast | None = None
+    ) -> None:
         self.batches = batches
         self.trainer = trainer
+        self.forecast = forecast
 
     def __len__(self) -> int:
         """How many there are."""
@@ -33,3 +39,5 @@ class UntilTerminated:
             if self.trainer.received_sigterm:
                 raise SIGTERMException
             yield batch
+            if self.forecast is not None:
+                self.forecast.batch_done()

@@ -1,6 +1,6 @@
 """The Trainer with two more verbs: compare and export."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,13 +21,14 @@ from pp_lightning.app.ablation.runner import (
     checked_questions,
     fitting,
     measure,
-    settings_of,
 )
+from pp_lightning.app.checks import check_ratio, check_seed
 from pp_lightning.app.exporting import ExportSettings, Quantize, export_pruned
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.prune_command import PruneSettings, prune_and_export
 from pp_lightning.app.recovery import check_recovery
 from pp_lightning.app.results import Comparison, Evaluation
+from pp_lightning.app.resuming import FinishedRows, key_of, settings_of
 from pp_lightning.app.training import check_same, train_recovery
 from pp_lightning.checkpoints import Dtype
 from pp_lightning.data.base import EvaluationData
@@ -99,10 +100,8 @@ class PruningTrainer(L.Trainer):
             UserError: an unknown method, a ratio that leaves nothing, or a text that is not there.
         """
         _refuse_recovered(model)
-        if 0.0 in ratios:
-            raise UserError("at ratio 0.0 nothing is removed, which is the dense row: leave it out of ratios")
-        if not (methods or variants) or not ratios:
-            raise UserError("nothing to compare: give at least one of methods (or variants) and one of ratios")
+        self._suit(model, datamodule)
+        _check_comparison(methods, ratios, variants or {})
         rows = [Row("dense"), *self._rows(methods, ratios, variants or {}, model.recovery)]
         for row in rows:
             model.check_plan(row.method, row.pruning_ratio, datamodule.window)
@@ -115,13 +114,20 @@ class PruningTrainer(L.Trainer):
         if seeds is not None:
             _check_seeds(seeds, model, rows)
         model.reuse, model.recovery = True, None
+        finished = FinishedRows(Path(self.default_root_dir), model, datamodule)
         found: list[list[Evaluation]] = [[] for _ in rows]
         for seed in [datamodule.seed] if seeds is None else seeds:
             if seeds is not None:
                 datamodule.seed = seed
                 model.forget_statistics()
             for row, evaluations in zip(rows, found, strict=True):
-                evaluations.append(self._evaluated(model, datamodule, row if seeds is None else row.seeded(seed)))
+                one = row if seeds is None else row.seeded(seed)
+                settings = None if one.method is None else one.method.settings()
+                key = key_of(row.label, settings, row.pruning_ratio, seed)
+                done = finished[key]
+                if done is None:
+                    finished[key] = done = self._evaluated(model, datamodule, one)
+                evaluations.append(done)
         means = [Evaluation.mean_of(evaluations) for evaluations in found]
         return [Comparison.of(mean, means[0]) for mean in means]
 
@@ -159,21 +165,21 @@ class PruningTrainer(L.Trainer):
         """
         _refuse_recovered(model)
         asked = checked_questions(questions, QUESTIONS)
-        for name, numbers in (("seeds", seeds), ("ratios", ratios)):
-            if not numbers or len(set(numbers)) < len(numbers):
-                raise UserError(f"{name} must be different numbers, at least one, not {numbers}")
+        assert isinstance(datamodule, EvaluationData)
+        self._suit(model, datamodule)
+        _check_numbers("seeds", seeds)
+        _check_numbers("ratios", ratios)
         if 0.0 in ratios:
             raise UserError("at ratio 0.0 nothing is removed and all variants are the dense model: leave it out")
-        assert isinstance(datamodule, EvaluationData)
         data = check_evenly_matched(model, datamodule)
         asked = {name: fitting(question, data) for name, question in asked.items()}
         for ratio in ratios:
             for question in asked.values():
                 for variant in question.variants:
                     model.check_plan(variant.method(seeds[0]), ratio, data.window, variant.allocation)
+        data.text.check()
         data.calibration.check()
         data.use_tokenizer(model.tokenizer)
-        model.trainer = self
         finished = ResumeFile(Path(self.default_root_dir) / UNFINISHED, settings_of(model, data), FORMAT)
         return measure(Bench(self, model, data, finished), asked, ratios, seeds)
 
@@ -214,7 +220,7 @@ class PruningTrainer(L.Trainer):
         Raises:
             UserError: whatever stands in the way; nothing is left behind.
         """
-        model.trainer = self
+        self._suit(model, datamodule)
         settings = ExportSettings(
             format,
             layout,
@@ -257,12 +263,17 @@ class PruningTrainer(L.Trainer):
         _refuse_recovered(model)
         if not isinstance(datamodule, LanguageModelling):
             raise UserError("prune evaluates and calibrates on text: leave out --data commonsense")
-        model.trainer = self
+        self._suit(model, datamodule)
         export = ExportSettings("safetensors", layout, dtype, True, overwrite, max_shard_size)
         out, device = Path(self.default_root_dir), self.strategy.root_device
         prune_and_export(
             model, datamodule, device, out, PruneSettings(target, export), partial(self._tested, model, datamodule)
         )
+
+    def _suit(self, model: PrunedLM, datamodule: EvaluationData) -> None:
+        """Settle what depends on the model and on where it runs, before anything is checked."""
+        model.trainer = self
+        datamodule.suit(model.model.config.max_position_embeddings, self.strategy.root_device)
 
     def _tested(self, model: PrunedLM, datamodule: EvaluationData) -> Evaluation:
         """The module as it is."""
@@ -288,6 +299,7 @@ class PruningTrainer(L.Trainer):
         """Find a text that is not there now, and not after all rows in front of the first one that reads it."""
         new = [row for row in rows if row.recovery is None or not Recovered.is_in(self._folder(row))]
         choosing = [row.method for row in new if row.method is not None and not row.chooses_while_trained]
+        datamodule.check_text()
         if any(model.reads_calibration(method) for method in choosing):
             datamodule.calibration.check()
         if any(row.recovery is not None for row in new):
@@ -346,12 +358,38 @@ def _check_seeds(seeds: Sequence[int], model: PrunedLM, rows: Sequence[Row]) -> 
     Raises:
         UserError: see above.
     """
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds must be different numbers, at least one, not {list(seeds)}")
+    _check_numbers("seeds", seeds)
     if model.statistics_file is not None or model.importances_file is not None:
         raise UserError("seeds draw other calibration windows: leave model.statistics and model.importances out")
     if len(seeds) > 1 and any(row.recovery is not None for row in rows):
         raise UserError("rows with recovery are trained once: compare them with one seed")
+
+
+def _check_comparison(methods: Sequence[str], ratios: Sequence[float], variants: Mapping[str, PruningMethod]) -> None:
+    """Refuse a comparison of nothing, or of something twice.
+
+    Raises:
+        UserError: see above.
+    """
+    if not (methods or variants):
+        raise UserError("nothing to compare: give at least one of methods (or variants)")
+    if len(set(methods)) < len(methods):
+        raise UserError(f"methods must be different ones, not {', '.join(methods)}")
+    _check_numbers("ratios", ratios)
+    if 0.0 in ratios:
+        raise UserError("at ratio 0.0 nothing is removed, which is the dense row: leave it out of ratios")
+
+
+def _check_numbers(name: str, numbers: Sequence[float]) -> None:
+    """Refuse seeds or ratios that are none, twice the same, or impossible.
+
+    Raises:
+        UserError: see above.
+    """
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise UserError(f"{name} must be different numbers, at least one, not {list(numbers)}: nothing to compare")
+    for number in numbers:
+        (check_ratio if name == "ratios" else check_seed)(name, number)
 
 
 def _refuse_recovered(model: PrunedLM) -> None:

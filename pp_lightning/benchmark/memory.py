@@ -36,16 +36,17 @@ def peak_megabytes(settings: BenchmarkSettings, variant: str, dtype: str, ratio:
 def main() -> None:
     """The process itself: a request on standard input, megabytes on standard output."""
     from pp_lightning.benchmark.subject import Subject  # the parent needs none of it
-    from pp_lightning.benchmark.variants import VARIANTS
+    from pp_lightning.benchmark.variants import variant_named
     from pp_lightning.compilation import compile_
 
     request = json.load(sys.stdin)
     settings = BenchmarkSettings.from_plain(request["settings"])
     subject = Subject(settings, request["dtype"], request["ratio"])
     case = Case(**request["case"])
-    model = subject.only(VARIANTS[request["variant"]])
+    variant = variant_named(request["variant"])
+    model = subject.only(variant)
     batches = subject.batches(case)
-    if VARIANTS[request["variant"]].compiled:
+    if variant.compiled:
         compile_(model, mode=settings.mode)
     with torch.inference_mode():
         model(input_ids=batches[0], use_cache=False)  # compiles, which takes memory of its own

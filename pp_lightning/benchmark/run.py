@@ -15,7 +15,7 @@ from pp_lightning.benchmark.rows import Row
 from pp_lightning.benchmark.settings import BenchmarkSettings, Case, MeasuredDtype
 from pp_lightning.benchmark.subject import Subject, chosen_device
 from pp_lightning.benchmark.timing import Runner, Samples, measured, model_runner, part_runner
-from pp_lightning.benchmark.variants import VARIANTS, Variant, chosen_variants, reference_of
+from pp_lightning.benchmark.variants import Variant, chosen_variants, reference_of, variant_named
 from pp_lightning.blocks import Block
 from pp_lightning.compilation import compile_, uncompile_
 from pp_lightning.errors import UserError
@@ -226,7 +226,7 @@ def _perplexity(model: PreTrainedModel, batches: Sequence[Tensor]) -> float:
 
 def _with_prr(row: Row, rows: Sequence[Row]) -> Row:
     """The row with perplexity lost per millisecond saved, where both are known."""
-    reference = next(r for r in rows if r.part == row.part and r.variant == reference_of(VARIANTS[row.variant]))
+    reference = next(r for r in rows if r.part == row.part and r.variant == reference_of(variant_named(row.variant)))
     saved = reference.median - row.median
     if row.perplexity is None or reference.perplexity is None or saved <= 0:
         return row

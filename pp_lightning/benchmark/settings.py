@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from pp_lightning.compilation import RECORDING_MODES, CompileMode
-from pp_lightning.errors import UserError
+from pp_lightning.errors import UserError, unknown
 
 MeasuredDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -61,7 +61,8 @@ class BenchmarkSettings:
         decode_tokens: tokens decoded per round after each prompt.
         decode_compiled: also decode with the whole model in one graph, where the variants have compiled ones.
         memory: also measure each variant's peak memory at the first case, in a process of its own.
-        text: a UTF-8 file to cut the batches from; needed with a checkpoint, and gives perplexities too.
+        text: a text to cut the batches from, by its name: a file, a data set of the hub, or Embedded; needed with a
+            checkpoint, and gives perplexities too.
         mode: torch.compile's mode.
         device: ``cpu``, ``cuda``, ...; none takes an accelerator where there is one.
         threads: CPU threads; none leaves torch's choice.
@@ -103,6 +104,7 @@ class BenchmarkSettings:
         Raises:
             UserError: a number is out of range, or a checkpoint comes without a text.
         """
+        self._check_numbers()
         if self.batches < 8:
             raise UserError(f"batches must be at least 8, not {self.batches}: a cache would flatter the choice")
         if self.repeats < 1 or self.warmup < 1:
@@ -116,6 +118,18 @@ class BenchmarkSettings:
         if self.model.path is not None and self.text is None:
             raise UserError("a checkpoint is measured on real text: give a file with --text")
 
+    def _check_numbers(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"threads must be at least 1, not {self.threads}")
+        if self.model.layers is not None and self.model.layers < 1:
+            raise UserError(f"layers must be at least 1, not {self.model.layers}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")
+        if not self.ratios or not all(0.0 <= ratio < 1.0 for ratio in self.ratios):
+            raise UserError(f"ratios must be numbers in [0, 1), at least one, not {self.ratios}")
+        if not self.dtypes:
+            raise UserError("dtypes must name at least one")
+
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "BenchmarkSettings":
         """Settings from nested dictionaries, as a YAML file holds them.
@@ -124,9 +138,9 @@ class BenchmarkSettings:
             UserError: an unknown setting.
         """
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known - {"out"})
-        if unknown:
-            raise UserError(f"unknown setting {unknown[0]!r}: choose from {', '.join(sorted(known))}")
+        strange = sorted(set(values) - known - {"out"})
+        if strange:
+            raise unknown("setting", strange[0], sorted(known))
         given = {key: value for key, value in values.items() if key in known}
         try:
             if isinstance(given.get("model"), Mapping):

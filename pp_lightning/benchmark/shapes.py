@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedConfig, PreTrainedModel
 
-from pp_lightning.errors import UserError
+from pp_lightning.errors import unknown
 
 SHAPES: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "llama-2048": lambda: LlamaConfig(
@@ -52,7 +52,7 @@ def random_model(
         UserError: there is no such shape.
     """
     if shape not in SHAPES:
-        raise UserError(f"unknown shape {shape!r}: choose from {', '.join(SHAPES)}")
+        raise unknown("shape", shape, SHAPES)
     config = SHAPES[shape]()
     config.num_hidden_layers = layers or config.num_hidden_layers
     config.max_position_embeddings = max(2048, tokens)

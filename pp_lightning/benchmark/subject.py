@@ -1,7 +1,5 @@
 """What is measured: a model, its copies under every regime, and batches to run them on."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,6 +14,7 @@ from pp_lightning.families import shape_of
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.pruning import prune_
 from pp_lightning.statistics import Statistics
+from pp_lightning.texts import source_named
 
 _CALIBRATION_ROWS = 4
 
@@ -118,15 +117,23 @@ class Subject:
 
 
 def chosen_device(settings: BenchmarkSettings) -> torch.device:
-    """The device of the settings; an accelerator where none is named and one is there."""
-    if settings.device is not None:
-        return torch.device(settings.device)
+    """The device of the settings; an accelerator where none is named and one is there.
+
+    Raises:
+        UserError: there is no such device here.
+    """
     found = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if found is None else found
+    if settings.device is None:
+        return torch.device("cpu") if found is None else found
+    try:
+        device = torch.device(settings.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        here = "cpu" if found is None else f"cpu and {found.type}"
+        raise UserError(f"there is no device {settings.device!r} here: choose from {here}") from error
+    return device
 
 
 def _tokens(model: str, text: str) -> Tensor:
-    if not Path(text).is_file():
-        raise UserError(f"no text file at {text}: give the path of an existing file")
-    ids: list[int] = load_tokenizer(model)(Path(text).read_text(encoding="utf-8"))["input_ids"]
+    ids: list[int] = load_tokenizer(model)(source_named(text).text())["input_ids"]
     return torch.tensor(ids)

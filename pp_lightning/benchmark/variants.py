@@ -7,9 +7,18 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from pp_lightning.errors import UserError
+from pp_lightning.errors import UserError, unknown
 from pp_lightning.families import layers_of
-from pp_lightning.methods import FullBatchProbing, Griffin, ProbePruning, PruningMethod, StaticPPsp
+from pp_lightning.importances import Importances
+from pp_lightning.methods import (
+    FullBatchProbing,
+    Griffin,
+    ProbePruning,
+    PruningMethod,
+    StaticPPsp,
+    method_labels,
+    method_named,
+)
 from pp_lightning.prefill import Prefill
 from pp_lightning.pruning import prune_
 from pp_lightning.statistics import Statistics
@@ -34,6 +43,7 @@ class Variant:
     prefill: Prefill | None = None
 
 
+_COMPILED = ", compiled"
 VARIANTS: Mapping[str, Variant] = {
     "dense": Variant(None, compiled=False),
     "dense, compiled": Variant(None, compiled=True),
@@ -56,18 +66,36 @@ VARIANTS: Mapping[str, Variant] = {
 }
 
 
-def chosen_variants(names: Sequence[str]) -> dict[str, Variant]:
-    """The named variants, in the table's order, and the two dense ones.
+def variant_named(name: str) -> Variant:
+    """The variant of this name, or a method by its label, ``pp`` or ``flap``, with ``, compiled`` behind it or not.
 
     Raises:
-        UserError: there is no such variant.
+        UserError: there is no such variant, or it chooses from gradients, which are not collected here.
     """
-    unknown = sorted(set(names) - set(VARIANTS) - {"all"})
-    if unknown:
-        raise UserError(f"unknown variant {unknown[0]!r}: choose from all, {'; '.join(VARIANTS)}")
-    return {
+    if name in VARIANTS:
+        return VARIANTS[name]
+    label = name.removesuffix(_COMPILED)
+    if label not in method_labels():
+        raise unknown("variant", label, ["all", *method_labels(), *VARIANTS])
+    method = method_named(label)
+    if method.evidence is Importances:
+        raise UserError(f"{label} chooses from importances, which benchmark does not collect: leave it out")
+    return Variant(method, compiled=name != label)
+
+
+def chosen_variants(names: Sequence[str]) -> dict[str, Variant]:
+    """The named variants, the table's own in its order, and the two dense ones; a method gives an eager and a compiled.
+
+    Raises:
+        UserError: there is none of such a name, or none at all.
+    """
+    if not names:
+        raise UserError("no variants are named: leave the option out for all of them")
+    own = {
         name: variant for name, variant in VARIANTS.items() if "all" in names or name in names or variant.method is None
     }
+    more = [name for name in names if name not in VARIANTS and name != "all"]
+    return own | {one: variant_named(one) for name in more for one in (name, name + _COMPILED)}
 
 
 def reference_of(variant: Variant) -> str:

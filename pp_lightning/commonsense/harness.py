@@ -18,6 +18,7 @@ on whole rows here: ``choose_on=context`` is for ``--data commonsense``, whose b
 
 import sys
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, cast
 
 import lm_eval
@@ -33,20 +34,31 @@ from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer
 from pp_lightning.commonsense.batching import collate_rows
 from pp_lightning.commonsense.encoding import EncodedRow, encoded_row
 from pp_lightning.commonsense.scoring import score_tokens, sum_rows
-from pp_lightning.data.sources import C4
+from pp_lightning.data.base import PAPER_SAMPLES, samples_for
 from pp_lightning.data.windows import batched, document_windows
-from pp_lightning.errors import UserError
+from pp_lightning.errors import UserError, unknown
 from pp_lightning.evidence import Evidence
 from pp_lightning.importances import Importances
-from pp_lightning.methods import method_named
+from pp_lightning.methods import PruningMethod, method_named
 from pp_lightning.methods.gradient import GradientMethod
 from pp_lightning.progress import shown
 from pp_lightning.pruning import prune_
 from pp_lightning.recovery import Recovered
 from pp_lightning.state import load_pruning_state, pruning_state
 from pp_lightning.statistics import Statistics
+from pp_lightning.texts import C4, source_named
 
 _CALIBRATION_WINDOW, _CALIBRATION_ROWS = 512, 20  # the paper's, for tasks
+
+# Options of other commands, and what they are called in the harness's model_args.
+_SHARED = {
+    "--method": "method",
+    "--model.method": "method",
+    "--model.path": "path",
+    "--model.pruning_ratio": "pruning_ratio",
+    "--data.calibration": "calibration",
+    "--data.calibration_samples": "calibration_samples",
+}
 
 _Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -73,8 +85,9 @@ class PrunedHFLM(HFLM):
             ``--model.importances FILE`` writes one.
         recovered: a folder that ``pp-lightning fit`` with recovery wrote from ``path``, adapters merged here. It brings
             its method, ratio and layers.
-        calibration: C4 or a file of json lines with texts; None takes C4 from the hub.
-        calibration_samples: windows to calibrate on, each ``max_length`` (or 512) long.
+        calibration: a text by its name: a file, a data set of the hub, or a class; None takes C4 from the hub.
+        calibration_samples: windows to calibrate on, each ``max_length`` (or 512) long; None takes 512 on an
+            accelerator and 64 on a CPU.
         pad_token: a token to pad with, for tokenizers that define none.
         dtype: of the weights.
         device: where the model runs.
@@ -100,12 +113,13 @@ class PrunedHFLM(HFLM):
         importances: str | None = None,
         recovered: str | None = None,
         calibration: str | None = None,
-        calibration_samples: int = 2000,
+        calibration_samples: int | None = None,
         pad_token: str | None = None,
         dtype: Dtype = "auto",
         device: str | None = None,
         **settings: Any,
     ) -> None:
+        _check_names(settings)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"batch_size={batch_size}: give a number, since dynamic pruning chooses per batch")
         if pretrained is None:
@@ -113,14 +127,8 @@ class PrunedHFLM(HFLM):
                 raise UserError("name the model: --model_args path=DIR")
             if recovered is not None and method is not None:
                 raise UserError("recovered brings its own method: leave out method")
-            policy = None if method is None else method_named(method)
+            policy = None if method is None else _policy(method, importances)
             trained = None if recovered is None else Recovered.load(recovered)
-            if policy is not None and policy.updates:
-                raise UserError(
-                    f"{method} updates weights: write a folder with pp-lightning prune, and name that as path"
-                )
-            if isinstance(policy, GradientMethod) and importances is None:
-                raise UserError(f"{method} chooses from importances: name their file, importances=FILE.safetensors")
             tokenizer = load_tokenizer(path, pad_token)
             pretrained = load_model(path, dtype).to(_device(device))
             if trained is not None:
@@ -242,12 +250,29 @@ def run_harness(
 def main() -> None:
     """``lm_eval``'s own command, with the model ``pp``: on its own, and behind ``pp-lightning lm-eval``."""
     if len(sys.argv) > 1 and sys.argv[1].startswith("--"):
-        sys.argv[1:1] = ["run", "--model", "pp"]
-    try:
-        cli_evaluate()
-    except UserError as error:
-        sys.stderr.write(f"pp-lightning: {error}\n")
-        sys.exit(2)
+        sys.argv[1:] = ["run", "--model", "pp", *with_model_args(sys.argv[1:])]
+    cli_evaluate()
+
+
+def with_model_args(words: Sequence[str]) -> list[str]:
+    """Options that other commands have too as the model's arguments: ``--method pp`` becomes ``method=pp`` there.
+
+    Raises:
+        UserError: an option has no value.
+    """
+    rest, given, arguments = list(words), list[str](), list[str]()
+    while rest:
+        option, sign, value = rest.pop(0).partition("=")
+        if option == "--paper":
+            arguments.append(f"calibration_samples={PAPER_SAMPLES}")
+        elif option in (*_SHARED, "--model_args"):
+            if not sign and not rest:
+                raise UserError(f"{option} needs a value")
+            value = value if sign else rest.pop(0)
+            arguments.append(f"{_SHARED[option]}={value}" if option in _SHARED else value)
+        else:
+            given.append(option + sign + value)
+    return [*given, *(["--model_args", ",".join(arguments)] if arguments else [])]
 
 
 def _batches_by_length(rows: Sequence[EncodedRow], batch_size: int) -> list[list[int]]:
@@ -265,7 +290,7 @@ def _statistics(
     tokenizer: PreTrainedTokenizerBase,
     file: str | None,
     calibration: str | None,
-    samples: int,
+    samples: int | None,
     window: int | None,
 ) -> Statistics:
     if file is not None:
@@ -274,9 +299,37 @@ def _statistics(
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, verbose=False)["input_ids"])
 
-    windows = document_windows(C4(calibration).documents(), encode, window or _CALIBRATION_WINDOW, samples, seed=0)
+    source = C4() if calibration is None else source_named(calibration)
+    number = samples or samples_for(model.device)
+    windows = document_windows(source.documents(), encode, window or _CALIBRATION_WINDOW, number, seed=0)
     batches = batched(windows, _CALIBRATION_ROWS, int(tokenizer.pad_token_id or 0))
     return calibrate(model, cast(list[Mapping[str, torch.Tensor]], batches))
+
+
+def _policy(method: str, importances: str | None) -> PruningMethod:
+    """The method of this name.
+
+    Raises:
+        UserError: there is none, or it does not work here.
+    """
+    policy = method_named(method)
+    if policy.updates:
+        raise UserError(f"{method} updates weights: write a folder with pp-lightning prune, and name that as path")
+    if isinstance(policy, GradientMethod) and importances is None:
+        raise UserError(f"{method} chooses from importances: name their file, importances=FILE.safetensors")
+    return policy
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    """Refuse arguments that neither this class nor the harness's knows; the latter would take no notice of them.
+
+    Raises:
+        UserError: there is one.
+    """
+    known = {*signature(PrunedHFLM).parameters, *signature(HFLM).parameters} - {"settings", "kwargs"}
+    for name in settings:
+        if name not in known:
+            raise unknown("setting in model_args", name, sorted(known))
 
 
 def _device(name: str | None) -> torch.device:
@@ -288,4 +341,8 @@ def _device(name: str | None) -> torch.device:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as mistake:
+        sys.stderr.write(f"pp-lightning: {mistake}\n")
+        sys.exit(2)

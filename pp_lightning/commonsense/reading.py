@@ -9,6 +9,7 @@ from typing import Any
 from pp_lightning.commonsense.rows import Question, Row
 from pp_lightning.commonsense.tasks import Task
 from pp_lightning.errors import UserError
+from pp_lightning.files import is_file, read_text
 
 
 def read_questions(task: Task, path: str | None = None, limit: int | None = None) -> list[Question]:
@@ -56,8 +57,8 @@ def _json_rows(file: Path) -> Iterator[Row]:
         origin = f"{file}, line {number}"
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{origin}: not a JSON object ({error.msg})") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{origin}: not a JSON object") from error
         if not isinstance(fields, dict):
             raise UserError(f"{origin}: not a JSON object")
         yield Row(fields, origin)
@@ -65,12 +66,9 @@ def _json_rows(file: Path) -> Iterator[Row]:
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     """The file's lines with their numbers. Blank lines may follow the last row, but not stand between rows."""
-    if not file.is_file():
+    if not is_file(file):
         raise UserError(f"no file {file}: give a folder that holds <task>/<file>, or none to load from the hub")
-    try:
-        lines = file.read_text(encoding="utf-8").rstrip().split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    lines = read_text(file).rstrip().split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise UserError(f"{file}, line {number}: empty line")

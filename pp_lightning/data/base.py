@@ -2,16 +2,27 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pp_lightning.data.order import Row, ShuffledBatches
-from pp_lightning.data.sources import TextSource
 from pp_lightning.data.training import Packed, TrainingRows
 from pp_lightning.data.windows import Batch, batched, collate_labelled, document_windows
 from pp_lightning.errors import UserError
+from pp_lightning.texts.sources import TextSource
+
+PAPER_SAMPLES = 2000  # windows, in the paper
+_SAMPLES = {"cpu": 64}  # by kind of device: what a person waits for
+_SAMPLES_ELSEWHERE = 512
+
+
+def samples_for(device: torch.device) -> int:
+    """Calibration windows where nobody says how many: few on a CPU, more on an accelerator."""
+    return _SAMPLES.get(device.type, _SAMPLES_ELSEWHERE)
 
 
 class EvaluationData(L.LightningDataModule, ABC):
@@ -19,31 +30,42 @@ class EvaluationData(L.LightningDataModule, ABC):
 
     Args:
         calibration: the text to calibrate on.
-        calibration_samples: its windows.
-        window: tokens that the model is run on at most, and of a calibration window.
+        calibration_samples: its windows; None takes as many as suit the device.
+        window: tokens that the model is run on at most, and of a calibration window; None takes ``usual_window``, or
+            what the model has.
         batch_size: rows per batch.
         seed: of every random draw made here.
         train: texts or rows to train on.
+
+    Attributes:
+        usual_window: tokens of a window where nobody says.
 
     Raises:
         UserError: a size is impossible.
     """
 
+    usual_window: ClassVar[int] = 1024
+
     def __init__(
         self,
         calibration: TextSource,
-        calibration_samples: int,
-        window: int,
+        calibration_samples: int | None,
+        window: int | None,
         batch_size: int,
         seed: int,
         train: list[TextSource] | TrainingRows | None = None,
     ) -> None:
         super().__init__()
-        if window < 2 or batch_size < 1 or calibration_samples < 1:
-            raise UserError("window must be at least 2, batch_size and calibration_samples at least 1")
+        sizes = (("window", window, 2), ("batch_size", batch_size, 1), ("calibration_samples", calibration_samples, 1))
+        for name, size, least in sizes:
+            if size is not None and size < least:
+                raise UserError(f"{name} must be at least {least}, not {size}")
+        if not 0 <= seed < 2**63:
+            raise UserError(f"seed must be from 0 to 2^63 - 1, not {seed}")
         self.calibration = calibration
-        self.calibration_samples = calibration_samples
-        self.window = window
+        self._samples, self._window = calibration_samples, window
+        self.calibration_samples = calibration_samples or samples_for(torch.device("cpu"))
+        self.window = window or self.usual_window
         self.batch_size = batch_size
         self.seed = seed
         self.train = train if isinstance(train, TrainingRows) else Packed(train) if train else None
@@ -51,14 +73,39 @@ class EvaluationData(L.LightningDataModule, ABC):
         self._pad_id = 0
         self._rows: list[Row] | None = None
         self._calibration_read = False
+        self._windows: dict[tuple[int, int, int], list[Tensor]] = {}
+
+    def suit(self, positions: int, device: torch.device) -> None:
+        """Take what nobody asked for by the model and where it runs.
+
+        Args:
+            positions: tokens that the model can tell apart.
+            device: where it runs.
+
+        Raises:
+            UserError: a window was asked for that the model cannot run on.
+        """
+        if self.window > positions and self._window is not None:
+            asked = f"windows of {self.window} tokens"
+            raise UserError(f"{asked} exceed the model's {positions} positions: lower --data.window")
+        self.window = min(self.window, positions)
+        self.calibration_samples = self._samples or samples_for(device)
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Tokenise with ``tokenizer`` from now on; the model that is evaluated brings it."""
         if tokenizer is not self._tokenizer:
             self._rows = None
+            self._windows.clear()
         self._tokenizer = tokenizer
         # Padding is masked everywhere, so any valid id will do where a tokenizer has none.
         self._pad_id = int(tokenizer.pad_token_id or 0)
+
+    def check_text(self) -> None:
+        """Refuse a text to evaluate on that is not there, before any work.
+
+        Raises:
+            UserError: there is no such file or data set.
+        """
 
     def calibration_batches(
         self, samples: int | None = None, window: int | None = None, batch_size: int | None = None
@@ -76,8 +123,11 @@ class EvaluationData(L.LightningDataModule, ABC):
         length = min(window or self.window, self.window)
         number = samples or self.calibration_samples
         self._calibration_read = True
-        windows = document_windows(self.calibration.documents(), self._encode, length, number, self.seed)
-        return batched(windows, batch_size or self.batch_size, self._pad_id)
+        asked = (length, number, self.seed)
+        if asked not in self._windows:  # methods read them again: a text is cut once
+            documents = self.calibration.documents()
+            self._windows = {asked: document_windows(documents, self._encode, length, number, self.seed)}
+        return batched(self._windows[asked], batch_size or self.batch_size, self._pad_id)
 
     def describe_calibration(self) -> dict[str, Any] | None:
         """Number of windows and digest of the calibration text, for ``results.json``; None where nothing read it."""

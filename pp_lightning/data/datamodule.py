@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pp_lightning.data.base import EvaluationData
-from pp_lightning.data.sources import C4, TextSource, WikiText2
 from pp_lightning.data.training import TrainingRows
 from pp_lightning.data.windows import IGNORED_LABEL, Batch, batched, contiguous_windows, random_windows, shuffled
 from pp_lightning.errors import UserError
+from pp_lightning.texts.sources import C4, TextSource, WikiText2
 
 Protocol = Literal["contiguous", "paper", "continuation"]
 
@@ -26,13 +26,14 @@ class LanguageModelling(EvaluationData):
     """Text cut into windows: one source to test on, one to calibrate on, and any number to train on.
 
     Args:
-        text: the text to evaluate on.
-        calibration: the text that the pruning statistics are collected on.
+        text: the text to evaluate on: a file (.txt, .raw, .jsonl, .jsonl.gz, .parquet, .arrow), a data set of the hub
+            (org/name), Embedded, or a class; none takes WikiText-2 from the hub.
+        calibration: the text that the pruning statistics are collected on, named likewise; none takes C4 from the hub.
         train: texts to train on, packed end to end (naming one twice doubles its weight), or rows of another kind. Only
             ``fit`` and rows with recovery read them.
-        window: tokens per window; none takes 1024, as the paper does for text.
+        window: tokens per window; none takes 1024, as the paper does for text, or all that the model has.
         batch_size: rows per batch. Dynamic pruning chooses per batch, so this is part of the result.
-        calibration_samples: calibration windows. The paper uses 2000.
+        calibration_samples: calibration windows; none takes 512 on an accelerator and 64 on a CPU. The paper uses 2000.
         protocol: ``contiguous`` (every token once, nothing dropped) or ``paper`` (random windows with replacement,
             last partial batch dropped, mean of batch means; only to stand beside the published numbers), or
             ``continuation`` (contiguous windows in random order, whose first part is a prompt: a dynamic method chooses
@@ -54,7 +55,7 @@ class LanguageModelling(EvaluationData):
         train: list[TextSource] | TrainingRows | None = None,
         window: int | None = None,
         batch_size: int = 20,
-        calibration_samples: int = 2000,
+        calibration_samples: int | None = None,
         protocol: Protocol = "contiguous",
         prefix: int | None = None,
         seed: int = 0,
@@ -62,18 +63,42 @@ class LanguageModelling(EvaluationData):
     ) -> None:
         if limit_tokens is not None and limit_tokens < 2:
             raise UserError(f"limit_tokens must be at least 2, not {limit_tokens}: a token needs one in front of it")
-        length = 1024 if window is None else window
-        super().__init__(calibration or C4(), calibration_samples, length, batch_size, seed, train)
+        super().__init__(calibration or C4(), calibration_samples, window, batch_size, seed, train)
         self.text = text or WikiText2()
         self.names_text = text is not None
         if prefix is not None and protocol != "continuation":
             raise UserError(f"prefix is for --data.protocol continuation, not {protocol}: leave it out")
-        if prefix is not None and not 1 <= prefix < length:
-            raise UserError(f"prefix must leave something of a window of {length} tokens to score, not {prefix}")
         self.protocol: Protocol = protocol
-        self.prefix = length // 2 if prefix is None else prefix
+        self._prefix = prefix
+        self._settle_prefix()
         self.distances: tuple[int, int] | None = None
         self.limit_tokens = limit_tokens
+
+    def suit(self, positions: int, device: torch.device) -> None:
+        """As for all data; a prompt is half of the window that comes out.
+
+        Raises:
+            UserError: the window is too long, or no longer than the prompt that was asked for.
+        """
+        before = self.window
+        super().suit(positions, device)
+        if self.window != before:
+            self._settle_prefix()
+
+    def check_text(self) -> None:
+        """Refuse a text that is not there.
+
+        Raises:
+            UserError: there is no such file or data set.
+        """
+        self.text.check()
+
+    def _settle_prefix(self) -> None:
+        if self._prefix is not None and not 1 <= self._prefix < self.window:
+            raise UserError(
+                f"prefix must leave something of a window of {self.window} tokens to score, not {self._prefix}"
+            )
+        self.prefix = self.window // 2 if self._prefix is None else self._prefix
 
     def test_batches(self) -> list[Batch]:
         """All evaluation batches in order.

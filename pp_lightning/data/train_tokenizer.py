@@ -8,7 +8,7 @@ import sys
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pp_lightning.data.embedded import embedded_documents
+from pp_lightning.texts.embedded import embedded_documents
 
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")
 

@@ -3,15 +3,15 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pp_lightning.data.order import Row
-from pp_lightning.data.sources import C4, TextSource, check_file, hub_rows
 from pp_lightning.data.windows import IGNORED_LABEL
 from pp_lightning.errors import UserError
+from pp_lightning.files import check_file, read_text, reading
+from pp_lightning.texts.sources import C4, TextSource, hub_rows
 
 Encode = Callable[[str], list[int]]
 
@@ -192,11 +192,9 @@ def _prompt(fields: Mapping[str, Any]) -> str:
 
 
 def _json_objects(path: str) -> list[Mapping[str, Any]]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
+    text = read_text(path, "file of instructions (.json or .jsonl)")
+    with reading(path):
         found = json.loads(text) if path.endswith(".json") else [json.loads(line) for line in text.splitlines() if line]
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(found, list) or not all(isinstance(fields, dict) for fields in found):
         raise UserError(f"{path} does not hold objects with an instruction and an output")
     return found

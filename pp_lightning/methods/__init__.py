@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from pp_lightning.errors import UserError
+from pp_lightning.errors import unknown
 from pp_lightning.methods.after_ocp import AfterOCP
 from pp_lightning.methods.base import PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
@@ -45,15 +45,24 @@ UPDATED: Mapping[str, Callable[[], PruningMethod]] = {
 }
 
 
+def _named() -> dict[str, Callable[[], PruningMethod]]:
+    return {**METHODS, **PRESETS, **UPDATED}
+
+
+def method_labels() -> list[str]:
+    """The names that :func:`method_named` knows."""
+    return list(_named())
+
+
 def method_named(label: str) -> PruningMethod:
     """A method with its default settings, or a preset.
 
     Raises:
         UserError: there is no such method.
     """
-    named: dict[str, Callable[[], PruningMethod]] = {**METHODS, **PRESETS, **UPDATED}
+    named = _named()
     if label not in named:
-        raise UserError(f"unknown method {label!r}: choose from {', '.join(named)}")
+        raise unknown("method", label, named)
     return named[label]()
 
 
@@ -74,5 +83,6 @@ __all__ = [
     "StaticPPsp",
     "Updated",
     "WandaSP",
+    "method_labels",
     "method_named",
 ]

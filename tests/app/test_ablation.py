@@ -103,7 +103,7 @@ def test_ablate_measures_what_compare_does(type_in, arguments, tmp_path):
 def test_overlap_question_shows_each_layer(type_in, arguments, tmp_path, monkeypatch):
     question = Question("How?", [variant("pp"), Variant("full", lambda seed: FullBatchProbing())], overlap=True)
     monkeypatch.setattr("pp_lightning.app.trainer.QUESTIONS", {"overlap": question})
-    monkeypatch.setattr("pp_lightning.app.cli.QUESTIONS", {"overlap": question})
+    monkeypatch.setattr("pp_lightning.app.commands.QUESTIONS", {"overlap": question})
     extra = ["--questions", "[overlap]", "--ratios", "[0.4]", "--seeds", "[0]", "--out", tmp_path]
     assert type_in("ablate", arguments, extra=extra) == 0
     pp, full = json.loads((tmp_path / "ablation.json").read_text())["answers"]
@@ -116,19 +116,19 @@ def test_overlap_question_shows_each_layer(type_in, arguments, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--questions", "[methods,speed]"], "unknown question 'speed': choose from methods, probe_size"),
-        (["--questions", "[]"], "unknown question no question"),
+        (["--questions", "[methods,speed]"], "there is no question 'speed': choose from methods, probe_size"),
+        (["--questions", "[]"], "no questions are asked"),
         (["--seeds", "[1,1]"], "seeds must be different numbers"),
         (["--seeds", "[]"], "seeds must be different numbers"),
         (["--seeds", "[first]"], "seeds"),
-        (["--ratios", "[1.5]"], "pruning_ratio is the fraction removed"),
-        (["--ratios", "[-0.1]"], "pruning_ratio is the fraction removed"),
+        (["--ratios", "[1.5]"], "ratios must be in [0, 1), not 1.5"),
+        (["--ratios", "[-0.1]"], "ratios must be in [0, 1), not -0.1"),
         (["--ratios", "[0.0,0.4]"], "at ratio 0.0 nothing is removed"),
         (["--ratios", "[]"], "ratios must be different numbers"),
         (["--ratios", "[0.4,0.4]"], "ratios must be different numbers"),
         (["--ratios", "[0.4]", "--model.floor", "0.9"], "lower floor or pruning_ratio"),
         (["--model.allocation", "global"], "--model.allocation would settle for all variants"),
-        (["--model.uniform", "true"], "--model.uniform would settle"),
+        (["--model.uniform", "true", "--model.skip_layers", "null"], "--model.uniform would settle"),
         (["--model.frozen_on", "history"], "--model.frozen_on would settle"),
         (["--data.protocol", "paper"], "protocol contiguous"),
         (["--model.statistics", "file"], "leave model.statistics and model.importances out"),
@@ -167,7 +167,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(type_in, arguments, tmp_pat
     question = Question("How?", [variant("pp"), variant("b", row_ratio=0.5)], overlap=True)
     known = {"overlap": question, "methods": QUESTIONS["methods"]}
     monkeypatch.setattr("pp_lightning.app.trainer.QUESTIONS", known)
-    monkeypatch.setattr("pp_lightning.app.cli.QUESTIONS", known)
+    monkeypatch.setattr("pp_lightning.app.commands.QUESTIONS", known)
     asked = ["--questions", "[methods,overlap]", "--ratios", "[0.4]", "--seeds", "[0,1]"]
 
     def answers(folder):

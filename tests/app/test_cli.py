@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pp_lightning import Statistics, calibration
-from pp_lightning.app.cli import COMMANDS, main
+from pp_lightning.app.cli import main
+from pp_lightning.app.descriptions import COMMANDS
 from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.benchmark import BenchmarkSettings
 from pp_lightning.benchmark.variants import chosen_variants
@@ -344,23 +345,24 @@ MISTAKES = {
     "layer that is not there": ({"--model.skip_layers": "[7]"}, "names layer 7"),
     "window too long": ({"--data.window": 4096}, "exceed the model's 128 positions"),
     "unknown key": ({"--model.colour": "red"}, "model.colour"),
-    "unknown method class": (
+    "unknown method": (
         {"--model.method": "Magic"},
-        "^pp-lightning: --model.method: there is no Magic: choose from AfterOCP, FLAP, FullBatchProbing, Griffin, "
-        "LLMPruner, LoRAPrune, "
-        "ProbePruning, StaticBest, StaticPPsp, Updated, WandaSP$",
+        "^pp-lightning: there is no method 'Magic': choose from full_batch, pp, after_ocp, griffin, ",
     ),
     "misspelled method class": (
         {"--model.method": "ProbePrunning"},
-        r"^pp-lightning: --model.method: there is no ProbePrunning: did you mean ProbePruning\?$",
+        r"^pp-lightning: there is no method 'ProbePrunning': did you mean ProbePruning\?$",
     ),
     "misspelled source": (
         {"--data.calibration": "C5"},
-        r"^pp-lightning: --data.calibration: there is no C5: choose from C4, Embedded, TextFile, WikiText2$",
+        r"^pp-lightning: there is no text 'C5': choose from C4, Embedded, HubText, Records, TextFile, WikiText2$",
     ),
     "unknown setting of a method": ({"--model.method.colour": "red"}, "colour"),
     "unknown protocol": ({"--data.protocol": "mine"}, "protocol"),
-    "text for a number": ({"--data.window": "long"}, "window"),
+    "text for a number": (
+        {"--data.window": "long"},
+        "^pp-lightning: --data.window: expected a whole number, not 'long'$",
+    ),
     "no window": ({"--data.window": 0}, "window"),
     "a probe of more than all": ({"--model.method": "ProbePruning", "--model.method.token_ratio": 1.5}, "token_ratio"),
     "fewer tokens than none": ({"--data.limit_tokens": -5}, "at least 2"),
@@ -431,7 +433,7 @@ def test_empty_text(type_in, arguments, tmp_path, capsys):
 def test_unknown_method_in_compare(type_in, arguments, tmp_path, capsys):
     assert type_in("compare", arguments, extra=["--methods", "[pp,magic]", "--out", tmp_path / "out"]) == 2
     assert (
-        "unknown method 'magic': choose from full_batch, pp, after_ocp, griffin, static_best, ppsp, flap, wanda_sp"
+        "there is no method 'magic': choose from full_batch, pp, after_ocp, griffin, static_best, ppsp, flap, wanda_sp"
         in refused(capsys)
     )
     assert not (tmp_path / "out").exists()
@@ -516,7 +518,9 @@ def test_a_missing_calibration_text_is_found_before_any_evaluation(
     monkeypatch.setattr(PruningTrainer, "test", lambda *_, **__: pytest.fail("work was begun"))
     given = {**arguments, "--data.calibration.path": "/nowhere.jsonl", "--out": tmp_path / "out"}
     assert type_in(command, given) == 2
-    assert "no json-lines file (.jsonl or .jsonl.gz) at /nowhere.jsonl: give the path" in refused(capsys)
+    assert "no file of records (.jsonl, .jsonl.gz, .parquet, .arrow) at /nowhere.jsonl: give the path" in refused(
+        capsys
+    )
     assert not (tmp_path / "out").exists()
 
 

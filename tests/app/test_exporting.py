@@ -23,6 +23,8 @@ EXPORTED = {
     "tokenizer_config.json",
 }
 
+UNIFORM = ["--model.uniform", "true", "--model.skip_layers", "null"]
+
 
 @pytest.fixture
 def chosen(arguments):
@@ -45,7 +47,7 @@ def test_what_is_exported_is_what_test_evaluates(method, type_in, chosen, tmp_pa
     assert "chosen anew" in printed and "--model.uniform true" in printed
     assert "-> uniform" in printed and "greedy tokens are equal" in printed
     assert {path.name for path in (tmp_path / "model").iterdir()} == EXPORTED
-    assert type_in("test", given, extra=["--model.uniform", "true", "--out", tmp_path / "test"]) == 0
+    assert type_in("test", given, extra=[*UNIFORM, "--out", tmp_path / "test"]) == 0
     row = json.loads((tmp_path / "test" / "results.json").read_text())["rows"][0]
     assert stock_perplexity(tmp_path / "model") == pytest.approx(row["perplexity"], rel=1e-5)
     assert row["kept"] == {"attention": [5, 5], "mlp": [96, 96]}
@@ -59,7 +61,7 @@ def test_what_is_exported_is_what_test_evaluates(method, type_in, chosen, tmp_pa
 def test_a_frozen_choice(frozen_on, type_in, chosen, tmp_path, stock_perplexity):
     given = {**chosen, "--model.method": "ProbePruning", "--model.frozen_on": frozen_on}
     assert type_in("export", given, extra=["--out", tmp_path / "model"]) == 0
-    assert type_in("test", given, extra=["--model.uniform", "true", "--out", tmp_path / "test"]) == 0
+    assert type_in("test", given, extra=[*UNIFORM, "--out", tmp_path / "test"]) == 0
     row = json.loads((tmp_path / "test" / "results.json").read_text())["rows"][0]
     assert stock_perplexity(tmp_path / "model") == pytest.approx(row["perplexity"], rel=1e-5)
     record = json.loads((tmp_path / "model" / "pruning.json").read_text())

@@ -42,8 +42,7 @@ def measured(small):
 def eager(monkeypatch):
     """Without the compiled dense row: compiling is tested elsewhere."""
     only = {name: variant for name, variant in VARIANTS.items() if not variant.compiled}
-    for module in ("variants", "run"):
-        monkeypatch.setattr(f"pp_lightning.benchmark.{module}.VARIANTS", only)
+    monkeypatch.setattr("pp_lightning.benchmark.variants.VARIANTS", only)
 
 
 def test_every_case_has_its_rows(measured, monkeypatch):
@@ -180,10 +179,10 @@ def test_tables_hold_every_row():
         ({"cases": []}, "cases"),
         ({"mode": "reduce-overhead", "warmup": 2}, "warmup to at least 3"),
         ({"model": {"path": "somewhere"}}, "--text"),
-        ({"nonsense": 1}, "unknown setting"),
+        ({"nonsense": 1}, "there is no setting"),
         ({"cases": [{"rows": 1}]}, "cannot read"),
-        ({"model": {"shape": "nothing"}}, "unknown shape"),
-        ({"variants": ["nothing"]}, "unknown variant"),
+        ({"model": {"shape": "nothing"}}, "there is no shape"),
+        ({"variants": ["nothing"]}, "there is no variant"),
     ],
 )
 def test_mistakes_are_one_line(values, message):
@@ -231,3 +230,12 @@ def test_types_without_arithmetic_are_left_out(measured, monkeypatch):
     measured.emulated, measured.dtypes = False, ["bfloat16"]
     with pytest.raises(UserError, match="add float32 to dtypes"):
         run_benchmark(measured, told.append)
+
+
+def test_methods_by_the_names_that_they_have_elsewhere():
+    found = chosen_variants(["flap", "best"])
+    assert list(found) == ["dense", "dense, compiled", "flap", "flap, compiled", "best", "best, compiled"]
+    assert found["flap"].method.label == "flap" and found["flap, compiled"].compiled
+    for name, says in (("flapp", "did you mean flap"), ("lora_prune", "chooses from importances")):
+        with pytest.raises(UserError, match=says):
+            chosen_variants([name])

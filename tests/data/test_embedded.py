@@ -4,7 +4,7 @@ import ast
 import subprocess
 import sys
 
-from pp_lightning.data.embedded import embedded_digest, embedded_documents, part_of
+from pp_lightning.texts.embedded import embedded_digest, embedded_documents, part_of
 
 PARTS = ("train", "calibration", "test")
 
@@ -55,7 +55,7 @@ def test_digest_follows_the_text():
 
 def test_reading_imports_nothing_of_the_library():
     code = (
-        "import sys; from pp_lightning.data.embedded import embedded_documents; before = set(sys.modules);"
+        "import inspect, sys; from pp_lightning.texts.embedded import embedded_documents; before = set(sys.modules);"
         "embedded_documents('test'); print(sorted(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

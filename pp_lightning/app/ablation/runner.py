@@ -16,12 +16,10 @@ from pp_lightning.app.module import PrunedLM
 from pp_lightning.blocks import Block
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import LanguageModelling
-from pp_lightning.errors import UserError
+from pp_lightning.errors import UserError, unknown
 from pp_lightning.methods import FullBatchProbing
 from pp_lightning.pruning import is_pruned, kept_units
-from pp_lightning.records import environment
 from pp_lightning.resume import ResumeFile
-from pp_lightning.statistics import fingerprint
 
 FORMAT = "pp-lightning ablation 1"
 UNFINISHED = "unfinished-ablation.json"
@@ -174,10 +172,11 @@ def checked_questions(names: Sequence[str], known: Mapping[str, Question]) -> di
     Raises:
         UserError: there is no such question, or none at all.
     """
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        asked = repr(unknown[0]) if unknown else "no question"
-        raise UserError(f"unknown question {asked}: choose from {', '.join(known)}")
+    if not names:
+        raise UserError(f"no questions are asked: choose from {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise unknown("question", name, known)
     return {name: known[name] for name in names}
 
 
@@ -204,20 +203,6 @@ def check_evenly_matched(model: PrunedLM, data: EvaluationData) -> LanguageModel
     if not isinstance(data, LanguageModelling) or data.protocol == "paper":
         raise UserError("ablate compares perplexities on the same batches: use --data text, protocol contiguous")
     return data
-
-
-def settings_of(model: PrunedLM, data: LanguageModelling) -> dict[str, Any]:
-    """Everything that all measurements of a run depend on, questions, ratios and seeds apart."""
-    amounts = ("attention_ratio", "mlp_ratio", "skip_layers", "round_to", "tensor_parallel", "uniform_heads", "floor")
-    described = {name: value for name, value in data.describe().items() if name != "seed"}
-    return {
-        "model": fingerprint(model.model),
-        **{name: getattr(model, name) for name in amounts},
-        **described,
-        "precision": model.trainer.precision,
-        "compiled": model.compiles,
-        "versions": environment(model.device, 1)["versions"],
-    }
 
 
 def measure(

@@ -1,15 +1,14 @@
 """Where text comes from: the hub, local files, or the embedded corpus. One class a source."""
 
-import gzip
 import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from pp_lightning.data.embedded import Kind, Part, embedded_documents
 from pp_lightning.errors import UserError
+from pp_lightning.files import check_file, read_text
+from pp_lightning.texts.embedded import Kind, Part, embedded_documents
+from pp_lightning.texts.records import read_records
 
 T = TypeVar("T")
 
@@ -26,13 +25,15 @@ class TextSource(ABC):
     file_kind: ClassVar[str] = "text file"
 
     def check(self) -> None:
-        """Refuse a file that is not there, before any work; nothing is read.
+        """Refuse a source that is not there, before any work: a file is looked for, a data set of the hub is loaded.
 
         Raises:
-            UserError: there is no such file.
+            UserError: there is no such file or data set.
         """
         if self.path is not None:
             check_file(self.path, self.file_kind)
+        else:
+            self.documents()
 
     @abstractmethod
     def documents(self) -> Sequence[str]:
@@ -72,20 +73,39 @@ class WikiText2(TextSource):
     def _rows(self) -> list[str]:
         if self.path is None:
             return _hub_column("text", "Salesforce/wikitext", "wikitext-2-raw-v1", split=self.split)
-        lines = _read_text(self.path).splitlines(keepends=True)
+        lines = read_text(self.path, self.file_kind).splitlines(keepends=True)
         return [line if line.strip() else "" for line in lines]  # the hub stores blank lines as empty rows
 
 
-class C4(TextSource):
-    """C4 English: the start of the hub's first training shard, or local json lines.
+class Records(TextSource):
+    """Documents from a file of records: ``.jsonl``, ``.jsonl.gz``, ``.parquet`` or ``.arrow``.
 
     Args:
-        path: a local ``.jsonl`` or ``.jsonl.gz`` file, one ``{"text": ...}`` a line (any data set in this form).
-            None loads ``allenai/c4`` from the hub.
+        path: the file.
+        column: the field of a record that holds its text.
+    """
+
+    path: str
+    file_kind = "file of records (.jsonl, .jsonl.gz, .parquet, .arrow)"
+
+    def __init__(self, path: str, column: str = "text") -> None:
+        self.path = path
+        self.column = column
+
+    def documents(self) -> Sequence[str]:
+        """The documents in file order."""
+        return read_records(self.path, self.column, self.file_kind)
+
+
+class C4(TextSource):
+    """C4 English: the start of the hub's first training shard, or a local file of records.
+
+    Args:
+        path: a file as :class:`Records` reads it, with a field ``text``. None loads ``allenai/c4`` from the hub.
         percent: how much of the hub's first training shard, from its start; not used for a local file.
     """
 
-    file_kind = "json-lines file (.jsonl or .jsonl.gz)"
+    file_kind = Records.file_kind
 
     def __init__(self, path: str | None = None, percent: int = 10) -> None:
         if not 1 <= percent <= 100:
@@ -96,9 +116,30 @@ class C4(TextSource):
     def documents(self) -> Sequence[str]:
         """The documents in file order."""
         if self.path is not None:
-            return list(_json_lines(self.path))
+            return read_records(self.path, "text", self.file_kind)
         shard = {"train": "en/c4-train.00000-of-01024.json.gz"}
         return _hub_column("text", "allenai/c4", data_files=shard, split=f"train[:{self.percent}%]")
+
+
+class HubText(TextSource):
+    """Any data set of the hub with a column of text.
+
+    Args:
+        name: its id, ``org/name``.
+        config: which of its configurations, where there are several.
+        split: which part.
+        column: that holds the text.
+    """
+
+    def __init__(self, name: str, config: str | None = None, split: str = "train", column: str = "text") -> None:
+        self.name = name
+        self.config = config
+        self.split = split
+        self.column = column
+
+    def documents(self) -> Sequence[str]:
+        """One document a row."""
+        return _hub_column(self.column, self.name, self.config, split=self.split)
 
 
 class TextFile(TextSource):
@@ -115,7 +156,7 @@ class TextFile(TextSource):
 
     def documents(self) -> Sequence[str]:
         """One document: the file's text."""
-        return [_read_text(self.path)]
+        return [read_text(self.path, self.file_kind)]
 
 
 class Embedded(TextSource):
@@ -136,47 +177,7 @@ class Embedded(TextSource):
         return embedded_documents(self.part, self.kind)
 
 
-def check_file(path: str, kind: str) -> None:
-    """Refuse a path where no file is.
-
-    Raises:
-        UserError: there is none; ``kind`` says what it should be.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"no {kind} at {path}: give the path of an existing file")
-
-
-def _read_text(path: str) -> str:
-    check_file(path, TextSource.file_kind)
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from error
-
-
-def _json_lines(path: str) -> Iterator[str]:
-    check_file(path, C4.file_kind)
-    opener = gzip.open if path.endswith(".gz") else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _text_field(path, number, line)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-
-
-def _text_field(path: str, number: int, line: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f'{path}, line {number}: expected one JSON object with a "text" field') from error
-    if not isinstance(text, str):
-        raise UserError(f'{path}, line {number}: the "text" field must be a string')
-    return text
-
-
-def hub_rows(*args: str, split: str, **kwargs: Any) -> list[dict[str, Any]]:
+def hub_rows(*args: str | None, split: str, **kwargs: Any) -> list[dict[str, Any]]:
     """The rows of a data set of the hub; arguments as ``datasets.load_dataset`` takes them.
 
     Raises:
@@ -185,18 +186,18 @@ def hub_rows(*args: str, split: str, **kwargs: Any) -> list[dict[str, Any]]:
     return _hub(lambda rows: list(rows), *args, split=split, **kwargs)
 
 
-def _hub_column(column: str, *args: str, split: str, **kwargs: Any) -> list[str]:
+def _hub_column(column: str, *args: str | None, split: str, **kwargs: Any) -> list[str]:
     return _hub(lambda rows: list(rows[column]), *args, split=split, **kwargs)
 
 
-def _hub(take: Callable[[Any], list[T]], *args: str, split: str, **kwargs: Any) -> list[T]:
+def _hub(take: Callable[[Any], list[T]], *args: str | None, split: str, **kwargs: Any) -> list[T]:
     from datasets import load_dataset  # slow to import, and not needed for local files
 
     try:
         return take(load_dataset(*args, split=split, **kwargs))
     except Exception as error:  # the hub client raises many unrelated types: offline, gated, renamed, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"cannot load {args[0]} from the hub ({reason}): give a local file, as in --data.text.path or "
-            "--data.calibration.path"
+            f"cannot load {args[0]} from the hub: give a local file, as in --data.text FILE or "
+            f"--data.calibration FILE ({reason})"
         ) from error

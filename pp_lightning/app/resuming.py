@@ -1,0 +1,63 @@
+"""What a run that was killed goes on from: finished rows, and the settings that they depend on."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pp_lightning.app.module import PrunedLM
+from pp_lightning.app.results import Evaluation
+from pp_lightning.data.base import EvaluationData
+from pp_lightning.records import environment
+from pp_lightning.resume import ResumeFile
+from pp_lightning.statistics import fingerprint
+
+_FORMAT = "pp-lightning comparison 1"
+_UNFINISHED = "unfinished-compare.json"
+
+
+def settings_of(model: PrunedLM, data: EvaluationData) -> dict[str, Any]:
+    """Everything that all measurements of a run depend on; rows, ratios and seeds apart."""
+    amounts = ("attention_ratio", "mlp_ratio", "skip_layers", "round_to", "tensor_parallel", "uniform_heads", "floor")
+    described = {name: value for name, value in data.describe().items() if name != "seed"}
+    return {
+        "model": fingerprint(model.model),
+        **{name: getattr(model, name) for name in amounts},
+        **described,
+        "precision": model.trainer.precision,
+        "compiled": model.compiles,
+        "versions": environment(model.device, 1)["versions"],
+    }
+
+
+class FinishedRows:
+    """Rows of a comparison that are evaluated already, kept until all are.
+
+    Args:
+        out: the output folder.
+        model: the module.
+        data: evaluated on.
+
+    Raises:
+        UserError: the folder holds rows of another comparison.
+    """
+
+    def __init__(self, out: Path, model: PrunedLM, data: EvaluationData) -> None:
+        more = ("uniform", "allocation", "frozen_on", "prefill", "refresh", "updates", "statistics_file")
+        calibration = {"samples": data.calibration_samples, **{k: str(v) for k, v in vars(data.calibration).items()}}
+        own = {name: getattr(model, name) for name in more} | {"calibrated": calibration}
+        self._file = ResumeFile(out / _UNFINISHED, {**settings_of(model, data), **own}, _FORMAT)
+
+    def __getitem__(self, key: str) -> Evaluation | None:
+        """The row of this key; None where it is not finished."""
+        found = self._file.result_of(key)
+        return None if found is None else Evaluation.from_dict(found)
+
+    def __setitem__(self, key: str, row: Evaluation) -> None:
+        """Keep a finished row."""
+        self._file.add(key, asdict(row))
+
+
+def key_of(label: str, method: dict[str, object] | None, ratio: float, seed: int) -> str:
+    """What tells a row from others."""
+    return json.dumps([label, method, ratio, seed], sort_keys=True, default=str)

@@ -1,0 +1,66 @@
+"""Files of records with a field of text: json lines, plain or compressed, Parquet and Arrow."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pp_lightning.errors import UserError
+from pp_lightning.files import check_file, checked_text, reading
+
+TABLES = (".parquet", ".arrow")
+
+
+def read_records(path: str, column: str, kind: str) -> list[str]:
+    """The texts in file order.
+
+    Args:
+        path: the file; what it is its name says.
+        column: the field that holds the text.
+        kind: what the file should be, for people.
+
+    Raises:
+        UserError: there is no such file, it cannot be read, or a record has no such text; the line is named.
+    """
+    check_file(path, kind)
+    found = _column(path, column) if path.lower().endswith(TABLES) else _json_lines(path, column)
+    with reading(path):
+        return [
+            checked_text(text, f"{path}, {'row' if path.lower().endswith(TABLES) else 'line'} {n}") for n, text in found
+        ]
+
+
+def _json_lines(path: str, column: str) -> Iterator[tuple[int, Any]]:
+    opener = gzip.open if path.lower().endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)[column]
+                except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+                    raise UserError(
+                        f'{path}, line {number}: expected one JSON object with a "{column}" field'
+                    ) from error
+
+
+def _column(path: str, column: str) -> Iterator[tuple[int, Any]]:
+    import pyarrow  # comes with datasets; slow to import
+    import pyarrow.parquet
+
+    try:
+        parquet = path.lower().endswith(".parquet")
+        table = pyarrow.parquet.read_table(path) if parquet else _arrow_table(pyarrow, path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"cannot read {path}: it is damaged, or of another kind than its name says") from error
+    if column not in table.column_names:
+        raise UserError(f'{path} has no column "{column}": it has {", ".join(table.column_names)}')
+    yield from enumerate(table[column].to_pylist(), start=1)
+
+
+def _arrow_table(pyarrow: Any, path: str) -> Any:
+    """A table of the form that ``datasets`` saves (a stream), or of Arrow's own files."""
+    with pyarrow.memory_map(path) as source:
+        try:
+            return pyarrow.ipc.open_stream(source).read_all()
+        except pyarrow.ArrowInvalid:
+            return pyarrow.ipc.open_file(source).read_all()
