@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from export.sizes import longest_text
 from pp_lightning.errors import UserError
+from pp_lightning.export.sizes import longest_text
 
 ROWS, TOKENS, STEPS = 2, 24, 8
 

@@ -8,8 +8,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from export.entries import Entry
 from pp_lightning.errors import UserError
+from pp_lightning.export.entries import Entry
 
 
 def check_shard_size(max_shard_size: str) -> None:

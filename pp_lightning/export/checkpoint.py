@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from export.costs import Costs, costs_of
-from export.folder import appearing, check_free, check_space
-from export.layouts import BUNDLED, Layout, Target, target_for
-from export.record import pruning_record, write_card, write_record
-from export.tokenizer import write_tokenizer
-from export.verify import Agreement, Behaviour, verify
-from export.weights import check_shard_size, write_weights
+from pp_lightning.export.costs import Costs, costs_of
+from pp_lightning.export.folder import appearing, check_free, check_space
+from pp_lightning.export.layouts import BUNDLED, Layout, Target, target_for
+from pp_lightning.export.record import pruning_record, write_card, write_record
+from pp_lightning.export.tokenizer import write_tokenizer
+from pp_lightning.export.verify import Agreement, Behaviour, verify
+from pp_lightning.export.weights import check_shard_size, write_weights
 from pp_lightning.progress import Tell, ignore_line
 
 
@@ -41,7 +41,7 @@ def export_checkpoint(
         model: pruned by a static method (or dense), on any device.
         out: the folder.
         tokenizer: written beside the model.
-        layout: see :mod:`export.layouts`.
+        layout: see :mod:`pp_lightning.export.layouts`.
         dtype: of the weights written; None keeps the model's. Another one changes ``model`` too.
         overwrite: replace an earlier export at ``out``.
         max_shard_size: of a weights file, such as ``5GB``.
