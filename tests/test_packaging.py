@@ -108,6 +108,7 @@ def test_a_source_distribution_is_complete(copy, tmp_path):
     assert set(tracked.stdout.split()) - names == {"export"}  # the link: what it leads to is there
 
 
+@pytest.mark.slow
 def test_without_the_extra_the_program_says_what_to_install(tmp_path):
     code = (
         "import sys; sys.modules['lightning'] = None; sys.argv = ['pp-lightning', 'test']\n"
