@@ -66,9 +66,9 @@ def install(place: Path, engine: str) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    from export.engines.check import Expected
-    from export.engines.choice import FORMATS
     from pp_lightning import UserError
+    from pp_lightning.export.engines.check import Expected
+    from pp_lightning.export.engines.choice import FORMATS
     from tests.export.engine_models import small_pruned
 
     results = json.loads(given.out.read_text()) if given.out.exists() else {}
@@ -98,9 +98,9 @@ def run(given: argparse.Namespace) -> None:
 
 def write(model: Any, out: Path, form: str, layout: Any) -> str:
     """Export; what stands in the way, where something does."""
-    from export import export_checkpoint, export_graph
-    from export.gguf_file import export_gguf
     from pp_lightning import UserError
+    from pp_lightning.export import export_checkpoint, export_graph
+    from pp_lightning.export.gguf_file import export_gguf
     from tests.commonsense.tokenizers import tokenizer_of
 
     tokenizer = tokenizer_of("byte_level")
@@ -119,8 +119,8 @@ def write(model: Any, out: Path, form: str, layout: Any) -> str:
 
 
 def cell(engine: Any, folder: Path, expected: Any, refused: str) -> dict[str, Any]:
-    from export.engines.check import check_with
     from pp_lightning import UserError
+    from pp_lightning.export.engines.check import check_with
 
     if refused:
         return {"state": "refused", "why": refused}

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
-from export import export_checkpoint
-from export.layouts import Layout
 from pp_lightning import calibrate, prune_
 from pp_lightning.checkpoints import load_model
+from pp_lightning.export import export_checkpoint
+from pp_lightning.export.layouts import Layout
 from pp_lightning.methods import WandaSP
 
 # Matrices of LLaMA-2-7B. The allocator keeps the memory of smaller ones for later instead of giving it back.

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from export.gguf_plan import KNOWN, check_biases, plan_for
-from export.layouts import Layout, target_for
 from pp_lightning import UserError, calibrate, prune_
 from pp_lightning.blocks import Block
+from pp_lightning.export.gguf_plan import KNOWN, check_biases, plan_for
+from pp_lightning.export.layouts import Layout, target_for
 from pp_lightning.families import FAMILIES as KINDS
 from pp_lightning.families import refusal
 from pp_lightning.methods import WandaSP

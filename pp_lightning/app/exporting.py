@@ -9,7 +9,12 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from export import (
+from pp_lightning.app.module import PrunedLM
+from pp_lightning.app.report import Grid, show_grid
+from pp_lightning.checkpoints import Dtype
+from pp_lightning.data.base import EvaluationData
+from pp_lightning.errors import UserError
+from pp_lightning.export import (
     Agreement,
     Costs,
     Layout,
@@ -18,27 +23,22 @@ from export import (
     export_dynamic_graph,
     export_graph,
 )
-from export.checkpoint import cast_weights
-from export.engines.check import EngineCheck, Expected, check_with
-from export.engines.choice import Format, choice_for
-from export.engines.run import Engine, check_installed
-from export.folder import check_free
-from export.formats import GRAPH_FORMATS
-from export.gguf_file import GgufCheck, GgufType, check_gguf, export_gguf
-from export.gguf_plan import check_biases, check_family
-from export.gguf_tokenizer import tokenizer_fields
-from export.int8 import check_int8
-from export.layouts import target_for
-from export.quantisers import shared_among, suits
-from export.record import base_model_name, calibration_record
-from export.sizes import PrunedSizes, check_exportable
-from export.verify import Int8Check
-from export.weights import check_shard_size
-from pp_lightning.app.module import PrunedLM
-from pp_lightning.app.report import Grid, show_grid
-from pp_lightning.checkpoints import Dtype
-from pp_lightning.data.base import EvaluationData
-from pp_lightning.errors import UserError
+from pp_lightning.export.checkpoint import cast_weights
+from pp_lightning.export.engines.check import EngineCheck, Expected, check_with
+from pp_lightning.export.engines.choice import Format, choice_for
+from pp_lightning.export.engines.run import Engine, check_installed
+from pp_lightning.export.folder import check_free
+from pp_lightning.export.formats import GRAPH_FORMATS
+from pp_lightning.export.gguf_file import GgufCheck, GgufType, check_gguf, export_gguf
+from pp_lightning.export.gguf_plan import check_biases, check_family
+from pp_lightning.export.gguf_tokenizer import tokenizer_fields
+from pp_lightning.export.int8 import check_int8
+from pp_lightning.export.layouts import target_for
+from pp_lightning.export.quantisers import shared_among, suits
+from pp_lightning.export.record import base_model_name, calibration_record
+from pp_lightning.export.sizes import PrunedSizes, check_exportable
+from pp_lightning.export.verify import Int8Check
+from pp_lightning.export.weights import check_shard_size
 from pp_lightning.families import shape_of
 from pp_lightning.methods import DynamicMethod
 from pp_lightning.progress import Tell, ignore_line, write_line

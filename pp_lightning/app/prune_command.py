@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from export.folder import check_free
-from export.sizes import check_exportable
 from pp_lightning.app.exporting import ExportSettings, export_pruned, say
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.results import Evaluation
 from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.errors import UserError
+from pp_lightning.export.folder import check_free
+from pp_lightning.export.sizes import check_exportable
 from pp_lightning.families import shape_of
 from pp_lightning.interfaces import model_inputs
 from pp_lightning.methods import StaticBest, StaticMethod

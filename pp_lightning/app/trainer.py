@@ -8,9 +8,6 @@ from pathlib import Path
 
 import lightning as L
 
-from export import Layout
-from export.engines.choice import Format
-from export.engines.run import Engine
 from pp_lightning.app.ablation.answers import Answer
 from pp_lightning.app.ablation.questions import QUESTIONS
 from pp_lightning.app.ablation.runner import (
@@ -35,6 +32,9 @@ from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.data.training import Packed, TrainingRows
 from pp_lightning.errors import UserError
+from pp_lightning.export import Layout
+from pp_lightning.export.engines.choice import Format
+from pp_lightning.export.engines.run import Engine
 from pp_lightning.importances import Importances
 from pp_lightning.methods import METHODS, DynamicMethod, LoRAPrune, PruningMethod, StaticMethod, method_named
 from pp_lightning.recovery import Recovered, Recovery

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from export.engines.run import RUNNERS, Answer, interpreter_of
+from pp_lightning.export.engines.run import RUNNERS, Answer, interpreter_of
 from tests.app.test_cli import VOCABULARY, refused
 from tests.models import tiny
 
@@ -59,7 +59,7 @@ def answered(monkeypatch, spoil):
         tokens = [window[-steps:] for window in windows]
         return spoil(Answer("llama.cpp 1.0", tokens, [1e9] * len(windows), []))
 
-    monkeypatch.setattr("export.engines.check.ask", ask)
+    monkeypatch.setattr("pp_lightning.export.engines.check.ask", ask)
 
 
 def test_an_engine_that_disagrees_is_said_and_the_export_stays(type_in, chosen, tmp_path, capsys, monkeypatch):
@@ -110,7 +110,7 @@ def test_a_family_that_llama_cpp_does_not_know_is_refused_before_any_work(
 
 def test_an_engine_that_is_not_installed(type_in, chosen, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PP_LIGHTNING_ENGINES", str(tmp_path / "nowhere"))
-    monkeypatch.setattr("export.engines.run.find_spec", lambda _: None)
+    monkeypatch.setattr("pp_lightning.export.engines.run.find_spec", lambda _: None)
     assert interpreter_of("vllm") is None
     assert type_in("export", chosen, extra=["--check-with", "[vllm]", "--out", tmp_path / "out"]) == 2
     line = refused(capsys)

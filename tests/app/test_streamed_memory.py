@@ -22,7 +22,7 @@ import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import export, lightning, datasets, matplotlib.pyplot
+import pp_lightning.export, lightning, datasets, matplotlib.pyplot
 from pp_lightning.app.cli import main
 def of(name):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))

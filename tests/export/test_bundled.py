@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export import export_checkpoint
-from export.engines.run import ENVIRONMENTS, interpreter_of
+from pp_lightning.export import export_checkpoint
+from pp_lightning.export.engines.run import ENVIRONMENTS, interpreter_of
 from tests.export.engine_models import small_pruned
 from tests.models import ids, padded
 

@@ -8,10 +8,10 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from export import export_checkpoint
-from export.costs import dense_parameters
-from export.entries import Entry
 from pp_lightning import UserError, calibrate, kept_units, prune_
+from pp_lightning.export import export_checkpoint
+from pp_lightning.export.costs import dense_parameters
+from pp_lightning.export.entries import Entry
 from pp_lightning.families import shape_of
 from pp_lightning.flops import dense_flops
 from pp_lightning.methods import FLAP, ProbePruning, StaticPPsp, WandaSP
@@ -172,7 +172,7 @@ def test_a_shard_is_made_only_when_it_is_written(tmp_path, monkeypatch):
         real(*arguments)
 
     monkeypatch.setattr(Entry, "make", make)
-    monkeypatch.setattr("export.weights.write_tensors", write)
+    monkeypatch.setattr("pp_lightning.export.weights.write_tensors", write)
     export_checkpoint(pruned("llama"), tmp_path / "out", max_shard_size="100KB", layout="padded")
     assert events.index("write") < events.index("make", events.index("write"))
     assert events.count("write") > 3

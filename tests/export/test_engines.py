@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from export import export_checkpoint, export_graph
-from export.engines.check import Expected, check_with
-from export.engines.choice import FORMATS, choice_for
-from export.engines.run import RUNNERS, Answer, interpreter_of
-from export.gguf_file import export_gguf
 from pp_lightning import UserError
+from pp_lightning.export import export_checkpoint, export_graph
+from pp_lightning.export.engines.check import Expected, check_with
+from pp_lightning.export.engines.choice import FORMATS, choice_for
+from pp_lightning.export.engines.run import RUNNERS, Answer, interpreter_of
+from pp_lightning.export.gguf_file import export_gguf
 from tests.commonsense.tokenizers import tokenizer_of
 from tests.export.engine_models import small_pruned
 from tests.models import config
@@ -46,7 +46,7 @@ def asked(monkeypatch, tmp_path):
 
     def check(exact=True, **changes):
         answer = replace(Answer("engine 1", expected.tokens, expected.losses, []), **changes)
-        monkeypatch.setattr("export.engines.check.ask", lambda *_, **__: answer)
+        monkeypatch.setattr("pp_lightning.export.engines.check.ask", lambda *_, **__: answer)
         return check_with("vllm", tmp_path, expected, exact=exact)
 
     return expected, check

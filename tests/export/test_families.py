@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from export import compare_layouts, export_checkpoint, export_dynamic_graph, export_graph
-from export.sizes import PrunedSizes
 from pp_lightning import UserError, calibrate, kept_units, prune_
 from pp_lightning.blocks import AttentionUnit, Block
+from pp_lightning.export import compare_layouts, export_checkpoint, export_dynamic_graph, export_graph
+from pp_lightning.export.sizes import PrunedSizes
 from pp_lightning.methods import FLAP, ProbePruning, WandaSP
 from pp_lightning.pruning import pruning_of
 from tests.export.test_checkpoint import generated, loaded

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from export import export_checkpoint
-from export.folder import RECORD, appearing, check_free
 from pp_lightning import UserError
+from pp_lightning.export import export_checkpoint
+from pp_lightning.export.folder import RECORD, appearing, check_free
 from tests.export.test_checkpoint import pruned
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +119,7 @@ class FullDisk:
 
 
 def test_a_disk_without_space_is_seen_before(tmp_path, monkeypatch):
-    monkeypatch.setattr("export.folder.shutil.disk_usage", lambda _: FullDisk())
+    monkeypatch.setattr("pp_lightning.export.folder.shutil.disk_usage", lambda _: FullDisk())
     with pytest.raises(UserError, match=r"the disk has 0\.00 GB"):
         export_checkpoint(pruned("llama"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -145,7 +145,7 @@ def test_a_disk_that_fills_up(tmp_path):
 EXPORT_FOREVER = """
 import os, sys
 from pathlib import Path
-from export import export_checkpoint
+from pp_lightning.export import export_checkpoint
 from tests.export.test_checkpoint import pruned
 model = pruned("llama")
 for line in sys.stdin:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from export.engines.check import Expected, check_with
-from export.engines.run import ask, interpreter_of
-from export.gguf_file import export_gguf
-from export.gguf_plan import check_family, plan_for
-from export.gguf_tokenizer import tokenizer_fields
-from export.layouts import target_for
 from pp_lightning import UserError, calibrate, prune_
+from pp_lightning.export.engines.check import Expected, check_with
+from pp_lightning.export.engines.run import ask, interpreter_of
+from pp_lightning.export.gguf_file import export_gguf
+from pp_lightning.export.gguf_plan import check_family, plan_for
+from pp_lightning.export.gguf_tokenizer import tokenizer_fields
+from pp_lightning.export.layouts import target_for
 from pp_lightning.methods import WandaSP
 from tests.commonsense.tokenizers import TEXT, tokenizer_of
 from tests.export.engine_models import small, small_pruned

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export import dynamic_check, export_dynamic_graph, export_graph
-from export.dynamic import trace_dynamic
-from export.formats import GRAPH_FORMATS
-from export.graph import trace
 from pp_lightning import UserError, calibrate, kept_units, prune_
+from pp_lightning.export import dynamic_check, export_dynamic_graph, export_graph
+from pp_lightning.export.dynamic import trace_dynamic
+from pp_lightning.export.formats import GRAPH_FORMATS
+from pp_lightning.export.graph import trace
 from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, WandaSP
 from tests.models import HEADS, calibration_batches, histories, ids, padded, ragged, tiny
 
@@ -137,7 +137,7 @@ save_file({{"logits": logits.detach().contiguous()}}, {str(tmp_path / "logits.sa
 
 @slow
 def test_weights_beside_the_graph_where_protobuf_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("export.formats._LARGEST_PROTOBUF", 1000)
+    monkeypatch.setattr("pp_lightning.export.formats._LARGEST_PROTOBUF", 1000)
     export_graph(small("llama", WandaSP()), tmp_path / "out", form="onnx", kv_cache=False)
     assert (tmp_path / "out" / "model.onnx.data").stat().st_size > 100_000
     assert (tmp_path / "out" / "model.onnx").stat().st_size < 1_000_000

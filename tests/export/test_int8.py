@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import export.int8 as int8_module
-from export import export_checkpoint
+import pp_lightning.export.int8 as int8_module
 from pp_lightning import UserError
+from pp_lightning.export import export_checkpoint
 from tests.commonsense.tokenizers import tokenizer_of
 from tests.export.engine_models import small_pruned
 from tests.models import ids, logits

@@ -1,7 +1,7 @@
 """Widths that fall back are told before the export."""
 
-from export.quantisers import shared_among, suits
-from export.sizes import Widths
+from pp_lightning.export.quantisers import shared_among, suits
+from pp_lightning.export.sizes import Widths
 
 
 def test_rows_that_do_not_suit_are_counted():

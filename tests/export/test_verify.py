@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export import export_checkpoint, verify
-from export.verify import Behaviour, compare, tolerance
 from pp_lightning import UserError
+from pp_lightning.export import export_checkpoint, verify
+from pp_lightning.export.verify import Behaviour, compare, tolerance
 from tests.export.test_checkpoint import pruned
 from tests.models import greedy_without_cache
 
@@ -21,7 +21,7 @@ def spoil(monkeypatch, change):
         change(folder)
         return real(folder, *arguments, **more)
 
-    monkeypatch.setattr("export.checkpoint.verify", check)
+    monkeypatch.setattr("pp_lightning.export.checkpoint.verify", check)
 
 
 def edit_weights(edit):

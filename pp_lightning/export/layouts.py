@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from export.entries import Entry, entries_of, held_by, tensors_of
-from export.sizes import PrunedSizes, Widths, check_exportable
-from export.stock import count_fields, stock_models
 from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
+from pp_lightning.export.entries import Entry, entries_of, held_by, tensors_of
+from pp_lightning.export.sizes import PrunedSizes, Widths, check_exportable
+from pp_lightning.export.stock import count_fields, stock_models
 from pp_lightning.families import blocks_of, empty_model, layer_prefix
 
 Layout = Literal["uniform", "per-layer", "padded"]
@@ -117,7 +117,7 @@ def _per_layer(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
             "pruned_counts": _counts(dense, sizes),
         }
     )
-    code = files("export.bundled").joinpath("per_layer.py").read_text(encoding="utf-8")
+    code = files("pp_lightning.export.bundled").joinpath("per_layer.py").read_text(encoding="utf-8")
     base = type(model.base_model).__name__
     return Target(
         layout="per-layer",

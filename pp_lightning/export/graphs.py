@@ -9,16 +9,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from export.beside import graph_card, write_beside
-from export.dynamic import trace_dynamic
-from export.dynamic_check import DynamicBehaviour
-from export.folder import appearing, check_free, check_space
-from export.formats import GRAPH_FORMATS, Session
-from export.graph import Graph, trace
-from export.record import graph_record, pruning_record, write_record
-from export.sizes import check_exportable, longest_text
-from export.verify import STEPS, Agreement, Behaviour, Runner, compare, model_runner, positions_of
 from pp_lightning.errors import UserError
+from pp_lightning.export.beside import graph_card, write_beside
+from pp_lightning.export.dynamic import trace_dynamic
+from pp_lightning.export.dynamic_check import DynamicBehaviour
+from pp_lightning.export.folder import appearing, check_free, check_space
+from pp_lightning.export.formats import GRAPH_FORMATS, Session
+from pp_lightning.export.graph import Graph, trace
+from pp_lightning.export.record import graph_record, pruning_record, write_record
+from pp_lightning.export.sizes import check_exportable, longest_text
+from pp_lightning.export.verify import STEPS, Agreement, Behaviour, Runner, compare, model_runner, positions_of
 from pp_lightning.progress import Tell, ignore_line, phases
 from pp_lightning.state import pruning_state
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from export.sizes import PrunedSizes
 from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
+from pp_lightning.export.sizes import PrunedSizes
 from pp_lightning.families import blocks_of, stack_path
 from pp_lightning.functional.selection import unit_channels
 from pp_lightning.stored import values_of

@@ -6,10 +6,10 @@ from typing import Literal
 
 from transformers import PreTrainedConfig
 
-from export.engines.run import Engine
-from export.gguf_plan import LLAMA_LIKE, check_family
-from export.layouts import Layout
 from pp_lightning.errors import UserError
+from pp_lightning.export.engines.run import Engine
+from pp_lightning.export.gguf_plan import LLAMA_LIKE, check_family
+from pp_lightning.export.layouts import Layout
 
 Format = Literal["safetensors", "gguf", "onnx", "pt2", "compiled"]
 FORMATS: Mapping[Engine, Format] = {

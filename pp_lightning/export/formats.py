@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.graph import Graph
 from pp_lightning.errors import UserError
+from pp_lightning.export.graph import Graph
 from pp_lightning.progress import Tell
 
 # Runs a graph on its inputs in order, flat; gives its outputs in order, on the CPU.

@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from export.graph import Graph
-from export.layouts import config_content
-from export.sizes import longest_text
-from export.tokenizer import write_tokenizer
-from export.verify import Agreement
+from pp_lightning.export.graph import Graph
+from pp_lightning.export.layouts import config_content
+from pp_lightning.export.sizes import longest_text
+from pp_lightning.export.tokenizer import write_tokenizer
+from pp_lightning.export.verify import Agreement
 
 _GENAI_TYPE = "decoder"  # of ONNX Runtime GenAI: any graph with this calling convention
 

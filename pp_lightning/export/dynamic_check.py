@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from export.formats import Session
-from export.verify import Agreement, tolerance
 from pp_lightning.errors import UserError
+from pp_lightning.export.formats import Session
+from pp_lightning.export.verify import Agreement, tolerance
 from pp_lightning.pruning import last_choices
 from pp_lightning.state import kept_state, pruning_state
 

@@ -1,4 +1,4 @@
-"""Run a transformers folder in vLLM: see :mod:`export.engines.run`."""
+"""Run a transformers folder in vLLM: see :mod:`pp_lightning.export.engines.run`."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Run a transformers folder in whatever version of transformers this Python has: see :mod:`export.engines.run`."""
+"""Run a transformers folder in this Python's transformers: see :mod:`pp_lightning.export.engines.run`."""
 
 import json
 import sys

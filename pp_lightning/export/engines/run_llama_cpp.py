@@ -1,4 +1,4 @@
-"""Run a GGUF in llama.cpp, from xllamacpp or llama-cpp-python: see :mod:`export.engines.run`.
+"""Run a GGUF in llama.cpp, from xllamacpp or llama-cpp-python: see :mod:`pp_lightning.export.engines.run`.
 
 It calls llama.cpp's C interface, which both packages bring along. Of its parameter structures it uses what stands at
 their beginning and hands them back as they came.

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from export.engines.run import Engine, ask
-from export.sizes import longest_text
-from export.verify import model_runner
 from pp_lightning.errors import UserError
+from pp_lightning.export.engines.run import Engine, ask
+from pp_lightning.export.sizes import longest_text
+from pp_lightning.export.verify import model_runner
 
 _PROMPTS, _TOKENS, _STEPS = 3, 16, 32
 LOSS_TOLERANCE = 1e-3  # relative: engines keep keys and values in half precision, or fuse

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from export.entries import Entry, tensors_of
-from export.gguf_families import ARCHITECTURES, Architecture
-from export.layouts import Target
-from export.sizes import Widths
-from export.stock import has_windows
 from pp_lightning.errors import UserError
+from pp_lightning.export.entries import Entry, tensors_of
+from pp_lightning.export.gguf_families import ARCHITECTURES, Architecture
+from pp_lightning.export.layouts import Target
+from pp_lightning.export.sizes import Widths
+from pp_lightning.export.stock import has_windows
 from pp_lightning.families import shape_of
 
 # Types whose arithmetic is LLaMA's once fused projections are taken apart; llama.cpp's ``llama`` and ``deci`` hold it.

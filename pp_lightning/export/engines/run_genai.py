@@ -1,4 +1,4 @@
-"""Run an ONNX folder in ONNX Runtime GenAI: see :mod:`export.engines.run`."""
+"""Run an ONNX folder in ONNX Runtime GenAI: see :mod:`pp_lightning.export.engines.run`."""
 
 import json
 import sys

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from export.entries import Entry
 from pp_lightning.errors import UserError
+from pp_lightning.export.entries import Entry
 from pp_lightning.tensor_files import Placeholder, write_tensors
 
 

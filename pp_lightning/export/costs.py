@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from export.entries import tensors_of
-from export.layouts import LAYOUTS, Layout, Target, target_for
-from export.sizes import PrunedSizes, flops_of, longest_text
 from pp_lightning.errors import UserError
+from pp_lightning.export.entries import tensors_of
+from pp_lightning.export.layouts import LAYOUTS, Layout, Target, target_for
+from pp_lightning.export.sizes import PrunedSizes, flops_of, longest_text
 from pp_lightning.families import empty_model, shape_of
 from pp_lightning.flops import dense_flops
 

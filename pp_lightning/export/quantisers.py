@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from export.sizes import Widths
+from pp_lightning.export.sizes import Widths
 
 # Rows of weights that a quantiser takes are multiples of these; others fail, or stay in wider types.
 GROUPS: Mapping[str, int] = {

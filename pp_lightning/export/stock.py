@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from export.entries import tensors_of
-from export.sizes import PrunedSizes, Widths
+from pp_lightning.export.entries import tensors_of
+from pp_lightning.export.sizes import PrunedSizes, Widths
 from pp_lightning.families import empty_model, shape_of_model
 
 # Classes that compute alike if their weights have the same names, and the fields that make them do so.

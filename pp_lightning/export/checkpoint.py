@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from export.costs import Costs, costs_of
-from export.folder import appearing, check_free, check_space
-from export.int8 import check_int8, quantise_folder
-from export.layouts import BUNDLED, Layout, Target, target_for
-from export.record import pruning_record, write_card, write_record
-from export.tokenizer import write_tokenizer
-from export.verify import Agreement, Behaviour, verify
-from export.weights import check_shard_size, write_weights
+from pp_lightning.export.costs import Costs, costs_of
+from pp_lightning.export.folder import appearing, check_free, check_space
+from pp_lightning.export.int8 import check_int8, quantise_folder
+from pp_lightning.export.layouts import BUNDLED, Layout, Target, target_for
+from pp_lightning.export.record import pruning_record, write_card, write_record
+from pp_lightning.export.tokenizer import write_tokenizer
+from pp_lightning.export.verify import Agreement, Behaviour, verify
+from pp_lightning.export.weights import check_shard_size, write_weights
 from pp_lightning.families import layers_of
 from pp_lightning.progress import Tell, ignore_line
 from pp_lightning.stored import is_settled

@@ -1,4 +1,4 @@
-"""Run ``model.onnx`` in OpenVINO as it stands: see :mod:`export.engines.run`."""
+"""Run ``model.onnx`` in OpenVINO as it stands: see :mod:`pp_lightning.export.engines.run`."""
 
 import json
 import sys

@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from export.costs import Costs
-from export.folder import RECORD
-from export.graph import Graph
-from export.verify import Agreement
 from pp_lightning.evidence import Evidence
+from pp_lightning.export.costs import Costs
+from pp_lightning.export.folder import RECORD
+from pp_lightning.export.graph import Graph
+from pp_lightning.export.verify import Agreement
 from pp_lightning.pruning import is_pruned, pruning_of
 from pp_lightning.statistics import Statistics
 

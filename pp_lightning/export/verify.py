@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from export.entries import tensors_of
-from export.sizes import longest_text
 from pp_lightning.checkpoints import load_streamed
 from pp_lightning.errors import UserError
+from pp_lightning.export.entries import tensors_of
+from pp_lightning.export.sizes import longest_text
 from pp_lightning.families import layers_of
 from pp_lightning.stored import is_settled, places_in
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from export.stock import has_windows
 from pp_lightning.errors import UserError
+from pp_lightning.export.stock import has_windows
 from pp_lightning.families import shape_of
 
 Fields = dict[str, Any]

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
-from export.verify import Behaviour, Int8Check
 from pp_lightning.errors import UserError
+from pp_lightning.export.verify import Behaviour, Int8Check
 
 _STEP = 2**-7  # of int8, relative to the largest weight of a row; twice what rounding needs, for scales in bfloat16
 _ALLOWED = 0.1  # nats a token: trained models were seen at a ten-thousandth of it, random ones near it

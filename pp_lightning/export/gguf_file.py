@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from export.costs import Costs, costs_of
-from export.folder import appearing, check_free, check_space
-from export.gguf_plan import GgufPlan, GgufTensor, check_biases, check_family, plan_for
-from export.gguf_tokenizer import tokenizer_fields
-from export.layouts import Layout, target_for
-from export.record import gguf_card, pruning_record, write_record
 from pp_lightning.errors import UserError
+from pp_lightning.export.costs import Costs, costs_of
+from pp_lightning.export.folder import appearing, check_free, check_space
+from pp_lightning.export.gguf_plan import GgufPlan, GgufTensor, check_biases, check_family, plan_for
+from pp_lightning.export.gguf_tokenizer import tokenizer_fields
+from pp_lightning.export.layouts import Layout, target_for
+from pp_lightning.export.record import gguf_card, pruning_record, write_record
 from pp_lightning.progress import Tell, ignore_line
 
 GgufType = Literal["float32", "float16", "bfloat16", "q8_0"]

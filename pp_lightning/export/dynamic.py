@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from export.graph import Graph, attention_for_graphs, traced
 from pp_lightning.errors import UserError
+from pp_lightning.export.graph import Graph, attention_for_graphs, traced
 from pp_lightning.functional.selection import take_rows
 from pp_lightning.methods import DynamicMethod
 from pp_lightning.pruned.context import ModelContext
