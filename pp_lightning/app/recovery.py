@@ -264,7 +264,7 @@ class RecoverySteps(Callback):
         bad = trainer.strategy.reduce(torch.tensor(float(not self._finite)), reduce_op="sum")
         if float(bad) > 0:
             kept = self.run().folder / UNFINISHED
-            hint = f"; {kept} has the last good state" if kept.exists() else ""
+            hint = f"; {kept.name} in --out has the last good state" if kept.exists() else ""
             raise UserError(f"the loss is not finite at step {step}: lower the learning rate or use bfloat16{hint}")
 
     def state_dict(self) -> dict[str, Any]:

@@ -199,7 +199,7 @@ class TestCommandLine:
             ({"--data.prefix": 8}, "prefix is for --data.protocol continuation"),
             ({"--data.protocol": "continuation", "--data.prefix": 32}, "must leave something of a window"),
             ({"--data.protocol": "continuation", "--model.prefill": -3}, "must not be negative"),
-            ({"--model.method": "WandaSP", "--model.prefill": "dense"}, "leave prefill and refresh out"),
+            ({"--model.method": "WandaSP", "--model.prefill": "dense"}, "WandaSP is static"),
             ({"--model.refresh": 0}, "at least 1"),
         ],
     )

@@ -124,7 +124,7 @@ CONTRADICTIONS = {
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_contradictions_are_refused_before_a_model_is_loaded(name, type_in, arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("pp_lightning.app.module.load_model", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr("pp_lightning.app.module.open_model", lambda *_, **__: pytest.fail("work was begun"))
     more, says = CONTRADICTIONS[name]
     given = {key: value for key, value in arguments.items() if key != "--model.skip_layers"}
     assert type_in("test", {**given, "--out": tmp_path / "out", **more}) == 2

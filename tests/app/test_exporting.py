@@ -189,11 +189,12 @@ def test_an_export_tells_what_it_is_doing(form, phases, type_in, chosen, tmp_pat
         given = {**chosen, "--trainer.enable_progress_bar": wanted, "--format": form, "--out": tmp_path / wanted}
         assert type_in("export", given) == 0
         lines = capsys.readouterr().err.splitlines()
-        assert [line.split()[0] for line in lines if line.startswith(("tracing", "writing", "loading"))] == told
+        begun = [line.split()[0] for line in lines if line.startswith(("tracing", "writing", "loading"))]
+        assert list(dict.fromkeys(begun)) == told  # a graph's phases tell their time when they end
 
 
 MISTAKES = {
-    "no method": ({"--model.method": "null"}, "--model.method"),
+    "no method": ({"--model.method": "null"}, "needs a method: add --method pp"),
     "a choice per batch": ({"--model.method": "ProbePruning"}, "--model.frozen_on history"),
     "nothing to freeze on": (
         {"--model.method": "FullBatchProbing", "--model.frozen_on": "history"},

@@ -223,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(run, sett
     monkeypatch.setattr(PrunedLM, "training_step", diverge)
     assert run("fit", fitted(settings, "llm_pruner"), "out") == 2
     message = refused(capsys)
-    assert "the loss is not finite at step 8" in message and "unfinished.ckpt has the last good state" in message
+    assert "the loss is not finite at step 8" in message and "unfinished.ckpt in --out has the last good state" in message
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"unfinished.ckpt"}
     monkeypatch.setattr(PrunedLM, "training_step", real)
     assert run("fit", settings, "out") == 0
@@ -398,7 +398,7 @@ def test_uniform_counts_are_trained_where_they_are_asked_for(run, settings, tmp_
     settings["model"] |= {"uniform": True, "skip_layers": None, "method": {"class_path": "pp_lightning.methods.FLAP"}}
     assert run("fit", settings, "trained") == 0
     assert Recovered.load(tmp_path / "trained").uniform
-    settings["model"]["uniform"] = False
+    settings["model"] |= {"uniform": False, "skip_layers": []}
     assert run("fit", settings, "ranked") == 0
     assert not Recovered.load(tmp_path / "ranked").uniform
 
@@ -422,6 +422,7 @@ def test_compare_refuses_models_trained_otherwise(run, settings, tmp_path, capsy
     assert "was trained with other recovery: remove it or name another --out" in refused(capsys)
     settings["model"]["recovery"]["rank"] = 8
     settings["model"]["skip_layers"] = [0]
+    (tmp_path / "out" / "unfinished-compare.json").unlink()  # rows that are evaluated belong to the old amounts
     assert run("compare", given, "out") == 2
     assert "was trained with other amounts: remove it or name another --out" in refused(capsys)
 

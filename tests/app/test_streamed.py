@@ -80,10 +80,10 @@ def test_a_large_model_is_streamed_by_itself(type_in, asked, tmp_path, monkeypat
     seen, real = [], checkpoints.load_streamed
     monkeypatch.setattr("pp_lightning.checkpoints.load_streamed", lambda *given: seen.append(given) or real(*given))
     monkeypatch.setattr("pp_lightning.checkpoints.free_memory", lambda: 10**6)
-    assert type_in("test", {**asked, "--out": tmp_path / "out"}) == 0
+    assert type_in("test", {**asked, "--model.method": "FLAP", "--out": tmp_path / "out"}) == 0
     assert len(seen) == 1
     monkeypatch.setattr("pp_lightning.checkpoints.free_memory", lambda: 10**9)
-    assert type_in("test", {**asked, "--out": tmp_path / "out"}) == 0
+    assert type_in("test", {**asked, "--model.method": "FLAP", "--out": tmp_path / "out"}) == 0
     assert len(seen) == 1
 
 
@@ -98,6 +98,8 @@ def test_a_large_model_is_streamed_by_itself(type_in, asked, tmp_path, monkeypat
 )
 def test_what_cannot_be_streamed_is_one_line(type_in, asked, tmp_path, capsys, command, changes, words):
     given = {**asked, "--stream": "true", "--out": tmp_path / "out"} | changes
+    if "--model.method" not in given:
+        del given["--model.pruning_ratio"]
     assert type_in(command, given) == 2
     assert words in refused(capsys)
     assert not (tmp_path / "out" / "pruning.json").exists()
@@ -128,7 +130,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(type_in, asked, checkpoint,
 @pytest.mark.parametrize("method", [None, "FLAP", "ProbePruning"])
 def test_evaluations_give_the_same_figures(type_in, asked, tmp_path, method):
     rows = {}
-    given = asked if method is None else {**asked, "--model.method": method}
+    given = {**asked, "--model.method": method}
+    if method is None:
+        del given["--model.method"], given["--model.pruning_ratio"]
     for stream in ("true", "false"):
         assert type_in("test", {**given, "--stream": stream, "--out": tmp_path / stream}) == 0
         (rows[stream],) = json.loads((tmp_path / stream / "results.json").read_text())["rows"]

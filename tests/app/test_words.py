@@ -72,7 +72,7 @@ def test_the_papers_calibration():
     ("words", "says"),
     [
         (["test", "--method", "flapp"], "did you mean flap"),
-        (["test", "--method", "Flop"], "FLAP"),
+        (["test", "--method", "Flop"], "did you mean flap"),
         (["test", "--data.text", "Embeded"], "did you mean Embedded"),
         (["test", "--data.window"], "--data.window needs a value"),
         (["test", "--data", "tasks"], "kind of data"),
