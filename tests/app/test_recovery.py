@@ -223,7 +223,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(run, sett
     monkeypatch.setattr(PrunedLM, "training_step", diverge)
     assert run("fit", fitted(settings, "llm_pruner"), "out") == 2
     message = refused(capsys)
-    assert "the loss is not finite at step 8" in message and "unfinished.ckpt in --out has the last good state" in message
+    assert "the loss is not finite at step 8" in message
+    assert "unfinished.ckpt in --out has the last good state" in message
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"unfinished.ckpt"}
     monkeypatch.setattr(PrunedLM, "training_step", real)
     assert run("fit", settings, "out") == 0
