@@ -351,7 +351,7 @@ MISTAKES = {
     ),
     "misspelled method class": (
         {"--model.method": "ProbePrunning"},
-        r"^pp-lightning: there is no method 'ProbePrunning': did you mean ProbePruning\?$",
+        r"^pp-lightning: there is no method 'ProbePrunning': did you mean ProbePruning( or \w+)?\?$",
     ),
     "misspelled source": (
         {"--data.calibration": "C5"},
