@@ -144,6 +144,7 @@ def test_evaluations_give_the_same_figures(type_in, asked, tmp_path, method):
 @pytest.mark.slow
 def test_a_comparison_gives_the_same_figures(type_in, asked, tmp_path):
     given, rows = {**asked, "--methods": "[pp,flap,static_best]", "--ratios": "[0.2,0.4]"}, {}
+    del given["--model.pruning_ratio"]
     for stream in ("true", "false"):
         assert type_in("compare", {**given, "--stream": stream, "--out": tmp_path / stream}) == 0
         content = json.loads((tmp_path / stream / "results.json").read_text())["rows"]
