@@ -48,7 +48,10 @@ class ResumeFile:
         os.replace(unfinished, self._path)
 
     def _read(self, path: Path) -> dict[str, dict[str, Any]]:
-        content = read_json(path, "unfinished run")
+        try:
+            content = read_json(path, "unfinished run")
+        except UserError as error:
+            raise UserError(f"{error}: remove it or name another file") from error
         if not isinstance(content, dict) or content.get("format") != self._form:
             raise UserError(f"{path} holds no interrupted evaluation of this version: remove it or name another file")
         ours, theirs = self._settings, content["settings"]
