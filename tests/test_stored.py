@@ -100,6 +100,8 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, how):
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:-100])
-    says = r"^[^\n]* lacks model-[^\n]*copy it there$" if how == "missing" else r"^cannot read [^\n]*safetensors: [^\n]*$"
+    says = (
+        r"^[^\n]* lacks model-[^\n]*copy it there$" if how == "missing" else r"^cannot read [^\n]*safetensors: [^\n]*$"
+    )
     with pytest.raises(UserError, match=says):
         use()
