@@ -9,28 +9,13 @@ _NEEDED = {"datasets", "jsonargparse", "lightning", "matplotlib", "rich", "token
 def main() -> None:
     """Run the command line; where the packages that it needs are missing, say so in one line, with exit code 2."""
     try:
-        if sys.argv[1:2] == ["demo"]:
-            _demo(sys.argv[2:])
-        else:
-            from pp_lightning.app.cli import main as run
+        from pp_lightning.app.cli import main as run
 
-            run()
+        run()
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] not in _NEEDED:
             raise
         print(f"pp-lightning: the command line needs {error.name}: pip install 'pp-lightning[app]'", file=sys.stderr)
-        sys.exit(2)
-
-
-def _demo(words: list[str]) -> None:
-    """``pp-lightning demo``, which has an option of its own."""
-    from pp_lightning.app import demo
-    from pp_lightning.errors import UserError
-
-    try:
-        demo.main(words)
-    except UserError as error:
-        print(f"pp-lightning: {error}", file=sys.stderr)
         sys.exit(2)
 
 

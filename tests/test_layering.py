@@ -30,7 +30,7 @@ LAYERS = [
     {"collecting", "calibration", "gradients"},
     {"compilation", "counting"},
     {"flops", "checkpoints"},
-    {"texts", "forecast"},
+    {"texts", "workload"},
     {"benchmark"},
     {"data"},
     {"recovery"},

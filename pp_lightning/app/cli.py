@@ -46,6 +46,10 @@ def _run(words: Sequence[str]) -> None:
         from pp_lightning.app import planning
 
         planning.main(rest)
+    elif command == "demo":
+        from pp_lightning.app import demo
+
+        demo.main(rest)
     else:
         from pp_lightning.app import commands
 

@@ -24,6 +24,7 @@ from pp_lightning.export import (
     export_graph,
 )
 from pp_lightning.export.checkpoint import cast_weights
+from pp_lightning.export.costs import in_words
 from pp_lightning.export.engines.check import EngineCheck, Expected, check_with
 from pp_lightning.export.engines.choice import Format, choice_for
 from pp_lightning.export.engines.run import Engine, check_installed
@@ -151,11 +152,17 @@ def _read_evidence(module: PrunedLM, data: EvaluationData) -> None:
         module.prepare(data)
 
 
-def _write_checkpoint(module: PrunedLM, out: Path, settings: ExportSettings, shared: "_Shared") -> None:
+def _told_layout(module: PrunedLM, settings: ExportSettings) -> Layout:
+    """The layout that is written, after what it costs and whom it suits has been said."""
     layout = settings.layout or "uniform"
     _show_costs(compare_layouts(module.model), layout)
     _say_what_suits(module, layout)
     _say_if_shared_keys_went(module)
+    return layout
+
+
+def _write_checkpoint(module: PrunedLM, out: Path, settings: ExportSettings, shared: "_Shared") -> None:
+    layout = _told_layout(module, settings)
     costs, check = export_checkpoint(
         module.model,
         out,
@@ -172,10 +179,7 @@ def _write_checkpoint(module: PrunedLM, out: Path, settings: ExportSettings, sha
 
 
 def _write_gguf(module: PrunedLM, out: Path, settings: ExportSettings, shared: "_Shared") -> None:
-    layout = settings.layout or "uniform"
-    _show_costs(compare_layouts(module.model), layout)
-    _say_what_suits(module, layout)
-    _say_if_shared_keys_went(module)
+    layout = _told_layout(module, settings)
     kind: GgufType | None = "q8_0" if settings.quantize == "q8_0" else None
     costs, check = export_gguf(module.model, out, layout=layout, kind=kind, **shared)
     say(f"written to {out}: model.gguf, architecture {check.architecture}, {costs.parameters:,} parameters")
@@ -355,9 +359,9 @@ def _cells(costs: Costs, chosen: Layout) -> tuple[str, ...]:
         f"{costs.added_parameters:,}",
         f"{costs.flops_ratio:.3f}",
         f"{costs.bytes / 1e9:.3f}",
-        _range(costs.heads),
-        _range(costs.key_heads),
-        _range(costs.channels),
+        in_words(costs.heads),
+        in_words(costs.key_heads),
+        in_words(costs.channels),
         costs.loads_in,
     )
 
@@ -401,7 +405,3 @@ def _engine_outcome(check: EngineCheck) -> str:
 def say(text: str) -> None:
     """Write a line for whoever started the command."""
     Console().print(text, highlight=False, soft_wrap=True)
-
-
-def _range(counts: tuple[int, int]) -> str:
-    return str(counts[0]) if counts[0] == counts[1] else f"{counts[0]}-{counts[1]}"

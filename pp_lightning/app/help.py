@@ -20,7 +20,7 @@ _BENCHMARK = (
 )
 _OWN_HELP = {"lm-eval", "plan", "demo"}
 _HIDDEN = {"model", "datamodule", "self"}
-_TYPED = {"engine": "for", "check_with": "check-with"}
+TYPED = {"engine": "for", "check_with": "check-with"}  # options that have another name than the setting
 _MORE = """
 more
   --config FILE                  settings from a YAML file; what is typed behind it overrules it
@@ -88,7 +88,7 @@ def known_options(command: str) -> list[str]:
 def command_options(command: str) -> list[Option]:
     """What one command alone takes."""
     options = options_of("", "app/trainer.py", "PruningTrainer", command)
-    return [Option(_TYPED.get(one.name, one.name), one.default, one.text) for one in options]
+    return [Option(TYPED.get(one.name, one.name), one.default, one.text) for one in options]
 
 
 def benchmark_options() -> list[Option]:

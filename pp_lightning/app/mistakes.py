@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from inspect import signature
 from pydoc import locate
 
-from pp_lightning.app.help import known_options
+from pp_lightning.app.help import TYPED, known_options
 from pp_lightning.errors import UserError
 
 _LONGEST_LINE, _LONGEST_WORD = 200, 90
@@ -19,7 +19,6 @@ _NO_CLASS = re.compile(
 )
 _EXPECTED = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^\]]*)\])|Not a valid subclass of (\w+)")
 _CLASS_PATH = re.compile(r"given class_path '([\w.]+)'")
-_TYPED = {"engine": "for", "check_with": "check-with"}  # where the option has another name than the setting
 _KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -63,7 +62,7 @@ def _mistakes() -> tuple[type[BaseException], ...]:
 def _of_parser(text: str, command: str) -> str:
     """The parser's message in our words."""
     option = ".".join(_KEY.findall(text))
-    option = _TYPED.get(option, option)
+    option = TYPED.get(option, option)
     if unknown := _UNKNOWN.search(text):
         return _no_option(option, unknown[1], text, command)
     if not option:
@@ -82,9 +81,7 @@ def _of_parser(text: str, command: str) -> str:
 def _expected(text: str) -> list[str]:
     """The kinds of values that a message says were expected, in words, nothing twice."""
     kinds: list[str] = []
-    for found in re.finditer(
-        r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^\]]*)\])|Not a valid subclass of (\w+)", text
-    ):
+    for found in _EXPECTED.finditer(text):
         if found[1] == "NoneType":
             continue
         words = found[2] and found[2].replace("'", "")

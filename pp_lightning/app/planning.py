@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from pp_lightning.app.report import Grid, show_grid
 from pp_lightning.checkpoints import Dtype
 from pp_lightning.errors import UserError
-from pp_lightning.forecast import JOBS, Job, Sizes, Workload, memory, moments_flops, solving_flops, work_flops
+from pp_lightning.workload import JOBS, Job, Sizes, Workload, memory, moments_flops, solving_flops, work_flops
 
 _EXAMPLES = """
 examples:

@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from pp_lightning.app.results import Comparison, Evaluation
+from pp_lightning.export.costs import in_words
 
 NAMES = {
     "dense": "Dense",
@@ -228,10 +229,7 @@ def _accuracy(result: Mapping[str, Any], key: str) -> str:
 
 
 def _range(counts: tuple[int, int] | None) -> str:
-    if counts is None:
-        return "all"
-    low, high = counts
-    return str(low) if low == high else f"{low}-{high}"
+    return "all" if counts is None else in_words(counts)
 
 
 def _flat(row: Comparison) -> list[dict[str, object]]:

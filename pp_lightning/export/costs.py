@@ -91,3 +91,8 @@ def _range(counts: Iterable[int]) -> tuple[int, int]:
     """Over the layers that have any."""
     found = [count for count in counts if count]
     return (min(found), max(found)) if found else (0, 0)
+
+
+def in_words(counts: tuple[int, int]) -> str:
+    """The smallest and the largest count of all layers; one number where they are equal."""
+    return str(counts[0]) if counts[0] == counts[1] else f"{counts[0]}-{counts[1]}"

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pp_lightning.evidence import Evidence
-from pp_lightning.export.costs import Costs
+from pp_lightning.export.costs import Costs, in_words
 from pp_lightning.export.folder import RECORD
 from pp_lightning.export.graph import Graph
 from pp_lightning.export.verify import Agreement
@@ -90,7 +90,6 @@ def write_card(
     """Write the model card."""
     trust = ", trust_remote_code=True" if costs.layout == "per-layer" else ""
     method = pruning.get("method", "none")
-    heads, key_heads, channels = (_range(counts) for counts in (costs.heads, costs.key_heads, costs.channels))
     origin = f"`{base['name']}` ({base['model_type']})"
     text = f"""---
 library_name: transformers
@@ -116,12 +115,7 @@ lm_eval --model hf --model_args pretrained=.{trust.replace(", ", ",")} --tasks h
 
 | | |
 |---|---|
-| layout | {costs.layout} |
-| heads in a layer | {heads} |
-| key/value heads in a layer | {key_heads} |
-| MLP channels in a layer | {channels} |
-| parameters | {costs.parameters:,} ({costs.parameters_ratio:.1%} of the dense model) |
-| FLOPs | {costs.flops_ratio:.1%} of the dense model |
+{_sizes(costs)}
 | loads in | {costs.loads_in} |
 | checked | reloaded after writing by transformers {version("transformers")}: logits differ by at most \
 {check.largest_difference:.1e}, greedy tokens equal |
@@ -135,7 +129,6 @@ def gguf_card(
     folder: Path, base: Mapping[str, Any], pruning: Mapping[str, Any], costs: Costs, written: Mapping[str, Any]
 ) -> None:
     """Write the model card of a GGUF."""
-    heads, key_heads, channels = (_range(counts) for counts in (costs.heads, costs.key_heads, costs.channels))
     check = written["check"]
     text = f"""---
 library_name: llama.cpp
@@ -161,12 +154,7 @@ Llama("model.gguf")("Once upon a time", max_tokens=32)
 | | |
 |---|---|
 | type of the matrices | {written["type"]} |
-| layout | {costs.layout} |
-| heads in a layer | {heads} |
-| key/value heads in a layer | {key_heads} |
-| MLP channels in a layer | {channels} |
-| parameters | {costs.parameters:,} ({costs.parameters_ratio:.1%} of the dense model) |
-| FLOPs | {costs.flops_ratio:.1%} of the dense model |
+{_sizes(costs)}
 | checked | {check["tensors"]} tensors read again: differ by at most {check["largest_difference"]:.1e} of the largest |
 
 `pruning.json` has the settings, the kept units of every layer, the calibration's digest and all versions.
@@ -193,5 +181,12 @@ def _vllm(costs: Costs) -> str:
     return "--model-impl transformers" if computes_head_sizes else ""
 
 
-def _range(counts: tuple[int, int]) -> str:
-    return str(counts[0]) if counts[0] == counts[1] else f"{counts[0]} to {counts[1]}"
+def _sizes(costs: Costs) -> str:
+    """Rows of a card's table that every layout and format has."""
+    heads, key_heads, channels = (in_words(counts) for counts in (costs.heads, costs.key_heads, costs.channels))
+    return f"""| layout | {costs.layout} |
+| heads in a layer | {heads} |
+| key/value heads in a layer | {key_heads} |
+| MLP channels in a layer | {channels} |
+| parameters | {costs.parameters:,} ({costs.parameters_ratio:.1%} of the dense model) |
+| FLOPs | {costs.flops_ratio:.1%} of the dense model |"""

@@ -45,6 +45,18 @@ def arguments(place):
 
 
 @pytest.fixture
+def asked(arguments, place):
+    """The same with texts as files, as people name them."""
+    given = {key: value for key, value in arguments.items() if not key.startswith(("--data.text", "--data.cal"))}
+    return {
+        **given,
+        "--data.calibration_samples": 8,
+        "--data.text": place / "text.txt",
+        "--data.calibration": place / "documents.jsonl",
+    }
+
+
+@pytest.fixture
 def type_in(monkeypatch):
     """Run the program with these words in this process; returns its exit code."""
 

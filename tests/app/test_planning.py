@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from pp_lightning.app.planning import Speeds, planned, read_config, seconds
 from pp_lightning.families import layers_of
-from pp_lightning.forecast import JOBS, Sizes, Workload, memory, work_flops
+from pp_lightning.workload import JOBS, Sizes, Workload, memory, work_flops
 from tests.app.test_cli import refused
 from tests.models import config, tiny
 

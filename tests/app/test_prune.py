@@ -8,18 +8,6 @@ import pp_lightning.updating as updating_module
 from tests.app.test_cli import refused
 
 
-@pytest.fixture
-def asked(arguments, place):
-    """Everything but the target and the place."""
-    given = {key: value for key, value in arguments.items() if not key.startswith(("--data.text", "--data.cal"))}
-    return {
-        **given,
-        "--data.calibration_samples": 8,
-        "--data.text": place / "text.txt",
-        "--data.calibration": place / "documents.jsonl",
-    }
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "trust"), [("per-layer", True), ("uniform", False)])
 def test_one_command_prunes_evaluates_and_writes_what_transformers_loads(

@@ -18,16 +18,9 @@ from tests.models import tiny
 
 
 @pytest.fixture
-def asked(arguments, place):
+def asked(asked):
     """Everything but the place and how."""
-    given = {key: value for key, value in arguments.items() if not key.startswith(("--data.text", "--data.cal"))}
-    return {
-        **given,
-        "--data.calibration_samples": 8,
-        "--data.text": place / "text.txt",
-        "--data.calibration": place / "documents.jsonl",
-        "--model.pruning_ratio": 0.4,
-    }
+    return {**asked, "--model.pruning_ratio": 0.4}
 
 
 @pytest.fixture
