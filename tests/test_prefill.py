@@ -206,27 +206,16 @@ def test_without_a_cache_nothing_runs_dense():
         assert torch.equal(logits(model, ids()), logits(model, ids())) or method is not Griffin
 
 
-def test_a_dense_prompt_moves_the_history_of_all_channels():
-    model = pruned()
-    before = histories(model)
-    seen = {}
-    for key, block in pruning_of(model).pruners.items():
-        hook = lambda module, args, key=key: seen.setdefault(key, args[0].detach().clone())  # noqa: E731
-        block.runner.output.module.register_forward_pre_hook(hook)
-    dense = tiny("llama")
-    states = {}
-    for layer in PRUNED:
-        for name, module in (
-            ("attention", dense.model.layers[layer].self_attn.o_proj),
-            ("mlp", dense.model.layers[layer].mlp.down_proj),
-        ):
-            module.register_forward_pre_hook(lambda m, args, key=(layer, name): states.update({key: args[0].detach()}))
-    dense(input_ids=ids()[:, :PROMPT])
-    model(input_ids=ids()[:, :PROMPT], use_cache=True)
-    for key, after in histories(model).items():
-        expected = before[key].clone()
-        expected[:PROMPT] = 0.99 * before[key][:PROMPT] + 0.01 * states[key].double().square().mean(0).float()
-        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dense_prompt_leaves_no_trace_and_a_probed_one_does(method):
+    model = pruned(method=METHODS[method], prefill=2 * ids().shape[1])
+    before = pruning_state(model)
+    continued(model, ids()[:1])
+    after = pruning_state(model)
+    moving = [name for name in before if name != "batches"]
+    assert all(torch.equal(before[name], after[name]) for name in moving)
+    continued(model, ids())
+    assert any(not torch.equal(before[name], pruning_state(model)[name]) for name in moving) or not moving
 
 
 def test_griffins_statistic_is_that_of_a_loop():

@@ -37,19 +37,16 @@ def restored_mean(weight: Tensor, mean: Tensor, kept_channels: Tensor) -> Tensor
     return torch.nn.functional.linear(vector[None], weight.detach())[0].float()
 
 
-def update_mean_(mean: Tensor, batch_mean: Tensor, kept: Tensor | None, momentum: float, finite: Tensor) -> None:
+def update_mean_(mean: Tensor, batch_mean: Tensor, kept: Tensor, momentum: float, finite: Tensor) -> None:
     """Move a running mean (C,) towards a batch's, in place, in the kept channels: ``M = m M + (1 - m) mu``.
 
     Args:
         mean: (C,) float32.
         batch_mean: (K,) float32, of the kept channels.
-        kept: (K,) int64; None is all.
+        kept: (K,) int64.
         momentum: m.
         finite: bool scalar; False leaves the mean as it is.
     """
-    old = mean if kept is None else mean.index_select(0, kept)
+    old = mean.index_select(0, kept)
     new = torch.where(finite, torch.lerp(batch_mean, old, momentum), old)
-    if kept is None:
-        mean.copy_(new)
-    else:
-        mean.index_copy_(0, kept, new)
+    mean.index_copy_(0, kept, new)

@@ -136,6 +136,21 @@ def fuse(probe: Tensor, history: Tensor, fusion_weight: float | None) -> Tensor:
     return torch.where(total > 0, fused, 0.0)
 
 
+# Positions whose moments are fused at a time on a CPU: what is between sum and score then stays in its cache. 128 x 5632
+# take 3.1 ms instead of 5.2 by importance and 0.8 instead of 5.1 with a weight, on two threads.
+_TOGETHER = 32
+
+
+def _fused_sum(states: Tensor, history: Tensor, fusion_weight: float | None) -> Tensor:
+    """The moment of (b, s, C) fused with a history (s, C), summed over positions: (C,) float32."""
+    if is_traced() or states.device.type != "cpu":
+        return fuse(second_moment(states), history, fusion_weight).sum(0)
+    total = torch.zeros(states.shape[2], dtype=torch.float32)
+    for part, here in zip(states.split(_TOGETHER, 1), history.split(_TOGETHER), strict=True):
+        total += fuse(second_moment(part), here, fusion_weight).sum(0)
+    return total
+
+
 def fused_energy(
     states: Tensor,
     probe: Probe | ScatteredProbe | None,
@@ -159,7 +174,7 @@ def fused_energy(
     """
     if places is None:
         here = history[: states.shape[1]] if probe is None else history[probe.tokens]
-        return fuse(second_moment(states), here, fusion_weight).sum(0), states.shape[1]
+        return _fused_sum(states, here, fusion_weight), states.shape[1]
     if probe is None:
         moment, count = placed_second_moment(states, places)
         held = count > 0
@@ -180,26 +195,23 @@ def fused_energy(
 
 
 def update_history_(
-    history: Tensor, moment: Tensor, kept: Tensor | None, momentum: float, present: Tensor | None
+    history: Tensor, moment: Tensor, kept: Tensor, momentum: float, present: Tensor | None
 ) -> None:
     """Move the history towards a batch's moment, in place: ``H = m H + (1 - m) X^2`` (01-method, step 7).
 
     Args:
         history: (P_max, C) float32.
         moment: (P, K) float32 at positions 0..P-1, of the kept channels.
-        kept: (K,) int64 ascending channels that ``moment`` describes; None means all.
+        kept: (K,) int64 ascending channels that ``moment`` describes.
         momentum: m.
         present: (P,) bool, positions that had a real token; others stay as they are. None means all.
     """
     rows = history[: moment.shape[0]]
-    old = rows if kept is None else rows.index_select(1, kept)
+    old = rows.index_select(1, kept)
     new = torch.lerp(moment, old, momentum)
     if present is not None:
         new = torch.where(present[:, None], new, old)
-    if kept is None:
-        rows.copy_(new)
-    else:
-        rows.index_copy_(1, kept, new)
+    rows.index_copy_(1, kept, new)
 
 
 def all_finite(moments: Sequence[Tensor]) -> Tensor:

@@ -372,8 +372,7 @@ class PrunedBlock(nn.Module):
             choice = self._best(seen, None, places, inputs.states[place])
             if not self.runner.output.is_linear:
                 choice = self._settled(choice, states.dtype)
-            remembers = inputs.remember and self.history is not None
-            inputs.results[place] = self._result(choice, seen, inputs, of_all=True) if remembers else Result(choice)
+            inputs.results[place] = Result(choice)  # histories stay: moving all channels' takes a tenth of a short prompt
         return self.runner.output.stock(states)
 
     def _remembering(self, leave: Product, inputs: BatchInputs, choice: Choice) -> Product:
@@ -395,8 +394,8 @@ class PrunedBlock(nn.Module):
             inputs.results[self._place(inputs)] = self._result(choice, inputs.as_batch(states), inputs)
         return leave(states)
 
-    def _result(self, choice: Choice, states: Tensor, inputs: BatchInputs, *, of_all: bool = False) -> Result:
-        """What a batch leaves whose states (B, S, K * w) or, of all units, (B, S, C) reach the output."""
+    def _result(self, choice: Choice, states: Tensor, inputs: BatchInputs) -> Result:
+        """What a batch leaves whose states (B, S, K * w) reach the output."""
         places = inputs.places if inputs.places is None else inputs.places_on(states.device)
         if places is None:
             moment, present = second_moment(states), None
@@ -404,7 +403,7 @@ class PrunedBlock(nn.Module):
             moment, count = placed_second_moment(states, places)
             present = count > 0
         mean = None if self.mean is None else channel_mean(states, None if places is None else places.real)
-        return Result(choice, moment, present, mean, of_all)
+        return Result(choice, moment, present, mean)
 
     def _earlier(self, inputs: BatchInputs) -> Earlier | None:
         """The residual that a parallel probe is taken from."""
@@ -424,7 +423,7 @@ class PrunedBlock(nn.Module):
         history, mean, momentum = self.history, self.mean, self.method.momentum
         if history is None or result.moment is None:
             return
-        channels = None if result.of_all else unit_channels(result.choice.kept, self.units.channels)
+        channels = unit_channels(result.choice.kept, self.units.channels)
         finite = finite.to(history.device)
         if not in_place:
             history, mean = history.clone(), None if mean is None else mean.clone()

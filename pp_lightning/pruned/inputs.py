@@ -39,14 +39,12 @@ class Result(NamedTuple):
         moment: (P, K * w) float32, second moment of the kept channels by position; None leaves the history alone.
         present: (P,) bool, positions that had a real token; None means all.
         mean: (K * w,) float32, of the kept channels; None where no running mean is kept.
-        of_all: whether moment and mean are of all channels, as a dense prompt shows them.
     """
 
     choice: Choice
     moment: Tensor | None = None
     present: Tensor | None = None
     mean: Tensor | None = None
-    of_all: bool = False
 
 
 class State(NamedTuple):

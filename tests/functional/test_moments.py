@@ -7,6 +7,7 @@ from pp_lightning.functional import moments
 from pp_lightning.functional.moments import (
     Places,
     fuse,
+    fused_energy,
     placed_count,
     placed_second_moment,
     placed_sum,
@@ -15,6 +16,7 @@ from pp_lightning.functional.moments import (
     sum_of_squares,
     update_history_,
 )
+from pp_lightning.functional.probe import Probe
 
 
 def places_of(real: torch.Tensor, num_positions: int) -> Places:
@@ -123,6 +125,25 @@ def test_fusion_weight_is_the_weight_of_the_probe(weight):
         assert torch.equal(fused, probe if weight else history)
 
 
+@pytest.mark.parametrize("weight", [None, 0.6])
+@pytest.mark.parametrize("probed", [False, True])
+def test_fused_energy_equals_the_naive_loop_whatever_the_length(weight, probed):
+    states, history = torch.randn(3, 70, 5), torch.rand(90, 5)
+    tokens = torch.arange(70).flip(0)[::2].flip(0) if probed else torch.arange(70)
+    probe = Probe(torch.arange(3), tokens) if probed else None
+    part = states[:, tokens]
+    expected = torch.zeros(5, dtype=torch.float64)
+    for place, position in enumerate(tokens):
+        for c in range(5):
+            p = sum(float(row[place, c]) ** 2 for row in part) / 3
+            h = float(history[position, c])
+            w = p / (p + h) if weight is None else weight
+            expected[c] += w * p + (1 - w) * h
+    found, count = fused_energy(part, probe, None, history, weight)
+    assert count == len(tokens)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
 def test_history_moves_in_place_at_kept_channels_and_present_positions_only():
     history = torch.rand(6, 5)
     before = history.clone()
@@ -139,15 +160,8 @@ def test_history_moves_in_place_at_kept_channels_and_present_positions_only():
                 assert history[p, c] == before[p, c]
 
 
-def test_history_of_all_channels():
-    history, moment = torch.rand(3, 4), torch.rand(2, 4)
-    expected = torch.cat([0.9 * history[:2] + 0.1 * moment, history[2:]])
-    update_history_(history, moment, None, 0.9, None)
-    torch.testing.assert_close(history, expected)
-
-
 def test_momentum_one_keeps_the_history():
     history = torch.rand(3, 4)
     before = history.clone()
-    update_history_(history, torch.rand(3, 4), None, 1.0, None)
+    update_history_(history, torch.rand(3, 4), torch.arange(4), 1.0, None)
     assert torch.equal(history, before)
