@@ -21,7 +21,6 @@ from tests.models import (
     PRUNED,
     SETTINGS,
     choices,
-    histories,
     ids,
     logits,
     masked_dense,
