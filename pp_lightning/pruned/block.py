@@ -372,7 +372,7 @@ class PrunedBlock(nn.Module):
             choice = self._best(seen, None, places, inputs.states[place])
             if not self.runner.output.is_linear:
                 choice = self._settled(choice, states.dtype)
-            inputs.results[place] = Result(choice)  # histories stay: moving all channels' takes a tenth of a short prompt
+            inputs.results[place] = Result(choice)  # histories stay: all channels' take a tenth of a short prompt
         return self.runner.output.stock(states)
 
     def _remembering(self, leave: Product, inputs: BatchInputs, choice: Choice) -> Product:
