@@ -39,7 +39,7 @@ class Places:
 
 def second_moment(states: Tensor) -> Tensor:
     """Mean over rows of X^2: (B, S, C) of any dtype to (S, C) float32."""
-    return sum_of_squares(states) / states.shape[0]
+    return sum_of_squares(states).div_(states.shape[0])
 
 
 def sum_of_squares(states: Tensor) -> Tensor:
@@ -48,6 +48,8 @@ def sum_of_squares(states: Tensor) -> Tensor:
         return states.float().square().sum(0)  # fused into one loop: no temporary
     if states.device.type != "cpu":
         return _at_once(states)
+    if len(states) == 1:
+        return states[0].float().square()
     # Row by row: no float32 copy of the states, which can be the largest tensor of a block, and on a CPU many times
     # faster than a norm or a sum over the first dimension.
     total = torch.zeros(states.shape[1:], dtype=torch.float32, device=states.device)
@@ -131,13 +133,13 @@ def fuse(probe: Tensor, history: Tensor, fusion_weight: float | None) -> Tensor:
     if fusion_weight is not None:
         return torch.lerp(history, probe, fusion_weight)
     total = probe + history
-    # w P + (1 - w) H with w = P / (P + H) is (P^2 + H^2) / (P + H)
-    fused = (probe.square() + history.square()) / total
-    return torch.where(total > 0, fused, 0.0)
+    # w P + (1 - w) H with w = P / (P + H) is P + H - 2 P H / (P + H)
+    shared = history.div(total.clamp(min=torch.finfo(total.dtype).tiny)).mul_(probe)
+    return total.sub_(shared, alpha=2.0)
 
 
 # Positions whose moments are fused at a time on a CPU: what is between sum and score stays in its cache. 128 x 5632
-# take 3.1 ms instead of 5.2 by importance and 0.8 instead of 5.1 with a weight, on two threads.
+# take half the time.
 _TOGETHER = 32
 
 
