@@ -16,7 +16,7 @@ COMMANDS = {
 EXAMPLES = """
 examples:
   every method on the model that comes with the package, no network needed
-    pp-lightning compare --config configs/tiny/compare.yaml --out results/demo
+    pp-lightning compare --config configs/models/tiny.yaml --config configs/methods/compare.yaml --out DIR
   your model, your text, calibrated on your json lines of {"text": ...}
     pp-lightning compare --model.path DIR --data.text my.txt --data.calibration mine.jsonl \\
         --methods pp,flap --ratios 0.2,0.4 --out DIR2
@@ -25,7 +25,7 @@ examples:
   the seven commonsense tasks, from local files in their original formats
     pp-lightning compare --model.path DIR --data commonsense --data.path DIR3 --methods pp --out DIR2
   does saved arithmetic become saved time? its own options: pp-lightning benchmark --help
-    pp-lightning benchmark --config configs/tiny/benchmark.yaml --out DIR
+    pp-lightning benchmark --config configs/benchmark/cpu.yaml --out DIR
   what will it cost? nothing is loaded; its own options: pp-lightning plan --help
     pp-lightning plan --model.path DIR --pruning_ratio 0.4
   any task of lm-evaluation-harness, its own options
