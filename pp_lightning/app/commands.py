@@ -179,7 +179,7 @@ def _compiling(rows: Sequence[Comparison]) -> str:
 
 def run(words: Sequence[str]) -> None:
     """Run one of the trainer's commands, as it was typed."""
-    _quiet()
+    quiet()
     sys.argv[1:] = spelled_out(words)
     settings: dict[str, Any] = {"prog": "pp-lightning", "exit_on_error": False, "allow_abbrev": False}
     PruningCLI(
@@ -196,7 +196,7 @@ def run(words: Sequence[str]) -> None:
     )
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Silence what Lightning says about itself on every start."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,16 +1,14 @@
 """``make demo``: what pruning costs and saves, on text of the calibration's kind and on text of another kind."""
 
 import argparse
-import logging
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pp_lightning.app.commands import TRAINER_DEFAULTS
+from pp_lightning.app.commands import TRAINER_DEFAULTS, quiet
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.pictures import picture
 from pp_lightning.app.progress import progress_display
@@ -45,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder that everything is written into")
     out = parser.parse_args(words).out
     check_place(out)
-    _quiet()
+    quiet()
     print(_BEFORE.format(ratio=RATIO, count=len(METHODS)), flush=True)
     rows = compared(out)
     _write(rows, out)
@@ -156,14 +154,6 @@ def _flops(row: Comparison) -> float:
 def _time(found: Sequence[Comparison]) -> float:
     ratios = [row.time_ratio for row in found if row.time_ratio is not None]
     return sum(ratios) / len(ratios)
-
-
-def _quiet() -> None:
-    """Silence what Lightning says about itself."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*treespec.*is deprecated.*")
 
 
 if __name__ == "__main__":

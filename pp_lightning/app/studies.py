@@ -72,8 +72,8 @@ def study_named(name: str) -> Study:
     Raises:
         UserError: there is no such study.
     """
-    if name not in _written():
-        raise unknown("study", name, _written())
+    if name not in study_names():
+        raise unknown("study", name, study_names())
     written = dict(_written()[name])
     rows = {label: _variant(*row) for label, row in written.pop("rows").items()}
     for setting, values in written.pop("over", {}).items():
