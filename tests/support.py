@@ -12,6 +12,7 @@ from pp_lightning.export.layouts import Layout, target_for
 from pp_lightning.families import FAMILIES as KINDS
 from pp_lightning.families import refusal
 from pp_lightning.methods import WandaSP
+from pp_lightning.tables import Grid
 from tests.models import FAMILIES, calibration_batches, config, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +78,7 @@ def _not_a_language_model(kind: str) -> tuple[str, ...]:
 
 def full(rows: list[tuple[str, ...]]) -> str:
     """The table of all types."""
-    return _markdown(HEADINGS, rows)
+    return Grid("", HEADINGS, rows, words=len(HEADINGS)).markdown()
 
 
 def short(rows: list[tuple[str, ...]]) -> str:
@@ -88,12 +89,8 @@ def short(rows: list[tuple[str, ...]]) -> str:
         cells = (heads.partition(":")[0], channels.partition(":")[0], alike, own, gguf)
         groups.setdefault(cells, []).append(kind)
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return _markdown(HEADINGS, [(", ".join(kinds), *cells) for cells, kinds in ordered])
-
-
-def _markdown(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [headings, tuple("---" for _ in headings), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    lines = [(", ".join(kinds), *cells) for cells, kinds in ordered]
+    return Grid("", HEADINGS, lines, words=len(HEADINGS)).markdown()
 
 
 def replaced(text: str, table: str) -> str:

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors"},
     {"files", "interfaces", "prefill", "progress", "saving", "tensor_files"},
     {"stored", "hidden"},
-    {"checkpoint_files", "records", "resume", "functional"},
+    {"checkpoint_files", "records", "resume", "tables", "functional"},
     {"blocks"},
     {"families", "evidence"},
     {"statistics", "calls", "layerwise", "searching"},

@@ -6,6 +6,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from pp_lightning.app.pictures import picture
 from pp_lightning.app.words import spelled_out
 from pp_lightning.benchmark import BenchmarkSettings, run_benchmark
 from pp_lightning.benchmark.break_even import write_break_even
@@ -36,26 +37,16 @@ def main(words: Sequence[str]) -> None:
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     """Efficiency of the decoder as bars: one picture per case, compiled beside eager."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     measured = [row for row in rows if row.part == "decoder" and not row.variant.startswith("dense")]
-    cases = list(dict.fromkeys((row.dtype, row.rows, row.tokens, row.pruning_ratio) for row in measured))
-    figure, axes = pyplot.subplots(
-        1, len(cases), figsize=(1 + 4.2 * len(cases), 5), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, case in zip(axes[0], cases, strict=True):
-        own = [row for row in measured if (row.dtype, row.rows, row.tokens, row.pruning_ratio) == case][::-1]
-        colours = ["tab:blue" if row.variant.endswith("compiled") else "tab:orange" for row in own]
-        axis.barh([row.variant for row in own], [row.efficiency for row in own], color=colours)
-        axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set_title(f"{case[0]}, {case[1]} x {case[2]}, ratio {case[3]:g}", fontsize=10)
-        axis.set_xlabel("efficiency: FLOPs ratio / time ratio")
-    figure.suptitle(title, fontsize=7, wrap=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    cases = list(dict.fromkeys(row.case for row in measured))
+    with picture(path, 1 + 4.2 * len(cases), 5, title) as figure:
+        for axis, case in zip(figure.subplots(1, len(cases), sharey=True, squeeze=False)[0], cases, strict=True):
+            own = [row for row in measured if row.case == case][::-1]
+            colours = ["tab:blue" if row.variant.endswith("compiled") else "tab:orange" for row in own]
+            axis.barh([row.variant for row in own], [row.efficiency for row in own], color=colours)
+            axis.axvline(1.0, color="black", linewidth=0.8)
+            axis.set_title(case, fontsize=10)
+            axis.set_xlabel("efficiency: FLOPs ratio / time ratio")
 
 
 def _parser() -> ArgumentParser:

@@ -13,7 +13,6 @@ from pp_lightning.records import check_new_file
 _RATIOS = ("pruning_ratio", "attention_ratio", "mlp_ratio")
 _OF_DYNAMIC = ("frozen_on", "refresh", "prefill")
 _GLOBAL = ("global", "searched")
-_NAMES_ROWS = ("compare", "ablate")
 _MOST_OF_A_SEED = 2**32 - 1
 
 
@@ -38,9 +37,9 @@ def check_settings(command: str, settings: Mapping[str, Any]) -> None:
     for name in _RATIOS:
         check_ratio(f"model.{name}", model[name])
     _check_uniform(model)
-    if command in _NAMES_ROWS:
+    if command == "compare":
         if model["pruning_ratio"] is not None:
-            raise UserError(f"{command} takes --ratios [0.2,0.4] in place of --model.pruning_ratio")
+            raise UserError("compare takes --ratios [0.2,0.4] in place of --model.pruning_ratio")
     elif model["recovered"] is None and model["recovery"] is None:
         _check_method(command, model)
 

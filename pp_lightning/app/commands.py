@@ -13,21 +13,21 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
-from pp_lightning.app.ablation import report as ablation_report
-from pp_lightning.app.ablation.questions import QUESTIONS
-from pp_lightning.app.ablation.runner import UNFINISHED
 from pp_lightning.app.checks import check_settings
 from pp_lightning.app.module import PrunedLM
+from pp_lightning.app.pictures import plot, plot_study
 from pp_lightning.app.progress import progress_display
-from pp_lightning.app.report import comma_separated, grids, markdown, plot, show
+from pp_lightning.app.report import grids, lines_of, show
 from pp_lightning.app.results import Comparison
+from pp_lightning.app.studies import study_named
 from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.app.training import train_recovery
 from pp_lightning.app.words import spelled_out
 from pp_lightning.data import LanguageModelling
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.errors import UserError
-from pp_lightning.records import check_place, environment, write_json, write_text
+from pp_lightning.records import check_place, environment
+from pp_lightning.tables import markdown, write_report
 
 _FILLED_IN = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "verbose", "weights_only"}
 
@@ -41,7 +41,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 class PruningCLI(LightningCLI):
-    """``pp-lightning fit | test | compare | ablate | prune | export``."""
+    """``pp-lightning fit | test | compare | prune | export``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -49,7 +49,6 @@ class PruningCLI(LightningCLI):
         return {
             "test": _FILLED_IN | {"ckpt_path"},
             "compare": _FILLED_IN,
-            "ablate": _FILLED_IN,
             "prune": _FILLED_IN,
             "export": _FILLED_IN,
             "fit": _FILLED_IN,
@@ -100,34 +99,14 @@ class PruningCLI(LightningCLI):
         assert model.evaluation is not None
         self._write([Comparison(model.evaluation)])
 
-    def compare(self, **arguments: Any) -> None:
-        """Evaluate several methods and ratios."""
+    def compare(self, study: str | None = None, **arguments: Any) -> None:
+        """Evaluate several methods and ratios, or answer a question about the method."""
         assert isinstance(self.trainer, PruningTrainer)
-        rows = self.trainer.compare(**arguments)
-        self._write(rows, ".csv, .md, .png")
+        rows = self.trainer.compare(study=study, **arguments)
+        self._write(rows, ".csv, .md, .png", "" if study is None else f"{study_named(study).title} ")
         if self.trainer.is_global_zero:
-            plot(rows, self._caption(rows[0].evaluation.tokens), self.out / "results.png")
-
-    def ablate(self, **arguments: Any) -> None:
-        """Answer questions about the method."""
-        assert isinstance(self.trainer, PruningTrainer)
-        answers = self.trainer.ablate(**arguments)
-        if not self.trainer.is_global_zero:
-            return
-        self._dump_config()
-        questions = {name: QUESTIONS[name] for name in dict.fromkeys(answer.question for answer in answers)}
-        caption = self._caption(answers[0].tokens)
-        grids = ablation_report.tables(questions, answers)
-        write_text(self.out / "ablation.csv", ablation_report.comma_separated(answers))
-        write_text(self.out / "ablation.md", markdown(grids, caption))
-        write_json(self.out / "ablation.json", self._record({"answers": [answer.as_dict() for answer in answers]}))
-        for earlier in (self.out / f"ablation-{name}.png" for name in QUESTIONS.keys() - questions.keys()):
-            earlier.unlink(missing_ok=True)  # of another run into this folder: its figures are gone
-        for name, question in questions.items():
-            own = [answer for answer in answers if answer.question == name]
-            ablation_report.plot(question, own, caption, self.out / f"ablation-{name}.png")
-        (self.out / UNFINISHED).unlink(missing_ok=True)
-        show(grids, f"{caption}\nwritten to {self.out}/ablation.json, .csv, .md and a picture a question")
+            draw = plot if study is None else plot_study
+            draw(rows, self._caption(rows[0].evaluation.tokens), self.out / "results.png")
 
     def fit(self, model: PrunedLM, datamodule: EvaluationData, **options: Any) -> None:
         """Train: the dense model, or adapters of a pruned one; an interrupted recovery goes on from its ``--out``."""
@@ -146,14 +125,14 @@ class PruningCLI(LightningCLI):
         else:
             print(f"written to {self.out}: evaluate it with pp-lightning test --model.recovered {self.out}")
 
-    def _write(self, rows: list[Comparison], others: str = ".csv, .md") -> None:
+    def _write(self, rows: list[Comparison], others: str = ".csv, .md", title: str = "") -> None:
         if not self.trainer.is_global_zero:
             return
         self._dump_config()
-        caption = self._caption(rows[0].evaluation.tokens) + _compiling(rows)
-        write_text(self.out / "results.csv", comma_separated(rows))
-        write_text(self.out / "results.md", markdown(grids(rows), caption))
-        write_json(self.out / "results.json", self._record({"rows": [row.as_dict() for row in rows]}))
+        caption = title + self._caption(rows[0].evaluation.tokens) + _compiling(rows)
+        record = self._record({"rows": [row.as_dict() for row in rows]})
+        lines = [line for row in rows for line in lines_of(row)]
+        write_report(self.out / "results", markdown(grids(rows), caption), record, lines)
         for finished in self.out.glob("unfinished-*.json"):
             finished.unlink()
         show(grids(rows), f"{caption}\nwritten to {self.out}/results.json, {others}")
@@ -200,7 +179,7 @@ def _compiling(rows: Sequence[Comparison]) -> str:
 
 def run(words: Sequence[str]) -> None:
     """Run one of the trainer's commands, as it was typed."""
-    _quiet()
+    quiet()
     sys.argv[1:] = spelled_out(words)
     settings: dict[str, Any] = {"prog": "pp-lightning", "exit_on_error": False, "allow_abbrev": False}
     PruningCLI(
@@ -217,7 +196,7 @@ def run(words: Sequence[str]) -> None:
     )
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Silence what Lightning says about itself on every start."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,23 +1,23 @@
 """``make demo``: what pruning costs and saves, on text of the calibration's kind and on text of another kind."""
 
 import argparse
-import logging
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pp_lightning.app.commands import TRAINER_DEFAULTS
+from pp_lightning.app.commands import TRAINER_DEFAULTS, quiet
 from pp_lightning.app.module import PrunedLM
+from pp_lightning.app.pictures import picture
 from pp_lightning.app.progress import progress_display
-from pp_lightning.app.report import NAMES, Grid, markdown, show_grid
+from pp_lightning.app.report import name_of, show_grid
 from pp_lightning.app.results import Comparison
 from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.data import Embedded, LanguageModelling
-from pp_lightning.records import check_place, environment, write_json, write_text
+from pp_lightning.records import check_place, environment
+from pp_lightning.tables import Grid, markdown, write_report
 
 METHODS = ["flap", "ppsp", "pp", "best", "best_generation", "static_best"]
 RATIO = 0.4
@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder that everything is written into")
     out = parser.parse_args(words).out
     check_place(out)
-    _quiet()
+    quiet()
     print(_BEFORE.format(ratio=RATIO, count=len(METHODS)), flush=True)
     rows = compared(out)
     _write(rows, out)
@@ -108,24 +108,19 @@ def in_words(rows: Rows, out: Path) -> list[str]:
 
 def plot(rows: Rows, path: Path) -> None:
     """Perplexity of every method as bars, one panel a text, the dense model as a line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
-    for number, (text, found) in enumerate(rows.items()):
-        axes = figure.add_subplot(1, len(rows), number + 1)
-        dense, others = _perplexity(found[0]), found[1:]
-        values = [_perplexity(row) for row in others]
-        colors = ["tab:orange" if "(ours)" in _name(row) else "tab:blue" for row in others]
-        bars = axes.barh([_name(row) for row in others], values, color=colors)
-        axes.bar_label(bars, fmt="%.1f", padding=3)
-        axes.axvline(dense, color="black", linestyle="--")
-        axes.set(title=f"{text} (dense: {dense:.1f}, dashed)", xlabel="perplexity", xlim=(0, 1.15 * max(values)))
-        axes.tick_params(axis="y", labelleft=number == 0)
-        axes.invert_yaxis()
-    figure.suptitle(f"{RATIO:.0%} of heads and channels removed, calibrated on documentation")
-    FigureCanvasAgg(figure)
-    figure.savefig(path)
+    with picture(path, 9, 3.6) as figure:
+        for number, (text, found) in enumerate(rows.items()):
+            axes = figure.add_subplot(1, len(rows), number + 1)
+            dense, others = _perplexity(found[0]), found[1:]
+            values = [_perplexity(row) for row in others]
+            colors = ["tab:orange" if "(ours)" in _name(row) else "tab:blue" for row in others]
+            bars = axes.barh([_name(row) for row in others], values, color=colors)
+            axes.bar_label(bars, fmt="%.1f", padding=3)
+            axes.axvline(dense, color="black", linestyle="--")
+            axes.set(title=f"{text} (dense: {dense:.1f}, dashed)", xlabel="perplexity", xlim=(0, 1.15 * max(values)))
+            axes.tick_params(axis="y", labelleft=number == 0)
+            axes.invert_yaxis()
+        figure.suptitle(f"{RATIO:.0%} of heads and channels removed, calibrated on documentation")
 
 
 def _write(rows: Rows, out: Path) -> None:
@@ -134,20 +129,16 @@ def _write(rows: Rows, out: Path) -> None:
         "FLOPs and time are relative to the dense model's: FLOPs of what follows the prompt, time of a whole batch.\n"
         "'documentation' and 'code' are perplexities behind the prompt, 'lost' is how much they are above dense."
     )
-    machine = environment(torch.device("cpu"), 1)
-    write_text(out / "demo.md", markdown([grid], "\n".join([about, "", *words])))
-    write_json(
-        out / "demo.json",
-        {"environment": machine, "rows": {text: [row.as_dict() for row in found] for text, found in rows.items()}},
-    )
+    figures = {text: [row.as_dict() for row in found] for text, found in rows.items()}
+    record = {"environment": environment(torch.device("cpu"), 1), "rows": figures}
+    write_report(out / "demo", markdown([grid], "\n".join([about, "", *words])), record)
     plot(rows, out / "demo.png")
     show_grid(grid)
     print("\n".join([about, "", *words]))
 
 
 def _name(row: Comparison) -> str:
-    label = row.evaluation.method
-    return NAMES.get(label, label)
+    return name_of(row.evaluation.method)
 
 
 def _perplexity(row: Comparison) -> float:
@@ -163,14 +154,6 @@ def _flops(row: Comparison) -> float:
 def _time(found: Sequence[Comparison]) -> float:
     ratios = [row.time_ratio for row in found if row.time_ratio is not None]
     return sum(ratios) / len(ratios)
-
-
-def _quiet() -> None:
-    """Silence what Lightning says about itself."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*treespec.*is deprecated.*")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ class Evaluation:
         compiled: graphs, seconds and reasons of recompilations, as ``Compilation.as_dict`` has them.
         perplexities: one a seed, where there are several; ``perplexity`` is then their mean.
         perplexity_error: the standard error of that.
+        overlap: mean Jaccard index with the units that Full-Batch Probing keeps, by layer and block.
     """
 
     method: str
@@ -79,6 +80,7 @@ class Evaluation:
     compiled: dict[str, Any] | None = None
     perplexities: list[float] | None = None
     perplexity_error: float | None = None
+    overlap: dict[str, float] | None = None
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Evaluation":
@@ -89,12 +91,15 @@ class Evaluation:
 
     @staticmethod
     def mean_of(evaluations: Sequence["Evaluation"]) -> "Evaluation":
-        """One row, evaluated with several seeds: mean perplexity, all else of the first."""
+        """One row, evaluated with several seeds: mean perplexity and overlap, all else of the first."""
+        first = evaluations[0]
         values = [one.perplexity for one in evaluations if one.perplexity is not None]
         if len(evaluations) < 2 or len(values) < len(evaluations):
-            return evaluations[0]
-        error = statistics.stdev(values) / len(values) ** 0.5
-        return replace(evaluations[0], perplexity=statistics.fmean(values), perplexities=values, perplexity_error=error)
+            return first
+        mean, error = _mean(values)
+        shares = [one.overlap or {} for one in evaluations]
+        overlap = first.overlap and {name: statistics.fmean(one[name] for one in shares) for name in first.overlap}
+        return replace(first, perplexity=mean, perplexities=values, perplexity_error=error, overlap=overlap)
 
     def single_numbers(self) -> dict[str, float]:
         """The figures that a logger can hold."""
@@ -130,6 +135,8 @@ class Comparison:
         time_ratio: time over dense time.
         efficiency: FLOPs ratio over time ratio; 1 means every saved operation became saved time.
         prr: perplexity lost per millisecond saved, ``(ppl - ppl_dense) / (time_dense - time)``, where any is saved.
+        difference: perplexity above that of the first pruned row at this ratio, over the same seeds, pair by pair.
+        difference_error: the standard error of that.
     """
 
     evaluation: Evaluation
@@ -137,21 +144,35 @@ class Comparison:
     time_ratio: float | None = None
     efficiency: float | None = None
     prr: float | None = None
+    difference: float | None = None
+    difference_error: float | None = None
 
     @staticmethod
-    def of(evaluation: Evaluation, dense: Evaluation) -> "Comparison":
-        """Compare a row with the dense row."""
+    def of(evaluation: Evaluation, dense: Evaluation, first: Evaluation | None = None) -> "Comparison":
+        """Compare a row with the dense row, and with the first pruned one."""
         if evaluation.perplexity is None or dense.perplexity is None:
             return Comparison(evaluation)
+        pairs: list[float] = []
+        if first is not None and first.perplexities is not None and evaluation.perplexities is not None:
+            pairs = [one - other for one, other in zip(evaluation.perplexities, first.perplexities, strict=True)]
+        difference = _mean(pairs) if pairs else (None, None)
         degradation = evaluation.perplexity - dense.perplexity
         if evaluation.time is None or dense.time is None:
-            return Comparison(evaluation, degradation)
+            return Comparison(evaluation, degradation, None, None, None, *difference)
         time_ratio = evaluation.time.median / dense.time.median
         saved = dense.time.median - evaluation.time.median
         prr = degradation / saved if saved > 0 else None
-        return Comparison(evaluation, degradation, time_ratio, evaluation.flops.model / time_ratio, prr)
+        efficiency = evaluation.flops.model / time_ratio
+        return Comparison(evaluation, degradation, time_ratio, efficiency, prr, *difference)
 
     def as_dict(self) -> dict[str, Any]:
         """One flat dictionary, the evaluation's fields included."""
         own = {key: value for key, value in vars(self).items() if key != "evaluation"}
+        if self.difference is None:
+            del own["difference"], own["difference_error"]
         return {**self.evaluation.as_dict(), **own}
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of at least two values."""
+    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5

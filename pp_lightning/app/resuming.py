@@ -1,6 +1,7 @@
 """What a run that was killed goes on from: finished rows, and the settings that they depend on."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,26 +9,18 @@ from typing import Any
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.results import Evaluation
 from pp_lightning.data.base import EvaluationData
+from pp_lightning.methods import PruningMethod
 from pp_lightning.records import environment
 from pp_lightning.resume import ResumeFile
 from pp_lightning.statistics import fingerprint
 
 _FORMAT = "pp-lightning comparison 1"
 _UNFINISHED = "unfinished-compare.json"
-
-
-def settings_of(model: PrunedLM, data: EvaluationData) -> dict[str, Any]:
-    """Everything that all measurements of a run depend on; rows, ratios and seeds apart."""
-    amounts = ("attention_ratio", "mlp_ratio", "skip_layers", "round_to", "tensor_parallel", "uniform_heads", "floor")
-    described = {name: value for name, value in data.describe().items() if name != "seed"}
-    return {
-        "model": fingerprint(model.model),
-        **{name: getattr(model, name) for name in amounts},
-        **described,
-        "precision": model.trainer.precision,
-        "compiled": model.compiles,
-        "versions": environment(model.device, 1)["versions"],
-    }
+# Settings of the module that all rows depend on.
+_SETTINGS = (
+    *("attention_ratio", "mlp_ratio", "skip_layers", "round_to", "tensor_parallel", "uniform_heads", "floor"),
+    *("uniform", "allocation", "frozen_on", "prefill", "refresh", "updates", "statistics_file"),
+)
 
 
 class FinishedRows:
@@ -43,10 +36,19 @@ class FinishedRows:
     """
 
     def __init__(self, out: Path, model: PrunedLM, data: EvaluationData) -> None:
-        more = ("uniform", "allocation", "frozen_on", "prefill", "refresh", "updates", "statistics_file")
-        calibration = {"samples": data.calibration_samples, **{k: str(v) for k, v in vars(data.calibration).items()}}
-        own = {name: getattr(model, name) for name in more} | {"calibrated": calibration}
-        self._file = ResumeFile(out / _UNFINISHED, {**settings_of(model, data), **own}, _FORMAT)
+        settings = {
+            "model": fingerprint(model.model),
+            **{name: getattr(model, name) for name in _SETTINGS},
+            **{name: value for name, value in data.describe().items() if name != "seed"},
+            "precision": model.trainer.precision,
+            "compiled": model.compiles,
+            "versions": environment(model.device, 1)["versions"],
+            "calibrated": {
+                "samples": data.calibration_samples,
+                **{name: str(value) for name, value in vars(data.calibration).items()},
+            },
+        }
+        self._file = ResumeFile(out / _UNFINISHED, settings, _FORMAT)
 
     def __getitem__(self, key: str) -> Evaluation | None:
         """The row of this key; None where it is not finished."""
@@ -58,6 +60,7 @@ class FinishedRows:
         self._file.add(key, asdict(row))
 
 
-def key_of(label: str, method: dict[str, object] | None, ratio: float, seed: int) -> str:
-    """What tells a row from others."""
-    return json.dumps([label, method, ratio, seed], sort_keys=True, default=str)
+def key_of(label: str, method: PruningMethod | None, ratio: float, seed: int | None, changes: Mapping[str, Any]) -> str:
+    """What tells a row from others; ``seed`` is None where it has no part in the row."""
+    settings = None if method is None else method.settings()
+    return json.dumps([label, settings, ratio, seed, *([changes] if changes else [])], sort_keys=True, default=str)

@@ -1,31 +1,24 @@
 """The Trainer with two more verbs: compare and export."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 
-from pp_lightning.app.ablation.answers import Answer
-from pp_lightning.app.ablation.questions import QUESTIONS
-from pp_lightning.app.ablation.runner import (
-    FORMAT,
-    UNFINISHED,
-    Bench,
-    check_evenly_matched,
-    checked_questions,
-    fitting,
-    measure,
-)
 from pp_lightning.app.checks import check_ratio, check_seed
 from pp_lightning.app.exporting import ExportSettings, Quantize, export_pruned
 from pp_lightning.app.module import PrunedLM
+from pp_lightning.app.overlap import Overlap
 from pp_lightning.app.prune_command import PruneSettings, prune_and_export
 from pp_lightning.app.recovery import check_recovery
 from pp_lightning.app.results import Comparison, Evaluation
-from pp_lightning.app.resuming import FinishedRows, key_of, settings_of
+from pp_lightning.app.resuming import FinishedRows, key_of
+from pp_lightning.app.studies import Study, Variant, study_named
 from pp_lightning.app.training import check_same, train_recovery
 from pp_lightning.checkpoints import Dtype
 from pp_lightning.data.base import EvaluationData
@@ -36,9 +29,16 @@ from pp_lightning.export import Layout
 from pp_lightning.export.engines.choice import Format
 from pp_lightning.export.engines.run import Engine
 from pp_lightning.importances import Importances
-from pp_lightning.methods import METHODS, DynamicMethod, LoRAPrune, PruningMethod, StaticMethod, method_named
+from pp_lightning.methods import (
+    METHODS,
+    DynamicMethod,
+    FullBatchProbing,
+    LoRAPrune,
+    PruningMethod,
+    StaticMethod,
+    method_named,
+)
 from pp_lightning.recovery import Recovered, Recovery
-from pp_lightning.resume import ResumeFile
 
 # By default what needs no gradients: LoRAPrune's need an extra package, and recovery needs to know its length.
 ALL_METHODS = [label for label, method in METHODS.items() if method.evidence is not Importances]
@@ -47,12 +47,17 @@ RECOVERED = {f"{label}_lora": method for label, method in METHODS.items() if iss
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a comparison still to be evaluated: a method, at a ratio, with or without recovery."""
+    """One row of a comparison still to be evaluated: a method, at a ratio, with or without recovery.
+
+    ``model`` and ``data`` are settings of the module and of the data that are the row's own.
+    """
 
     label: str
     method: PruningMethod | None = None
     pruning_ratio: float = 0.0
     recovery: Recovery | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     def seeded(self, seed: int) -> "Row":
         """The same, with probes drawn by another seed."""
@@ -75,36 +80,45 @@ class PruningTrainer(L.Trainer):
         self,
         model: PrunedLM,
         datamodule: EvaluationData,
-        methods: list[str] = ALL_METHODS,
+        methods: list[str] | None = None,
         ratios: list[float] = [0.2, 0.4],  # noqa: B006 (the command line's help shows it; never changed)
         variants: dict[str, PruningMethod] | None = None,
         seeds: list[int] | None = None,
+        study: str | None = None,
     ) -> list[Comparison]:
         """Evaluate the dense model and several methods and ratios on the same batches: one table, one plot.
 
         Args:
             model: the module; its own ``method`` and ``pruning_ratio`` are not used.
             datamodule: the data; calibration is run once.
-            methods: any of full_batch, pp, best and best_generation (ours, not the paper's), griffin, ppsp, flap,
-                wanda_sp, llm_pruner, lora_prune;
+            methods: any of full_batch, pp, best and best_generation (ours, not the paper's), after_ocp, griffin, ppsp,
+                flap, wanda_sp, llm_pruner, lora_prune;
                 static_best (ours); ``_updated`` behind a static one lets what stays take over what goes;
                 ``_lora`` behind a static one (llm_pruner_lora, lora_prune_lora, ...) trains adapters on
                 ``--data.train``, or on the calibration text, for ``--trainer.max_steps``. Models that were trained
-                into the same ``--out`` before are not trained again.
+                into the same ``--out`` before are not trained again. None takes those that need no gradients, and with
+                a ``study`` none.
             ratios: fractions removed.
             variants: further rows by name: a method with settings of your own.
             seeds: of the calibration windows and of drawn probes: perplexities are then means over them, with standard
-                errors. None takes the data's own seed.
+                errors, and with differences from the first pruned row, paired by seed. None takes the data's own seed.
+            study: rows that answer a question about the method, and differ in one thing: methods, probe_size,
+                probe_shape, fusion, history, ranking, residual, score, compensation, allocation, mlp_probe, weight,
+                best_size, overlap; under ``--data.protocol continuation`` also generation, prompt, prompt_weight,
+                prefix, rows, distance, refresh.
 
         Raises:
             UserError: an unknown method, a ratio that leaves nothing, or a text that is not there.
         """
         _refuse_recovered(model)
+        asked = None if study is None else study_named(study)
+        methods = methods if methods is not None else [] if asked else ALL_METHODS
         self._suit(model, datamodule)
-        _check_comparison(methods, ratios, variants or {})
-        rows = [Row("dense"), *self._rows(methods, ratios, variants or {}, model.recovery)]
+        studied = {} if asked is None else asked.fitting(datamodule)
+        _check_comparison(methods, ratios, {**(variants or {}), **studied})
+        rows = self._rows(methods, ratios, variants or {}, studied, model.recovery)
         for row in rows:
-            model.check_plan(row.method, row.pruning_ratio, datamodule.window)
+            model.check_plan(row.method, row.pruning_ratio, datamodule.window, row.model.get("allocation"))
             if row.recovery is not None:
                 check_recovery(row.method, row.recovery, self.max_steps)
         model.check_importances(
@@ -114,22 +128,40 @@ class PruningTrainer(L.Trainer):
         if seeds is not None:
             _check_seeds(seeds, model, rows)
         model.reuse, model.recovery = True, None
-        finished = FinishedRows(Path(self.default_root_dir), model, datamodule)
+        measure = self._measurement(model, datamodule, asked)
         found: list[list[Evaluation]] = [[] for _ in rows]
         for seed in [datamodule.seed] if seeds is None else seeds:
             if seeds is not None:
                 datamodule.seed = seed
                 model.forget_statistics()
             for row, evaluations in zip(rows, found, strict=True):
-                one = row if seeds is None else row.seeded(seed)
-                settings = None if one.method is None else one.method.settings()
-                key = key_of(row.label, settings, row.pruning_ratio, seed)
-                done = finished[key]
-                if done is None:
-                    finished[key] = done = self._evaluated(model, datamodule, one)
-                evaluations.append(done)
-        means = [Evaluation.mean_of(evaluations) for evaluations in found]
-        return [Comparison.of(mean, means[0]) for mean in means]
+                evaluations.append(measure(row if seeds is None else row.seeded(seed), seed))
+        return _side_by_side(rows, [Evaluation.mean_of(evaluations) for evaluations in found])
+
+    def _measurement(
+        self, model: PrunedLM, datamodule: EvaluationData, study: Study | None
+    ) -> Callable[[Row, int], Evaluation]:
+        """Evaluates a row with a seed; what is finished, now or in an interrupted run, is not evaluated again."""
+        finished = FinishedRows(Path(self.default_root_dir), model, datamodule)
+        overlap = Overlap() if study is not None and study.overlap else None
+        self.callbacks += [] if overlap is None else [overlap]  # type: ignore[attr-defined]
+
+        def measured(row: Row, seed: int) -> Evaluation:
+            drawn = seed if _draws(row, model, datamodule) else None
+            key = key_of(row.label, row.method, row.pruning_ratio, drawn, {**row.model, **row.data})
+            done = finished[key]
+            if done is not None:
+                return done
+            with _changed(model, row.model), _changed(datamodule, row.data):
+                done = self._evaluated(model, datamodule, row)
+                if overlap is not None and row.method is not None:
+                    whole = replace(row, label="full_batch", method=FullBatchProbing())
+                    run = partial(self._evaluated, model, datamodule, whole)
+                    done = replace(done, overlap=overlap.shares((row.pruning_ratio, seed, repr(row.data)), run))
+            finished[key] = done
+            return done
+
+        return measured
 
     def _evaluated(self, model: PrunedLM, datamodule: EvaluationData, row: Row) -> Evaluation:
         """One row, with the seed of the data."""
@@ -138,50 +170,6 @@ class PruningTrainer(L.Trainer):
         if row.recovery is not None:
             model.use_recovered(self._recover(model, datamodule, row.recovery, self._folder(row)))
         return self._tested(model, datamodule)
-
-    def ablate(
-        self,
-        model: PrunedLM,
-        datamodule: L.LightningDataModule,
-        questions: list[str] = ["methods"],  # noqa: B006 (the command line's help shows it; never changed)
-        ratios: list[float] = [0.4],  # noqa: B006
-        seeds: list[int] = [0, 1, 2],  # noqa: B006
-    ) -> list[Answer]:
-        """Answer questions about the method, each by variants that differ in one thing, on the same batches.
-
-        Args:
-            model: the module; its own ``method`` and ``pruning_ratio`` are not used.
-            datamodule: the data; calibration windows are drawn and calibrated on anew for every seed.
-            questions: any of methods, probe_size, probe_shape, fusion, history, ranking, residual, score, compensation,
-                allocation, mlp_probe, weight, best_size, overlap; under ``--data.protocol continuation`` also
-                generation, prompt, prompt_weight, prefix, rows, distance, refresh.
-            ratios: fractions removed.
-            seeds: of the calibration windows and of drawn probes: perplexities are means over them. Given the same
-                ``--out``, an interrupted run goes on with what it had not measured yet.
-
-        Raises:
-            UserError: an unknown question, no seed, a ratio that removes or leaves nothing, data that is no text, or a
-                setting of the model that would overrule what is varied.
-        """
-        _refuse_recovered(model)
-        asked = checked_questions(questions, QUESTIONS)
-        assert isinstance(datamodule, EvaluationData)
-        self._suit(model, datamodule)
-        _check_numbers("seeds", seeds)
-        _check_numbers("ratios", ratios)
-        if 0.0 in ratios:
-            raise UserError("at ratio 0.0 nothing is removed and all variants are the dense model: leave it out")
-        data = check_evenly_matched(model, datamodule)
-        asked = {name: fitting(question, data) for name, question in asked.items()}
-        for ratio in ratios:
-            for question in asked.values():
-                for variant in question.variants:
-                    model.check_plan(variant.method(seeds[0]), ratio, data.window, variant.allocation)
-        data.text.check()
-        data.calibration.check()
-        data.use_tokenizer(model.tokenizer)
-        finished = ResumeFile(Path(self.default_root_dir) / UNFINISHED, settings_of(model, data), FORMAT)
-        return measure(Bench(self, model, data, finished), asked, ratios, seeds)
 
     def export(
         self,
@@ -286,21 +274,30 @@ class PruningTrainer(L.Trainer):
         methods: list[str],
         ratios: list[float],
         variants: dict[str, PruningMethod],
+        studied: Mapping[str, Variant],
         recovery: Recovery | None,
     ) -> list[Row]:
-        """Every method at every ratio."""
+        """The dense model on all that it is compared on, then every method at every ratio."""
         named = {n: RECOVERED[n]() if n in RECOVERED else method_named(n) for n in methods} | variants
         trained = {name: recovery or Recovery() for name in methods if name in RECOVERED}
         if trained:
             self._check_can_train()
-        return [Row(name, method, ratio, trained.get(name)) for ratio in ratios for name, method in named.items()]
+        data: dict[str, Mapping[str, Any]] = {"dense": {}} if named else {}
+        for one in studied.values():
+            data["dense" + "".join(f", {name} {value}" for name, value in one.data.items())] = one.data
+        rows = [Row(name, data=changes) for name, changes in data.items()]
+        for ratio in ratios:
+            rows += [Row(name, method, ratio, trained.get(name)) for name, method in named.items()]
+            rows += [Row(name, one.method, ratio, None, one.model, one.data) for name, one in studied.items()]
+        return rows
 
     def _check_texts(self, model: PrunedLM, datamodule: EvaluationData, rows: list[Row]) -> None:
         """Find a text that is not there now, and not after all rows in front of the first one that reads it."""
         new = [row for row in rows if row.recovery is None or not Recovered.is_in(self._folder(row))]
         choosing = [row.method for row in new if row.method is not None and not row.chooses_while_trained]
         datamodule.check_text()
-        if any(model.reads_calibration(method) for method in choosing):
+        ranked = any(row.model.get("allocation") is not None for row in rows)
+        if ranked or any(model.reads_calibration(method) for method in choosing):
             datamodule.calibration.check()
         if any(row.recovery is not None for row in new):
             _trained_on(datamodule).check()
@@ -347,6 +344,38 @@ class PruningTrainer(L.Trainer):
         )
 
 
+def _side_by_side(rows: Sequence[Row], means: Sequence[Evaluation]) -> list[Comparison]:
+    """Every row beside the dense model on the same data, and beside the first pruned row at its ratio."""
+    dense = {repr(row.data): mean for row, mean in zip(rows, means, strict=True) if row.method is None}
+    first: dict[float, tuple[Row, Evaluation]] = {}
+    found = []
+    for row, mean in zip(rows, means, strict=True):
+        other, reference = first.setdefault(row.pruning_ratio, (row, mean))
+        paired = row.method is not None and row is not other and row.data == other.data
+        found.append(Comparison.of(mean, dense[repr(row.data)], reference if paired else None))
+    return found
+
+
+def _draws(row: Row, model: PrunedLM, data: EvaluationData) -> bool:
+    """Whether a seed has a part in a row: in the order of its batches, or in what its method calibrates on."""
+    if not isinstance(data, LanguageModelling) or data.protocol != "contiguous":
+        return True
+    return row.method is not None and (model.reads_calibration(row.method) or "allocation" in row.model)
+
+
+@contextmanager
+def _changed(target: object, values: Mapping[str, Any]) -> Iterator[None]:
+    """Other settings for a while."""
+    before = {name: getattr(target, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
+
+
 def _trained_on(datamodule: EvaluationData) -> TrainingRows:
     """What rows with recovery are trained on."""
     return datamodule.train or Packed([datamodule.calibration])
@@ -365,7 +394,7 @@ def _check_seeds(seeds: Sequence[int], model: PrunedLM, rows: Sequence[Row]) -> 
         raise UserError("rows with recovery are trained once: compare them with one seed")
 
 
-def _check_comparison(methods: Sequence[str], ratios: Sequence[float], variants: Mapping[str, PruningMethod]) -> None:
+def _check_comparison(methods: Sequence[str], ratios: Sequence[float], variants: Mapping[str, object]) -> None:
     """Refuse a comparison of nothing, or of something twice.
 
     Raises:

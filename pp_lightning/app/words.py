@@ -18,7 +18,7 @@ from pp_lightning.texts import source_settings
 
 DATA = {"text": LanguageModelling, "commonsense": CommonsenseData}
 LISTS = {
-    *("--methods", "--ratios", "--seeds", "--questions", "--check_with", "--model.skip_layers", "--data.tasks"),
+    *("--methods", "--ratios", "--seeds", "--check_with", "--model.skip_layers", "--data.tasks"),
     *("--dtypes", "--variants", "--skip_layers", "--decode", "--prompts", "--model.method.blocks"),
 }
 SHORT = {

@@ -1,11 +1,11 @@
 """A row of the table: one variant, one case, one part of the model."""
 
-import csv
-import io
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from pp_lightning.tables import Grid
 
 _COLUMNS = {
     "variant": "variant",
@@ -81,6 +81,11 @@ class Row:
         )
 
     @property
+    def case(self) -> str:
+        """What was run, in words."""
+        return f"{self.dtype}, batch {self.rows} x {self.tokens}, ratio {self.pruning_ratio:g}"
+
+    @property
     def efficiency(self) -> float:
         """FLOPs ratio over time ratio: 1 means that every saved operation became saved time."""
         return self.flops_ratio / self.time_ratio
@@ -95,45 +100,26 @@ def paired_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
     return statistics.median(own / other for own, other in zip(seconds, reference, strict=True))
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """One table per case, and one line of efficiencies over all cases above them."""
-    cases = list(dict.fromkeys((row.dtype, row.rows, row.tokens, row.pruning_ratio) for row in rows))
-    tables = [_overview(rows)]
-    for case in cases:
-        dtype, batch, tokens, ratio = case
-        own = [row for row in rows if (row.dtype, row.rows, row.tokens, row.pruning_ratio) == case]
-        tables.append(f"### {dtype}, batch {batch} x {tokens}, ratio {ratio:g}\n\n{_table(own)}")
-    return "\n\n".join(tables) + "\n"
+def grids(rows: Sequence[Row]) -> list[Grid]:
+    """One table per case, and one of efficiencies over all cases above them."""
+    cases = dict.fromkeys(row.case for row in rows)
+    return [_overview(rows), *(_table(case, [row for row in rows if row.case == case]) for case in cases)]
 
 
-def comma_separated(rows: Sequence[Row]) -> str:
-    """All rows, one column a field."""
-    text = io.StringIO()
-    names = [field.name for field in fields(Row)] + ["efficiency"]
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row.as_dict() for row in rows)
-    return text.getvalue()
-
-
-def _overview(rows: Sequence[Row]) -> str:
+def _overview(rows: Sequence[Row]) -> Grid:
     """Efficiency of the decoder: variants down, cases across."""
     own = [row for row in rows if row.part == "decoder" and not row.variant.startswith("dense")]
-    cases = list(dict.fromkeys((row.dtype, row.rows, row.tokens, row.pruning_ratio) for row in own))
-    head = [f"{dtype}, {batch} x {tokens}, {ratio:g}" for dtype, batch, tokens, ratio in cases]
-    found = {(row.variant, row.dtype, row.rows, row.tokens, row.pruning_ratio): row.efficiency for row in own}
-    lines = [["efficiency of the decoder", *head], ["---"] + ["---:"] * len(head)]
-    for variant in dict.fromkeys(row.variant for row in own):
-        cells = [found.get((variant, *case)) for case in cases]
-        lines.append([variant, *("" if cell is None else f"{cell:.2f}" for cell in cells)])
-    return _joined(lines)
+    cases = list(dict.fromkeys(row.case for row in own))
+    found = {(row.variant, row.case): f"{row.efficiency:.2f}" for row in own}
+    variants = dict.fromkeys(row.variant for row in own)
+    lines = [(variant, *(found.get((variant, case), "") for case in cases)) for variant in variants]
+    return Grid("", ("efficiency of the decoder", *cases), lines)
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(case: str, rows: Sequence[Row]) -> Grid:
     cells = [_cells(row) for row in rows]
     used = [name for name in _COLUMNS if any(one[name] for one in cells)]
-    lines = [[_COLUMNS[name] for name in used], ["---", "---"] + ["---:"] * (len(used) - 2)]
-    return _joined(lines + [[one[name] for name in used] for one in cells])
+    return Grid(case, [_COLUMNS[name] for name in used], [[one[name] for name in used] for one in cells], words=2)
 
 
 def _cells(row: Row) -> dict[str, str]:
@@ -152,7 +138,3 @@ def _cells(row: Row) -> dict[str, str]:
         "perplexity": "" if row.perplexity is None else f"{row.perplexity:.2f}",
         "prr": "" if row.prr is None else f"{row.prr:.4f}",
     }
-
-
-def _joined(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

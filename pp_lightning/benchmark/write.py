@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pp_lightning.benchmark.rows import Row, comma_separated, markdown
+from pp_lightning.benchmark.rows import Row, grids
 from pp_lightning.benchmark.settings import BenchmarkSettings
 from pp_lightning.benchmark.subject import chosen_device
-from pp_lightning.records import environment, write_json, write_text
+from pp_lightning.records import environment
+from pp_lightning.tables import markdown, write_report
 
 
 def write_results(rows: Sequence[Row], settings: BenchmarkSettings, out: Path) -> str:
@@ -16,12 +17,9 @@ def write_results(rows: Sequence[Row], settings: BenchmarkSettings, out: Path) -
     Returns:
         The Markdown.
     """
+    text, lines = markdown(grids(rows), caption(settings)), [row.as_dict() for row in rows]
     machine = environment(chosen_device(settings), 1)
-    text = f"{caption(settings)}\n\n{markdown(rows)}"
-    write_text(out / "results.csv", comma_separated(rows))
-    write_text(out / "results.md", text)
-    record = {"settings": asdict(settings), "environment": machine, "rows": [row.as_dict() for row in rows]}
-    write_json(out / "results.json", record)
+    write_report(out / "results", text, {"settings": asdict(settings), "environment": machine, "rows": lines}, lines)
     return text
 
 

@@ -38,11 +38,6 @@ def embedded_documents(part: Part, kind: Kind = "all") -> tuple[str, ...]:
     return tuple(text for text in own if text not in earlier)
 
 
-def embedded_digest(part: Part) -> str:
-    """SHA-256 (hex) of the part's text: it changes with the Python version and is stored beside every result."""
-    return hashlib.sha256("\0".join(embedded_documents(part)).encode()).hexdigest()
-
-
 def part_of(name: str) -> Part:
     """Part of the document called ``name``: a hash of the name alone, so it never moves."""
     bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 10

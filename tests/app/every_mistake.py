@@ -64,8 +64,7 @@ _PRODUCTS = [
     ("compare_:_--ratios", "abc [] [0] [1.5] [nan] [-1] [0.2,0.2]", "ratio|compare"),
     ("compare_:_--methods", "[] magic [pp,magic] 7 [pp,pp] {{}}", "method|compare"),
     ("compare_:_--seeds", "[] abc [1,1] [-1] [1.5]", "seed"),
-    ("ablate_:_--questions", "[] magic [methods,magic]", "question"),
-    ("ablate_:_--ratios ablate_:_--seeds", "[] abc [0.4,0.4]", "ratio|seed"),
+    ("compare_:_--study", "magic EMPTY", "study"),
     # methods
     ("--method --model.method", "magic ProbePrunning flapp 7 [] torch.nn.Linear nowhere.at.all EMPTY", "method"),
     ("compare_:_--methods", "flapp wanda", "did you mean|choose"),
@@ -187,7 +186,7 @@ export --check-with [] --for nonsense => for
 prune --target params=0.6 --method pp => static
 prune --target params=0.6 --data commonsense => text
 prune --target params=0.6 --data.calibration {nowhere} => file
-ablate --data commonsense => text
+compare --study methods --data commonsense => text
 benchmark --nope 1 => nope
 benchmark --variant PP => variants
 benchmark --config {nowhere} => file

@@ -29,8 +29,16 @@ from tests.commonsense.samples import write_samples
 from tests.models import tiny
 
 REPOSITORY = Path(__file__).parents[2]
-ALL_CONFIGS = sorted((REPOSITORY / "configs").glob("*/*.yaml"))
-CONFIGS = [path for path in ALL_CONFIGS if not path.stem.startswith("benchmark")]
+CONFIGS = REPOSITORY / "configs"
+OF_MODELS = {path.stem for path in (CONFIGS / "models").glob("*.yaml")}
+OF_METHODS = {path.stem for path in (CONFIGS / "methods").glob("*.yaml")}
+# The first lines of every file say how it is used.
+USES = [
+    pytest.param(path, line.split()[2:], id=f"{path.parent.name}/{path.stem}-{number}")
+    for path in sorted(CONFIGS.rglob("*.yaml"))
+    for number, line in enumerate(path.read_text().replace("\\\n#", "").splitlines())
+    if line.startswith("#   pp-lightning")
+]
 VOCABULARY = 320
 FILES = {"results.json", "results.csv", "results.md"}
 
@@ -147,49 +155,65 @@ def test_fit_writes_a_checkpoint_that_test_reads(type_in, arguments, place, tmp_
 @pytest.mark.slow
 def test_the_fit_config_runs_where_an_epoch_is_short(type_in, tmp_path):
     """How long the text is depends on the Python version: it validates by steps, not by steps of an epoch."""
-    options = {"--config": REPOSITORY / "configs/tiny/fit.yaml", "--trainer.max_steps": 1}
+    options = {"--config": REPOSITORY / "configs/fit.yaml", "--trainer.max_steps": 1}
     options |= {"--trainer.limit_val_batches": 1, "--trainer.precision": "32-true", "--trainer.limit_train_batches": 9}
     options["--data.batch_size"] = 1
     assert type_in("fit", options, extra=["--out", tmp_path]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.num_hidden_layers > 1
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_config_parses(path, monkeypatch, capsys):
-    trained = path.stem == "fit" or path.stem.endswith("_lora")
-    named = "compare" if path.stem == "generation" else path.stem
-    named = named if named in ("compare", "ablate", "export") else "test"
-    command = "fit" if trained else named
+@pytest.mark.parametrize(("path", "words"), USES)
+def test_the_commands_that_configs_name_parse(path, words, monkeypatch, capsys):
+    resolved = settings_of(words, monkeypatch, capsys)
+    given = {}
+    for name in re.findall(r"configs/\S+", " ".join(words)):
+        given |= yaml.safe_load((REPOSITORY / name).read_text())
+    assert path.relative_to(REPOSITORY).as_posix() in words
+    if words[0] != "benchmark":
+        assert resolved["data"]["init_args"]["window"] == (given["data"].get("window") or 256)
+        assert resolved["model"]["path"] == given["model"].get("path")
+
+
+def test_a_method_is_pruned_with_what_its_model_says(monkeypatch, capsys):
+    words = ["test", "--config", "configs/models/llama-3-8b.yaml", "--config", "configs/methods/probe_pruning.yaml"]
+    resolved = settings_of([*words, "--model.method.blocks", "[mlp]"], monkeypatch, capsys)
+    model, data = resolved["model"], resolved["data"]["init_args"]
+    assert model["path"] == "meta-llama/Meta-Llama-3-8B" and model["pruning_ratio"] == 0.4
+    assert model["statistics"] == "statistics/llama-3-8b.safetensors"
+    assert model["method"]["init_args"]["row_ratio"] == 0.05 and model["method"]["init_args"]["blocks"] == ["mlp"]
+    assert (data["window"], data["batch_size"], data["calibration_samples"]) == (1024, 20, 2000)
+    words[-1] = "configs/methods/llm_pruner.yaml"
+    model = settings_of(words, monkeypatch, capsys)["model"]
+    assert (model["round_to"], model["statistics"], model["dtype"]) == (1, None, "bfloat16")
+
+
+def settings_of(words, monkeypatch, capsys):
+    """All settings of a command, as it would run."""
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr(sys, "argv", ["pp-lightning", command, "--config", str(path), "--print_config"])
+    monkeypatch.setattr(sys, "argv", ["pp-lightning", *words, "--print_config"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 0
-    resolved = yaml.safe_load(capsys.readouterr().out)
-    given = yaml.safe_load(path.read_text())
-    assert resolved["data"]["init_args"]["window"] == given["data"]["window"]
-    assert f"configs/{path.parent.name}/{path.name}" in path.read_text()  # its own command stands in its first lines
+    return yaml.safe_load(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
     ("name", "cases"),
     [
-        ("tiny/benchmark", [(20, 128), (4, 64), (1, 32)]),
-        ("tiny/benchmark_decoding", [(1, 32)]),
-        ("llama-2-7b/benchmark", [(20, 1024), (1, 128)]),
+        ("cpu", [(20, 128), (4, 64), (1, 32)]),
+        ("cpu_decoding", [(1, 32)]),
+        ("gpu", [(20, 1024), (1, 128)]),
+        ("gpu_graphs", [(20, 1024), (1, 128), (8, 128)]),
     ],
 )
 def test_benchmark_configs_are_read(name, cases, monkeypatch, capsys):
-    path = REPOSITORY / "configs" / f"{name}.yaml"
-    monkeypatch.setattr(sys, "argv", ["pp-lightning", "benchmark", "--config", str(path), "--print_config"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 0
+    path = CONFIGS / "benchmark" / f"{name}.yaml"
+    resolved = settings_of(["benchmark", "--config", str(path)], monkeypatch, capsys)
     settings = BenchmarkSettings.from_plain(yaml.safe_load(path.read_text()))
     settings.check()
     chosen_variants(settings.variants)
     assert [(case.rows, case.tokens) for case in settings.cases] == cases
-    assert yaml.safe_load(capsys.readouterr().out)["repeats"] == settings.repeats
+    assert resolved["repeats"] == settings.repeats
 
 
 @pytest.mark.parametrize(
@@ -218,11 +242,10 @@ def test_compiled_rows_say_what_compiling_took(type_in, arguments, tmp_path):
     assert "graphs" in (tmp_path / "compiled" / "results.md").read_text()
 
 
-def test_all_published_models_have_all_methods():
-    for model in ("llama-2-7b", "llama-2-13b", "llama-3-8b", "opt-13b", "tiny"):
-        names = {path.stem for path in CONFIGS if path.parent.name == model}
-        assert names >= {"llm_pruner", "llm_pruner_lora", "lora_prune", "lora_prune_lora"}
-        assert names >= {"dense", "full_batch_probing", "probe_pruning", "static_ppsp", "flap", "wanda_sp", "compare"}
+def test_all_published_models_and_methods_have_a_file():
+    assert {"llama-2-7b", "llama-2-13b", "llama-3-8b", "opt-13b", "tiny"} == OF_MODELS
+    assert {"llm_pruner", "llm_pruner_lora", "lora_prune", "lora_prune_lora", "parallel_probing"} <= OF_METHODS
+    assert {"full_batch_probing", "probe_pruning", "static_ppsp", "flap", "wanda_sp", "compare"} <= OF_METHODS
 
 
 def commonsense_arguments(place, folder):
@@ -376,7 +399,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("command", ["test", "compare", "ablate"])
+@pytest.mark.parametrize("command", ["test", "compare"])
 @pytest.mark.parametrize("where", ["file", "file/below", "locked/new"])
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     command, where, type_in, arguments, tmp_path, capsys, monkeypatch
@@ -506,18 +529,18 @@ def test_help_teaches(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     text = capsys.readouterr().out
-    assert "examples:" in text and "pp-lightning compare --config configs/tiny/compare.yaml" in text
+    assert "examples:" in text and "pp-lightning compare --config configs/models/tiny.yaml" in text
     for command, description in COMMANDS.items():
         assert f" {command} {description}" in " ".join(text.split())
 
 
-@pytest.mark.parametrize("command", ["compare", "ablate"])
+@pytest.mark.parametrize("extra", [[], ["--study", "allocation"]], ids=["methods", "study"])
 def test_a_missing_calibration_text_is_found_before_any_evaluation(
-    command, type_in, arguments, tmp_path, capsys, monkeypatch
+    extra, type_in, arguments, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(PruningTrainer, "test", lambda *_, **__: pytest.fail("work was begun"))
     given = {**arguments, "--data.calibration.path": "/nowhere.jsonl", "--out": tmp_path / "out"}
-    assert type_in(command, given) == 2
+    assert type_in("compare", given, extra=extra) == 2
     assert "no file of records (.jsonl, .jsonl.gz, .parquet, .arrow) at /nowhere.jsonl: give the path" in refused(
         capsys
     )

@@ -184,14 +184,13 @@ class TestCommandLine:
         assert held["flops_ratio_after_prompt"] < again["flops_ratio_after_prompt"]
         assert held["perplexity"] != again["perplexity"]
 
-    def test_ablate(self, type_in, arguments, tmp_path):
+    @pytest.mark.parametrize(("study", "number"), [("rows", 4 + 2 * 4), ("refresh", 1 + 4)])
+    def test_studies(self, study, number, type_in, arguments, tmp_path):
         given = {**arguments, "--data.protocol": "continuation", "--data.prefix": 8}
-        extra = ["--questions", "[rows,refresh]", "--ratios", "[0.4]", "--seeds", "[0]", "--out", tmp_path]
-        assert type_in("ablate", given, extra=extra) == 0
-        answers = json.loads((tmp_path / "ablation.json").read_text())["answers"]
-        assert {answer["question"] for answer in answers} == {"rows", "refresh"}
-        assert {path.name for path in tmp_path.glob("*.png")} == {"ablation-rows.png", "ablation-refresh.png"}
-        assert "times dense" in (tmp_path / "ablation.md").read_text()
+        assert type_in("compare", given, extra=["--study", study, "--ratios", "[0.4]", "--out", tmp_path]) == 0
+        rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+        assert len(rows) == number
+        assert len({row["perplexity"] for row in rows if row["pruning_ratio"]}) > 1
 
     @pytest.mark.parametrize(
         ("options", "reason"),
@@ -207,10 +206,6 @@ class TestCommandLine:
         given = {**arguments, "--model.method": "ProbePruning", **options}
         assert type_in("test", given, extra=["--out", tmp_path / "out"]) == 2
         assert reason in refused(capsys)
-
-    def test_questions_about_what_follows_need_the_protocol(self, type_in, arguments, tmp_path, capsys):
-        assert type_in("ablate", arguments, extra=["--questions", "[prefix]", "--out", tmp_path]) == 2
-        assert "need --data.protocol continuation" in refused(capsys)
 
     @pytest.mark.parametrize("seeds", ["[]", "[1,1]"])
     def test_seeds_are_different_numbers(self, seeds, type_in, arguments, tmp_path, capsys):

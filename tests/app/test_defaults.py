@@ -34,7 +34,7 @@ def test_window_and_windows_suit_model_and_device():
 
 
 def test_what_was_varied_after_that_stays():
-    """``ablate`` varies the prompt's length from run to run."""
+    """A study varies the prompt's length from run to run."""
     found = data()
     found.suit(512, torch.device("cpu"))
     found.prefix = 32

@@ -36,7 +36,7 @@ def test_what_it_prints(rows, tmp_path, capsys, monkeypatch):
     best, saved, picture = lines[-3:]
     for text, found in rows.items():
         first = min(found[1:], key=lambda row: row.evaluation.perplexity)
-        assert f"{demo.NAMES[first.evaluation.method]} on {text} (+{first.degradation:.1f}" in best
+        assert f"{demo.name_of(first.evaluation.method)} on {text} (+{first.degradation:.1f}" in best
     assert re.search(r"\d\d% of the FLOPs, -?\d+% of the time", saved)
     assert str(tmp_path / "demo.png") in picture
     assert {path.name for path in tmp_path.iterdir()} == {"demo.md", "demo.json", "demo.png"}

@@ -73,7 +73,7 @@ def test_a_mistake_is_refused_in_one_line(command, says, files, tmp_path, monkey
     small = [] if given in ("benchmark", "nonsense", "tset") else shlex.split(named.of(SMALL))
     if given in ("benchmark",):
         small = ["--model.layers=1", "--repeats=1", "--warmup=1", "--cases=[{rows: 1, tokens: 16}]", "--memory=false"]
-    if given in ("compare", "ablate", "prune"):
+    if given in ("compare", "prune"):
         small = [word for word in small if not word.startswith("--model.method")]
     if "commonsense" in words:
         small = [word for word in small if not word.startswith(("--data.text", "--data.limit"))]

@@ -34,7 +34,7 @@ print(sorted({HEAVY!r} & set(sys.modules)))
 
 def test_the_list_of_commands_is_whole(capsys):
     text = help_for(["--help"])
-    assert {"lm-eval", "benchmark", "fit", "ablate"} < COMMANDS.keys()
+    assert {"lm-eval", "benchmark", "fit", "compare"} < COMMANDS.keys()
     assert all(f"  {command} " in text for command in COMMANDS)
 
 

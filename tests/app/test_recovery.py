@@ -407,7 +407,7 @@ def test_uniform_counts_are_trained_where_they_are_asked_for(run, settings, tmp_
 def test_commands_that_bring_their_own_rows_refuse_a_recovered_model(run, settings, tmp_path, capsys):
     assert run("fit", fitted(settings, "llm_pruner"), "trained") == 0
     given = evaluated(settings, recovered=str(tmp_path / "trained"))
-    for command, more in (("compare", {"methods": ["pp"]}), ("ablate", {}), ("fit", {})):
+    for command, more in (("compare", {"methods": ["pp"]}), ("fit", {})):
         if command == "fit":
             given = {**settings, "model": given["model"] | {"recovery": settings["model"]["recovery"]}}
         assert run(command, given | more, "out") == 2

@@ -5,10 +5,14 @@ import io
 import json
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from pp_lightning.app.report import HEADINGS, comma_separated, grids, markdown, plot, show
+from pp_lightning.app.pictures import perplexity_axis, plot
+from pp_lightning.app.report import HEADINGS, grids, lines_of, show
 from pp_lightning.app.results import Comparison, Evaluation, FlopsRatios, Timing
 from pp_lightning.records import write_json, write_text
+from pp_lightning.tables import comma_separated, markdown
 
 
 def evaluation(method, ratio, perplexity, flops, milliseconds, kept=None):
@@ -50,8 +54,8 @@ def test_no_prr_where_no_time_is_saved():
 def test_markdown_has_every_row_and_the_caption():
     text = markdown(grids(ROWS), "machine, dtype")
     lines = text.splitlines()
-    columns = len(HEADINGS) - 1  # nothing followed a prompt
-    assert lines[0].count("|") == columns + 1 and "after the prompt" not in text
+    columns = len(HEADINGS) - 2  # one seed, and nothing followed a prompt
+    assert lines[0].count("|") == columns + 1 and "after the prompt" not in text and "above the first" not in text
     assert all(line.count("|") == columns + 1 for line in lines[:4])
     assert (
         "| Probe Pruning | 40% | 16.00 | +6.00 | 0.600 | 0.800 | 0.75 | 0.3 | 80.0 (75.0-85.0) | 4 | 192-256 |" in text
@@ -67,7 +71,7 @@ def test_terminal_table_is_whole_on_a_narrow_terminal(capsys, monkeypatch):
 
 
 def test_csv_holds_unrounded_figures():
-    rows = list(csv.DictReader(io.StringIO(comma_separated(ROWS))))
+    rows = list(csv.DictReader(io.StringIO(comma_separated([line for row in ROWS for line in lines_of(row)]))))
     assert [row["method"] for row in rows] == ["dense", "pp"]
     assert float(rows[1]["efficiency"]) == ROWS[1].efficiency
     assert (rows[1]["mlp_kept_min"], rows[1]["mlp_kept_max"]) == ("192", "256")
@@ -90,3 +94,19 @@ def test_files_are_whole_or_absent(tmp_path):
 
 def test_a_row_that_stands_alone_shows_dashes():
     assert "| - |" in markdown(grids([Comparison(PRUNED)]), "")
+
+
+@pytest.mark.parametrize(("highest", "scale"), [(140.0, "linear"), (5000.0, "log")])
+def test_perplexities_are_plain_numbers_on_their_axis(highest, scale):
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([1, 2, 3], [123.0, 125.0, highest])
+    perplexity_axis(axes, 123.0, highest)
+    figure.draw_without_rendering()
+    low, high = axes.get_ylim()
+    ticks = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    shown = [label.get_text() for at, label in ticks if low <= at <= high]
+    assert axes.get_yscale() == scale
+    assert len(shown) >= 3
+    assert all(float(text) > 0 for text in shown)

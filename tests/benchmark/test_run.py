@@ -10,13 +10,14 @@ import torch
 
 from pp_lightning import UserError
 from pp_lightning.benchmark import BenchmarkSettings, Case, ModelChoice, run_benchmark
-from pp_lightning.benchmark.rows import Row, comma_separated, markdown, paired_ratio
+from pp_lightning.benchmark.rows import Row, grids, paired_ratio
 from pp_lightning.benchmark.subject import Subject
 from pp_lightning.benchmark.timing import interleaved
 from pp_lightning.benchmark.variants import VARIANTS, chosen_variants, pruned_copy, reference_of
 from pp_lightning.benchmark.write import write_results
 from pp_lightning.checkpoints import EMBEDDED_MODEL
 from pp_lightning.functional import linear
+from pp_lightning.tables import comma_separated, markdown
 from tests.models import SETTINGS, ids, logits, statistics, tiny
 
 
@@ -166,9 +167,9 @@ def test_ratios_are_taken_round_by_round():
 
 def test_tables_hold_every_row():
     row = Row("PP", "decoder", "float32", 4, 16, 0.4, 1.0, 0.5, 2.0, 3, 0.7, 0.5, 100.0, changed=0.25)
-    assert "1.40" in markdown([row])
-    assert "25.0%" in markdown([row])
-    assert comma_separated([row]).splitlines()[1].startswith("PP,decoder")
+    text = markdown(grids([row]), "caption")
+    assert "1.40" in text and "25.0%" in text and "| variant | part |" in text and "| --- | --- | ---: |" in text
+    assert comma_separated([row.as_dict()]).splitlines()[1].startswith("PP,decoder")
 
 
 @pytest.mark.parametrize(
