@@ -11,7 +11,6 @@ from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, StaticPPs
 from pp_lightning.pruning import is_pruned
 from tests.models import (
     GROUPED,
-    MODELS,
     SETTINGS,
     calibration_batches,
     choices,
@@ -97,7 +96,7 @@ def test_graphs_are_counted_when_dynamo_has_forgotten_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["mistral", "qwen3", "opt"])  # other tests here compile the others
 def test_compiled_equals_eager(name):
     eager, compiled, _ = pair(name, ProbePruning(**PROBE))
     for batch in (

@@ -1,7 +1,6 @@
 """A model, texts and a command line for the tests of the application."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -73,12 +72,12 @@ def type_in(monkeypatch):
 
 
 @pytest.fixture
-def stock_perplexity(place):
+def stock_perplexity(place, in_stock_python):
     """Perplexity of a folder on the test text, in a process that has never heard of us."""
 
     def run(folder, trust=False):
-        code = f"""
-import sys, torch
+        return in_stock_python(f"""
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code={trust}).eval()
 text = open({str(place / "text.txt")!r}).read()
@@ -88,10 +87,7 @@ with torch.no_grad():
     for window in ids.split(32):
         loss = model(input_ids=window[None], labels=window[None]).loss
         total, count = total + float(loss) * (len(window) - 1), count + len(window) - 1
-assert not {{"pp_lightning", "export", "lightning"}} & set(sys.modules)
-print(float(torch.tensor(total / count).exp()))
-"""
-        done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)
-        return float(done.stdout)
+found = float(torch.tensor(total / count).exp())
+""")
 
     return run

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -560,7 +561,7 @@ def started(settings, tmp_path, out, *words):
 
 @pytest.mark.slow
 def test_a_killed_fit_ends_as_the_uninterrupted_one(run, settings, tmp_path):
-    settings["trainer"]["max_steps"] = 200
+    settings["trainer"]["max_steps"] = 80
     settings["model"]["recovery"]["save_every"] = 10
     assert run("fit", fitted(settings, "lora_prune"), "whole") == 0
     process, deadline = started(settings, tmp_path, "halves"), time.monotonic() + 240
@@ -571,7 +572,7 @@ def test_a_killed_fit_ends_as_the_uninterrupted_one(run, settings, tmp_path):
     assert not (tmp_path / "halves" / "choices.safetensors").exists()  # it was in the middle of it
     assert run("fit", settings, "halves") == 0
     assert losses(tmp_path / "halves")[-1] == pytest.approx(losses(tmp_path / "whole")[-1], abs=1e-4)
-    assert len(losses(tmp_path / "halves")) == 200
+    assert len(losses(tmp_path / "halves")) == 80
 
 
 @pytest.mark.slow
@@ -639,14 +640,20 @@ def test_tasks_of_a_recovered_model_are_those_of_the_harness(run, settings, plac
 
 
 def test_the_harness_command_refuses_what_it_cannot_load(place, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("lm_eval")
+    tasks = pytest.importorskip("lm_eval.tasks")
+    from tests.commonsense.harness_tasks import write_definitions
+
+    # the harness looks at its own 14,000 files of tasks on every start
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+    definitions = write_definitions(tmp_path, write_samples(tmp_path / "rows"), limit=3)
     mistakes = {
         "recovered=nowhere": "nowhere has no choices.safetensors",
         "recovered=nowhere,method=pp": "recovered brings its own method: leave out method",
         "method=llm_pruner": "llm_pruner chooses from importances: name their file",
     }
     for arguments, message in mistakes.items():
-        given = ["--tasks", "piqa", "--batch_size", "2", "--model_args", f"path={place / 'model'},{arguments}"]
+        given = ["--tasks", "local_piqa", "--include_path", str(definitions), "--batch_size", "2"]
+        given += ["--model_args", f"path={place / 'model'},{arguments}"]
         monkeypatch.setattr(sys, "argv", ["pp-lightning", "lm-eval", *given])
         with pytest.raises(SystemExit) as stop:
             main()
