@@ -154,8 +154,7 @@ def test_llm_pruner_keeps_the_same_units_with_and_without_recovery(run, settings
     assert row(tmp_path / "recovered")["perplexity"] == pytest.approx(perplexity, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("method", "accumulate"), [("llm_pruner", 1), ("lora_prune", 2)])
 def test_an_interrupted_fit_goes_on_as_if_nothing_had_happened(
     run, settings, tmp_path, monkeypatch, method, accumulate
 ):
@@ -576,11 +575,10 @@ def test_a_killed_fit_ends_as_the_uninterrupted_one(run, settings, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_train_the_weights_of_one(run, settings, tmp_path, method):
+def test_two_processes_train_the_weights_of_one(run, settings, tmp_path):
     settings["model"]["recovery"] |= {"dropout": 0.0, "learning_rate": 1e-4}  # each process draws its own dropout
     settings["trainer"]["accumulate_grad_batches"] = 2
-    assert run("fit", fitted(settings, method), "one") == 0
+    assert run("fit", fitted(settings, "lora_prune"), "one") == 0
     settings["data"]["train"]["init_args"]["batch_size"] = 2
     process = started(settings, tmp_path, "two", "--trainer.devices", "2", "--trainer.strategy", "ddp")
     output, _ = process.communicate(timeout=400)

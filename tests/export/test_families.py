@@ -90,7 +90,7 @@ def test_uniform(name, tmp_path):
         assert costs.channels == (96, 96)
 
 
-@pytest.mark.parametrize("name", some(PER_LAYER))
+@pytest.mark.parametrize("name", PER_LAYER)  # the others below, with biases
 def test_per_layer(name, tmp_path):
     costs, _ = check(name, pruned(name, skip_layers=(1,)), tmp_path / "out", "per-layer", trust_remote_code=True)
     assert costs.added_parameters == 0
@@ -101,7 +101,8 @@ def test_per_layer(name, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_biases_of_flap_in_any_family(name, tmp_path):
     model = pruned(name, FLAP)
-    check(name, model, tmp_path / "layers", "per-layer", trust_remote_code=True)
+    costs, _ = check(name, model, tmp_path / "layers", "per-layer", trust_remote_code=True)
+    assert costs.added_parameters == 0
     refused = pytest.raises(UserError, match="no stock class holds")
     with nullcontext() if name in BIASED else refused:
         check(name, model, tmp_path / "padded", "padded")
