@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import cache
 
 import pytest
 
@@ -12,12 +13,18 @@ from tests.models import tiny
 VOCABULARY = 320
 
 
+@cache
+def tokenizer():
+    """The tokenizer of every checkpoint here."""
+    return train_tokenizer(VOCABULARY)
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """A checkpoint with its tokenizer, a text to test on and documents to calibrate on."""
     folder = tmp_path_factory.mktemp("place")
     tiny("llama", vocab_size=VOCABULARY).save_pretrained(folder / "model")
-    train_tokenizer(VOCABULARY).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
     (folder / "text.txt").write_text("\n".join(f"line {n} of a text that is long enough to test on" for n in range(60)))
     words = " ".join(f"word{n}" for n in range(200))
     (folder / "documents.jsonl").write_text("".join(json.dumps({"text": f"{n} {words}"}) + "\n" for n in range(4)))

@@ -36,7 +36,7 @@ def shallow(chosen, place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shallow")
     tiny("llama", vocab_size=VOCABULARY, num_hidden_layers=3).save_pretrained(folder)
     AutoTokenizer.from_pretrained(place / "model").save_pretrained(folder)
-    return {**chosen, "--model.path": folder}
+    return {**chosen, "--model.path": folder, "--model.pruning_ratio": 0.2}
 
 
 def without_data(given):

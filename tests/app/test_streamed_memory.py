@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from pp_lightning.data.train_tokenizer import train_tokenizer
 from pp_lightning.families import empty_model, layers_of
 from pp_lightning.tensor_files import Placeholder, write_tensors
+from tests.app.conftest import tokenizer
 
 WINDOW, ROWS = 64, 4
 # what runs in it, beside what the bound counts: states inside of a layer, statistics of one, logits, scores
@@ -46,7 +46,7 @@ def large(tmp_path_factory):
     }
     write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
     config.save_pretrained(folder)
-    train_tokenizer(320).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     (folder / "text.txt").write_text("\n".join(f"line {n} of a text that is long enough to test on" for n in range(99)))
     layer = sum(weight.nbytes for weight in layers_of(model)[0].parameters())
     whole = sum(weight.nbytes for weight in model.parameters())
