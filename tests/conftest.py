@@ -12,6 +12,8 @@ from transformers.utils import logging
 
 # Tiny tensors gain nothing from more threads, and lose a factor of ten where another job uses the other cores.
 torch.set_num_threads(1)
+# More of them would be processes that import all of torch to compile what takes a second.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 

@@ -202,6 +202,7 @@ def test_a_whole_model_compiles_once_for_all_batches(name):
     assert graphs() == 1
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_lots_are_drawn_outside_of_graphs():
     """Within a graph all batches would have those of the first."""

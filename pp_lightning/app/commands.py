@@ -219,9 +219,14 @@ def run(words: Sequence[str]) -> None:
 
 
 def _of_one(command: str) -> type[PruningCLI]:
-    """The command line with this command alone: the options of the others take half a second to collect."""
-    only = {command: PruningCLI.subcommands()[command]}
-    return type(PruningCLI.__name__, (PruningCLI,), {"subcommands": staticmethod(lambda: only)})
+    """The command line with this command alone: it takes a while to collect the options of the others."""
+
+    class OneCommand(PruningCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {command: PruningCLI.subcommands()[command]}
+
+    return OneCommand
 
 
 def _quiet() -> None:

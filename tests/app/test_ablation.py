@@ -62,6 +62,7 @@ def test_overlap_is_intersection_over_union_averaged_over_seeds():
     assert answer.overlap == {"2.mlp": 0.75}
 
 
+@pytest.mark.slow
 def test_ablate_writes_tables_pictures_and_every_measurement(type_in, arguments, tmp_path):
     extra = ["--questions", "[methods,mlp_probe]", "--ratios", "[0.2,0.4]", "--seeds", "[0,5]", "--out", tmp_path]
     assert type_in("ablate", arguments, extra=extra) == 0
@@ -163,6 +164,7 @@ def interrupted_after(number, monkeypatch):
     return begun
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(type_in, arguments, tmp_path, monkeypatch):
     question = Question("How?", [variant("pp"), variant("b", row_ratio=0.5)], overlap=True)
     known = {"overlap": question, "methods": QUESTIONS["methods"]}

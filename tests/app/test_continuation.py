@@ -184,6 +184,7 @@ class TestCommandLine:
         assert held["flops_ratio_after_prompt"] < again["flops_ratio_after_prompt"]
         assert held["perplexity"] != again["perplexity"]
 
+    @pytest.mark.slow
     def test_ablate(self, type_in, arguments, tmp_path):
         given = {**arguments, "--data.protocol": "continuation", "--data.prefix": 8}
         extra = ["--questions", "[rows,refresh]", "--ratios", "[0.4]", "--seeds", "[0]", "--out", tmp_path]

@@ -53,6 +53,7 @@ def test_digest_follows_the_text():
     assert embedded_digest("test") == embedded_digest("test")
 
 
+@pytest.mark.slow
 def test_reading_imports_nothing_of_the_library():
     code = (
         "import inspect, sys; from pp_lightning.texts.embedded import embedded_documents; before = set(sys.modules);"

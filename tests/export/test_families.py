@@ -229,6 +229,7 @@ def test_graphs(name, tmp_path):
     assert inputs[2:4] == ["history.0.attention", "history.0.mlp"]
 
 
+@pytest.mark.slow
 def test_a_query_head_graph_keeps_what_it_runs_with(tmp_path):
     model = tiny("llama_gqa", num_hidden_layers=2)
     stats = calibrate(model, calibration_batches(), progress=False)

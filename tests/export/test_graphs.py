@@ -44,6 +44,7 @@ def plain_logits(model, batch):
 
 # Each format, each kind of mask and of positions, with a cache and without one; not every one with every other.
 STATIC = [
+    ("pt2", "llama_gqa", True),
     ("pt2", "mistral", False),
     ("onnx", "llama", True),
     ("onnx", "mistral", True),
@@ -53,9 +54,8 @@ STATIC = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("form", "name", "kv_cache"), [("pt2", "llama_gqa", True), *(pytest.param(*case, marks=slow) for case in STATIC)]
-)
+@slow
+@pytest.mark.parametrize(("form", "name", "kv_cache"), STATIC)
 def test_static_graph(form, name, kv_cache, tmp_path):
     model = small(name, FLAP())
     told: list[str] = []
@@ -157,13 +157,8 @@ BATCHES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("form", "name"),
-    [
-        ("pt2", "llama"),
-        *(pytest.param("onnx", name, marks=slow) for name in ("qwen3", "opt")),
-    ],
-)
+@slow
+@pytest.mark.parametrize(("form", "name"), [("pt2", "llama"), ("onnx", "qwen3"), ("onnx", "opt")])
 def test_dynamic_graph_follows_the_model_over_batches(form, name, tmp_path):
     model = small(name, ProbePruning(row_ratio=0.5, momentum=0.5))
     export_dynamic_graph(model, tmp_path / "out", form=form, rows=ROWS, tokens=TOKENS)
