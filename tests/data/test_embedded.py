@@ -4,6 +4,8 @@ import ast
 import subprocess
 import sys
 
+import pytest
+
 from pp_lightning.texts.embedded import embedded_digest, embedded_documents, part_of
 
 PARTS = ("train", "calibration", "test")

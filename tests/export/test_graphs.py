@@ -233,6 +233,15 @@ def faithful(model):
     return lambda inputs: list(program(*inputs[:2], list(inputs[2:])))
 
 
+@pytest.fixture(scope="module")
+def checked():
+    """What a model does, its histories at the start, and its graph."""
+    model = small("llama", ProbePruning(row_ratio=0.5))
+    with torch.no_grad():
+        expected = dynamic_check.DynamicBehaviour.of(model, ROWS, TOKENS)
+        return expected, list(histories(model).values()), faithful(model)
+
+
 def forgets(session, states):
     def run(inputs):
         outputs = session(inputs)
@@ -275,11 +284,8 @@ def drifts(session, states):
     ],
 )
 @torch.no_grad()
-def test_the_check_of_a_dynamic_graph(fault, message):
-    model = small("llama", ProbePruning(row_ratio=0.5))
-    expected = dynamic_check.DynamicBehaviour.of(model, ROWS, TOKENS)
-    start = list(histories(model).values())
-    session = faithful(model)
+def test_the_check_of_a_dynamic_graph(fault, message, checked):
+    expected, start, session = checked
     if fault is None:
         assert expected.check(session, start, torch.float32, 2).swapped_units == 0
         return
