@@ -36,6 +36,7 @@ def test_made_up_rows_score_as_in_the_harness(kind: str, tmp_path: Path) -> None
     check_equal(write_samples(tmp_path / "data"), kind, tmp_path, limit=10, window=40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_real_rows_score_as_in_the_harness(kind: str, tmp_path: Path) -> None:
     check_equal(commonsense_folder(), kind, tmp_path, limit=25, window=WINDOW)
