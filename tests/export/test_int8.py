@@ -1,6 +1,7 @@
 """int8 folders: what torchao writes is loaded by transformers alone, follows the model, and takes half the bytes."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -48,7 +49,7 @@ def rounded(model):
     ("name", "method", "layout"),
     [("llama_gqa", "wanda_sp", "uniform"), ("llama_gqa", "flap", "per-layer"), ("opt", "wanda_sp", "padded")],
 )
-def test_transformers_alone_loads_it(name, method, layout, tmp_path, in_stock_python):
+def test_transformers_alone_loads_it(name, method, layout, tmp_path):
     model, text = calm(name, method, layout), ids()
     wanted = logits(model, text)
     plain, _ = export_checkpoint(model, tmp_path / "plain", layout=layout)
@@ -63,11 +64,13 @@ def test_transformers_alone_loads_it(name, method, layout, tmp_path, in_stock_py
         kinds = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
     assert kinds == {torch.int8, torch.float32}
     torch.save(text, tmp_path / "text.pt")
-    in_stock_python(
-        "import torch; from transformers import AutoModelForCausalLM as A; "
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A; "
         f"m = A.from_pretrained({str(tmp_path / 'out')!r}, dtype='auto', trust_remote_code=True).eval(); "
-        f"torch.save(m(torch.load({str(tmp_path / 'text.pt')!r})).logits.detach(), {str(tmp_path / 'logits.pt')!r})"
+        f"torch.save(m(torch.load({str(tmp_path / 'text.pt')!r})).logits.detach(), {str(tmp_path / 'logits.pt')!r}); "
+        "assert 'pp_lightning' not in sys.modules"
     )
+    subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)
     given = torch.load(tmp_path / "logits.pt")
     assert 0 < float((given - wanted).abs().max() / wanted.abs().max()) < 0.02
     naive = logits(rounded(model), text)
