@@ -16,11 +16,14 @@ PIP    := $(BIN)/python -m pip install --quiet $(CONSTRAINTS)
 demo: $(VENV)/base
 	$(BIN)/pp-lightning demo --out results/demo
 
+# Each process begins with half of the files: what a file prepares, and what it imports, is then there once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
 ENGINES  := llama.cpp,transformers,onnxruntime-genai,openvino,vllm,lm-eval
 FAMILIES := llama,llama_gqa,mistral,qwen2,qwen3,gemma,opt,phi3

@@ -10,15 +10,11 @@ import pytest
 
 from tests.stand_in_device import CASES, DEVICE
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 FAULTY = {"waits": "DataDependentOutputException", "mixes": "two .*devices,? stand_in:0(,| and) cpu"}
-QUICK = {"llama_gqa-paper", "opt-best"}
 SPREAD = [case for case in CASES if "spread" in case]
-SOUND = [
-    pytest.param(case, marks=() if case in QUICK else pytest.mark.slow)
-    for case in CASES
-    if case not in FAULTY and case not in SPREAD
-]
+SOUND = [case for case in CASES if case not in FAULTY and case not in SPREAD]
 # The batch itself, and what depends on it: everything else stays where it is.
 MAY_MOVE = {
     "hidden",

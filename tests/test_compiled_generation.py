@@ -14,7 +14,6 @@ from transformers import CompileConfig, StaticCache
 from pp_lightning import UserError, compile_, kept_units, prune_
 from pp_lightning.methods import FullBatchProbing, ProbePruning
 from tests.models import (
-    GROUPED,
     MODELS,
     SETTINGS,
     choices,
@@ -29,6 +28,7 @@ from tests.models import (
 from tests.test_generation import STEPS, generate, pruned
 
 SLIDING = {"mistral", "qwen2"}  # transformers counts tokens in windows in Python: a second graph, for all other counts
+BOTH = ("paper", "best")
 METHODS = {
     "paper": ProbePruning,
     "best": ProbePruning.best,
@@ -36,16 +36,14 @@ METHODS = {
     "query_head": lambda: ProbePruning(attention_unit="query_head"),
 }
 QUICK = {("llama", "paper", False), ("opt", "best", True)}
+# Every model with both methods, with padding under one of them.
 COMBINATIONS = [
-    *((name, method) for name in MODELS for method in ("paper", "best")),
-    ("llama", "full_batch"),
-    *((name, "query_head") for name in GROUPED),
+    *((name, method, (number % 2 == 0) == (method == "best")) for number, name in enumerate(MODELS) for method in BOTH),
+    ("llama", "full_batch", False),
+    ("llama_gqa", "query_head", True),
+    ("qwen3", "query_head", False),
 ]
-CASES = [
-    pytest.param(name, method, padded, marks=() if (name, method, padded) in QUICK else pytest.mark.slow)
-    for name, method in COMBINATIONS
-    for padded in (False, True)
-]
+CASES = [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in COMBINATIONS]
 
 
 @pytest.fixture(autouse=True)
@@ -204,6 +202,7 @@ def test_a_whole_model_compiles_once_for_all_batches(name):
     assert graphs() == 1
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_lots_are_drawn_outside_of_graphs():
     """Within a graph all batches would have those of the first."""

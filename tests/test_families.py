@@ -203,10 +203,8 @@ def test_greedy_decoding_equals_the_same_without_a_cache(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("method", [WandaSP, FLAP])
-def test_static_methods_equal_masked_dense(name, method):
-    settings = {"bias": False} if method is FLAP else {}
-    model = pruned(name, method, **settings)
+def test_a_static_choice_equals_masked_dense(name):
+    model = pruned(name, WandaSP)
     close(logits(model, ids(seed=50)), logits(silenced(model, name), ids(seed=50)))
     unprune_(model)
     assert_stock(model, name)
@@ -228,6 +226,8 @@ def test_flap_adds_the_means_of_what_it_removes(name):
             output.bias = torch.nn.Parameter(bias if output.bias is None else output.bias.detach() + bias)
     masked = masked_dense(masked, kept, shape_units(model, Block.ATTENTION))
     close(logits(model, ids(seed=50)), logits(masked, ids(seed=50)))
+    unprune_(model)
+    assert_stock(model, name)
 
 
 def shape_units(model, block):
@@ -314,7 +314,7 @@ def test_compiled_layers_are_full_graphs_that_equal_eager_ones(only_traced, name
     """A graph break is an error in a full graph."""
     eager, compiled = pruned(name), pruned(name)
     record = compile_(compiled)
-    for batch in (padded(ids(seed=1)), padded(ids(seed=2), left=3)):
+    for batch in (padded(ids(seed=1), left=3), padded(ids(seed=2), left=3)):
         real = batch["attention_mask"].bool()
         expected, found = (logits(model, **as_text(batch))[real] for model in (eager, compiled))
         close(found, expected)
@@ -325,7 +325,7 @@ def test_compiled_layers_are_full_graphs_that_equal_eager_ones(only_traced, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma3_text", "cohere2", "phi3", "gpt_neox", "qwen3_5_text", "gpt_oss"])
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_neox", "qwen3_5_text", "gpt_oss"])
 def test_compiled_for_the_machine_equals_eager(name):
     """As far as compiling leaves the stock model's own numbers: recurrences carry rounding on."""
     eager, compiled, dense, stock = pruned(name), pruned(name), tiny(name), tiny(name)

@@ -181,8 +181,9 @@ def run(words: Sequence[str]) -> None:
     """Run one of the trainer's commands, as it was typed."""
     quiet()
     sys.argv[1:] = spelled_out(words)
+    command = words[0]
     settings: dict[str, Any] = {"prog": "pp-lightning", "exit_on_error": False, "allow_abbrev": False}
-    PruningCLI(
+    _of_one(command)(
         PrunedLM,
         EvaluationData,
         subclass_mode_data=True,
@@ -192,8 +193,19 @@ def run(words: Sequence[str]) -> None:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_kwargs={**settings, **{name: dict(settings) for name in PruningCLI.subcommands()}},
+        parser_kwargs={**settings, command: dict(settings)},
     )
+
+
+def _of_one(command: str) -> type[PruningCLI]:
+    """The command line with this command alone: it takes a while to collect the options of the others."""
+
+    class OneCommand(PruningCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {command: PruningCLI.subcommands()[command]}
+
+    return OneCommand
 
 
 def quiet() -> None:

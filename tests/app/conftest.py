@@ -1,8 +1,8 @@
 """A model, texts and a command line for the tests of the application."""
 
 import json
-import subprocess
 import sys
+from functools import cache
 
 import pytest
 
@@ -13,12 +13,18 @@ from tests.models import tiny
 VOCABULARY = 320
 
 
+@cache
+def tokenizer():
+    """The tokenizer of every checkpoint here."""
+    return train_tokenizer(VOCABULARY)
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """A checkpoint with its tokenizer, a text to test on and documents to calibrate on."""
     folder = tmp_path_factory.mktemp("place")
     tiny("llama", vocab_size=VOCABULARY).save_pretrained(folder / "model")
-    train_tokenizer(VOCABULARY).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
     (folder / "text.txt").write_text("\n".join(f"line {n} of a text that is long enough to test on" for n in range(60)))
     words = " ".join(f"word{n}" for n in range(200))
     (folder / "documents.jsonl").write_text("".join(json.dumps({"text": f"{n} {words}"}) + "\n" for n in range(4)))
@@ -73,12 +79,12 @@ def type_in(monkeypatch):
 
 
 @pytest.fixture
-def stock_perplexity(place):
+def stock_perplexity(place, in_stock_python):
     """Perplexity of a folder on the test text, in a process that has never heard of us."""
 
     def run(folder, trust=False):
-        code = f"""
-import sys, torch
+        return in_stock_python(f"""
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code={trust}).eval()
 text = open({str(place / "text.txt")!r}).read()
@@ -88,10 +94,7 @@ with torch.no_grad():
     for window in ids.split(32):
         loss = model(input_ids=window[None], labels=window[None]).loss
         total, count = total + float(loss) * (len(window) - 1), count + len(window) - 1
-assert not {{"pp_lightning", "export", "lightning"}} & set(sys.modules)
-print(float(torch.tensor(total / count).exp()))
-"""
-        done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)
-        return float(done.stdout)
+found = float(torch.tensor(total / count).exp())
+""")
 
     return run

@@ -23,8 +23,8 @@ from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.benchmark import BenchmarkSettings
 from pp_lightning.benchmark.variants import chosen_variants
 from pp_lightning.commonsense import TASK_NAMES, evaluate
-from pp_lightning.data.train_tokenizer import train_tokenizer
 from pp_lightning.interfaces import model_inputs
+from tests.app.conftest import tokenizer
 from tests.commonsense.samples import write_samples
 from tests.models import tiny
 
@@ -101,7 +101,7 @@ def test_test_gives_the_figures_of_compare_and_of_plain_transformers(type_in, ar
 def _perplexity(place):
     """Perplexity by stock transformers, one window at a time."""
     model = AutoModelForCausalLM.from_pretrained(place / "model").eval()
-    tokens = train_tokenizer(VOCABULARY)((place / "text.txt").read_text(), return_tensors="pt")["input_ids"][0]
+    tokens = tokenizer()((place / "text.txt").read_text(), return_tensors="pt")["input_ids"][0]
     total, count = 0.0, 0
     for window in tokens.split(32):
         loss = model(input_ids=window[None], labels=window[None]).loss
@@ -493,7 +493,7 @@ def test_statistics_of_another_model(type_in, arguments, tmp_path, capsys):
     other = tiny("llama", vocab_size=VOCABULARY)
     other.model.layers[2].mlp.up_proj.weight.data.add_(0.01)
     other.save_pretrained(tmp_path / "other")
-    train_tokenizer(VOCABULARY).save_pretrained(tmp_path / "other")
+    tokenizer().save_pretrained(tmp_path / "other")
     given |= {"--model.path": tmp_path / "other", "--out": tmp_path / "out"}
     assert type_in("test", given) == 2
     assert "another model" in refused(capsys)
@@ -504,7 +504,7 @@ def test_weights_that_are_not_finite(type_in, arguments, tmp_path, capsys):
     broken = tiny("llama", vocab_size=VOCABULARY)
     broken.lm_head.weight.data[5, 5] = float("nan")
     broken.save_pretrained(tmp_path / "broken")
-    train_tokenizer(VOCABULARY).save_pretrained(tmp_path / "broken")
+    tokenizer().save_pretrained(tmp_path / "broken")
     assert type_in("test", {**arguments, "--model.path": tmp_path / "broken", "--out": tmp_path / "out"}) == 2
     assert "logits are not finite" in refused(capsys)
     assert not (tmp_path / "out").exists()
@@ -512,7 +512,9 @@ def test_weights_that_are_not_finite(type_in, arguments, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_processes_evaluate_every_batch_once(arguments, type_in, tmp_path):
+    """And keep the same units, by importances that each collects."""
     one, two = tmp_path / "one", tmp_path / "two"
+    arguments |= {"--model.method": "LLMPruner", "--model.pruning_ratio": 0.4}
     assert type_in("test", arguments, extra=["--out", one]) == 0
     words = [str(word) for pair in arguments.items() for word in pair]
     command = [sys.executable, "-m", "cli", "test", *words, "--out", str(two)]

@@ -184,6 +184,7 @@ class TestCommandLine:
         assert held["flops_ratio_after_prompt"] < again["flops_ratio_after_prompt"]
         assert held["perplexity"] != again["perplexity"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("study", "number"), [("rows", 4 + 2 * 4), ("refresh", 1 + 4)])
     def test_studies(self, study, number, type_in, arguments, tmp_path):
         given = {**arguments, "--data.protocol": "continuation", "--data.prefix": 8}

@@ -8,8 +8,8 @@ import torch
 from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.data import Embedded, LanguageModelling
 from pp_lightning.data.base import samples_for
-from pp_lightning.data.train_tokenizer import train_tokenizer
 from pp_lightning.errors import UserError
+from tests.app.conftest import tokenizer
 from tests.app.test_cli import refused
 from tests.models import tiny
 
@@ -46,7 +46,7 @@ class Counting:
     """A tokenizer that notes how many texts it cut."""
 
     def __init__(self):
-        self.real, self.texts = train_tokenizer(320), 0
+        self.real, self.texts = tokenizer(), 0
         self.pad_token_id = self.real.pad_token_id
 
     def __call__(self, text, **more):
@@ -67,7 +67,7 @@ def test_calibration_text_is_cut_once():
 @pytest.mark.parametrize(("given", "dtype"), [({}, "bfloat16"), ({"--model.dtype": "float32"}, "float32")])
 def test_a_checkpoint_keeps_its_dtype(given, dtype, type_in, arguments, tmp_path):
     tiny("llama", vocab_size=320).bfloat16().save_pretrained(tmp_path / "model")
-    train_tokenizer(320).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
     asked = {**arguments, **given, "--model.path": tmp_path / "model", "--out": tmp_path / "out"}
     assert type_in("test", asked) == 0
     assert f", {dtype};" in (tmp_path / "out" / "results.md").read_text()

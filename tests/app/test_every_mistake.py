@@ -25,8 +25,13 @@ ALL = list(commands())
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return broken_files(tmp_path_factory.mktemp("broken") / "files")
+def broken(tmp_path_factory):
+    return tmp_path_factory.mktemp("broken")
+
+
+@pytest.fixture(scope="module")
+def files(broken):
+    return broken_files(broken / "files")
 
 
 class _Named(dict):
@@ -50,8 +55,8 @@ def run(words):
     return code, errors.getvalue()
 
 
-def listed(folder):
-    return sorted(str(path) for path in folder.rglob("*"))
+def listed(*folders):
+    return sorted(str(path) for folder in folders for path in folder.rglob("*"))
 
 
 def verdict(code, errors, says):
@@ -66,8 +71,9 @@ def verdict(code, errors, says):
 
 
 @pytest.mark.parametrize(("command", "says"), ALL, ids=[f"{n} {command[:70]}" for n, (command, _) in enumerate(ALL)])
-def test_a_mistake_is_refused_in_one_line(command, says, files, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_mistake_is_refused_in_one_line(command, says, broken, files, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     named = _Named(files)
     given, *words = shlex.split(named.of(command)) if command.strip() else [""]
     small = [] if given in ("benchmark", "nonsense", "tset") else shlex.split(named.of(SMALL))
@@ -78,10 +84,10 @@ def test_a_mistake_is_refused_in_one_line(command, says, files, tmp_path, monkey
     if "commonsense" in words:
         small = [word for word in small if not word.startswith(("--data.text", "--data.limit"))]
     out = ["--out=results"]
-    before = listed(tmp_path.parent)
+    before = listed(tmp_path, broken)
     code, errors = run([given, *small, *out, *words])
     assert verdict(code, errors, named.of(says)) == "refused", f"{code}: {errors[:2000]}"
-    assert listed(tmp_path.parent) == before
+    assert listed(tmp_path, broken) == before
 
 
 def test_the_commands_without_their_mistake_work(files, tmp_path, monkeypatch):

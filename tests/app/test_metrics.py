@@ -83,7 +83,7 @@ def _one_of_two(rank: int, folder: str) -> None:
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    multiprocessing.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
+    multiprocessing.start_processes(_one_of_two, args=(str(tmp_path),), nprocs=2, start_method="fork")
     alone = Perplexity()
     for index in range(5):
         alone.update(*batch(index))

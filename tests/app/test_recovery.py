@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from pp_lightning import kept_units, prune_
 from pp_lightning.app.cli import main
 from pp_lightning.app.module import PrunedLM
-from pp_lightning.data.train_tokenizer import train_tokenizer
 from pp_lightning.importances import Importances
 from pp_lightning.recovery import Recovered
+from tests.app.conftest import tokenizer
 from tests.commonsense.samples import write_samples
 from tests.models import ids, logits, tiny
 
@@ -34,7 +35,7 @@ def place(tmp_path_factory):
     """A checkpoint with its tokenizer, a text to test on and documents to calibrate and train on."""
     folder = tmp_path_factory.mktemp("place")
     tiny("llama", vocab_size=VOCABULARY).save_pretrained(folder / "model")
-    train_tokenizer(VOCABULARY).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
     (folder / "text.txt").write_text("\n".join(f"line {n} of a text that is long enough to test on" for n in range(60)))
     words = " ".join(f"word{n}" for n in range(200))
     (folder / "documents.jsonl").write_text("".join(json.dumps({"text": f"{n} {words}"}) + "\n" for n in range(9)))
@@ -143,6 +144,7 @@ def test_fit_writes_a_small_folder_that_test_evaluates(run, settings, tmp_path, 
     assert recovered["perplexity"] < pruned["perplexity"]
 
 
+@pytest.mark.slow
 def test_llm_pruner_keeps_the_same_units_with_and_without_recovery(run, settings, tmp_path):
     """And recovery with a learning rate of zero is no recovery: the same perplexity."""
     settings["model"]["recovery"]["learning_rate"] = 0.0
@@ -153,8 +155,8 @@ def test_llm_pruner_keeps_the_same_units_with_and_without_recovery(run, settings
     assert row(tmp_path / "recovered")["perplexity"] == pytest.approx(perplexity, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "accumulate"), [("llm_pruner", 1), ("lora_prune", 2)])
 def test_an_interrupted_fit_goes_on_as_if_nothing_had_happened(
     run, settings, tmp_path, monkeypatch, method, accumulate
 ):
@@ -231,6 +233,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(run, sett
     assert len(losses(tmp_path / "out")) == 10
 
 
+@pytest.mark.slow
 def test_accumulation_is_a_larger_batch(run, settings, tmp_path):
     settings["model"]["recovery"]["dropout"] = 0.0
     assert run("fit", fitted(settings, "llm_pruner"), "one") == 0
@@ -240,6 +243,7 @@ def test_accumulation_is_a_larger_batch(run, settings, tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(run, settings, tmp_path):
     assert run("fit", fitted(settings, "lora_prune"), "kept") == 0
     settings["model"]["recovery"]["gradient_checkpointing"] = True
@@ -247,6 +251,7 @@ def test_gradient_checkpointing_changes_nothing(run, settings, tmp_path):
     assert losses(tmp_path / "recomputed") == pytest.approx(losses(tmp_path / "kept"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_mixed_precision(run, settings, tmp_path):
     assert run("fit", fitted(settings, "lora_prune"), "full") == 0
     settings["trainer"]["precision"] = "bf16-mixed"
@@ -263,6 +268,7 @@ def comparison(settings, methods):
     return {**settings, "methods": methods, "ratios": [0.4], "variants": {"another": lora}}
 
 
+@pytest.mark.slow
 def test_compare_lists_them_beside_the_others(run, settings, tmp_path, monkeypatch):
     del settings["model"]["pruning_ratio"]
     methods = ["pp", "llm_pruner", "llm_pruner_lora", "wanda_sp_lora", "lora_prune", "wanda_sp"]
@@ -290,6 +296,7 @@ def test_compare_lists_them_beside_the_others(run, settings, tmp_path, monkeypat
     assert row(tmp_path / "out", 1)["perplexity"] == by["llm_pruner_lora"]["perplexity"]
 
 
+@pytest.mark.slow
 def test_compare_trains_lora_prune_on_the_calibration_text(run, settings, tmp_path):
     del settings["data"]["train"]
     settings["trainer"]["max_steps"] = 20  # the default schedule removes units every ten steps
@@ -299,6 +306,7 @@ def test_compare_trains_lora_prune_on_the_calibration_text(run, settings, tmp_pa
     assert len(losses(tmp_path / "out" / "recovered" / "lora_prune_lora-0.4")) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_importances_are_kept_in_a_file(run, settings, tmp_path, monkeypatch, method):
     """Written once, for all layers; then read, at any ratio, and nothing is collected."""
@@ -320,6 +328,7 @@ def test_importances_are_kept_in_a_file(run, settings, tmp_path, monkeypatch, me
     assert file.read_bytes() == written
 
 
+@pytest.mark.slow
 def test_importances_that_do_not_fit(run, settings, tmp_path, capsys):
     file = tmp_path / "importances.safetensors"
     given = evaluated(settings, method=METHODS["llm_pruner"], importances=str(file))
@@ -335,7 +344,7 @@ def test_importances_that_do_not_fit(run, settings, tmp_path, capsys):
     other = tiny("llama", vocab_size=VOCABULARY)
     other.model.layers[2].mlp.up_proj.weight.data.add_(0.01)
     other.save_pretrained(tmp_path / "other")
-    train_tokenizer(VOCABULARY).save_pretrained(tmp_path / "other")
+    tokenizer().save_pretrained(tmp_path / "other")
     given["model"] |= {"path": str(tmp_path / "other"), "method": METHODS["llm_pruner"]}
     assert run("test", given, "out") == 2
     assert "these importances were collected on another model" in refused(capsys)
@@ -348,6 +357,7 @@ def test_importances_that_do_not_fit(run, settings, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_lora_prune_with_recovery_stands_beside_importances_of_another_kind(run, settings, tmp_path):
     """It collects none."""
     settings["model"]["importances"] = str(tmp_path / "importances.safetensors")
@@ -357,6 +367,7 @@ def test_lora_prune_with_recovery_stands_beside_importances_of_another_kind(run,
     assert Importances.load(tmp_path / "importances.safetensors").kind == "param_first"
 
 
+@pytest.mark.slow
 def test_recovery_of_a_ranking_over_all_layers(run, settings, tmp_path):
     """Counts differ between layers and none is skipped; what is kept is what the same choice keeps without training."""
     settings["model"] |= {"allocation": "global", "floor": 0.125, "round_to": 4}
@@ -395,6 +406,7 @@ def test_gradients_have_no_ranking_by_statistics(run, settings, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_uniform_counts_are_trained_where_they_are_asked_for(run, settings, tmp_path):
     settings["model"] |= {"uniform": True, "skip_layers": None, "method": {"class_path": "pp_lightning.methods.FLAP"}}
     assert run("fit", settings, "trained") == 0
@@ -404,6 +416,7 @@ def test_uniform_counts_are_trained_where_they_are_asked_for(run, settings, tmp_
     assert not Recovered.load(tmp_path / "ranked").uniform
 
 
+@pytest.mark.slow
 def test_commands_that_bring_their_own_rows_refuse_a_recovered_model(run, settings, tmp_path, capsys):
     assert run("fit", fitted(settings, "llm_pruner"), "trained") == 0
     given = evaluated(settings, recovered=str(tmp_path / "trained"))
@@ -415,6 +428,7 @@ def test_commands_that_bring_their_own_rows_refuse_a_recovered_model(run, settin
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_compare_refuses_models_trained_otherwise(run, settings, tmp_path, capsys):
     given = comparison(settings, ["llm_pruner_lora"])
     assert run("compare", given, "out") == 0
@@ -505,7 +519,7 @@ def test_adapters_of_another_model(run, settings, place, tmp_path, capsys):
     other = tiny("llama", vocab_size=VOCABULARY)
     other.model.layers[2].mlp.up_proj.weight.data.add_(0.01)
     other.save_pretrained(tmp_path / "other")
-    train_tokenizer(VOCABULARY).save_pretrained(tmp_path / "other")
+    tokenizer().save_pretrained(tmp_path / "other")
     given = evaluated(settings, recovered=str(tmp_path / "trained"))
     assert run("test", {**given, "model": {**given["model"], "path": str(tmp_path / "other")}}, "out") == 2
     assert "these choices were collected on another model" in refused(capsys)
@@ -560,7 +574,7 @@ def started(settings, tmp_path, out, *words):
 
 @pytest.mark.slow
 def test_a_killed_fit_ends_as_the_uninterrupted_one(run, settings, tmp_path):
-    settings["trainer"]["max_steps"] = 200
+    settings["trainer"]["max_steps"] = 80
     settings["model"]["recovery"]["save_every"] = 10
     assert run("fit", fitted(settings, "lora_prune"), "whole") == 0
     process, deadline = started(settings, tmp_path, "halves"), time.monotonic() + 240
@@ -571,15 +585,14 @@ def test_a_killed_fit_ends_as_the_uninterrupted_one(run, settings, tmp_path):
     assert not (tmp_path / "halves" / "choices.safetensors").exists()  # it was in the middle of it
     assert run("fit", settings, "halves") == 0
     assert losses(tmp_path / "halves")[-1] == pytest.approx(losses(tmp_path / "whole")[-1], abs=1e-4)
-    assert len(losses(tmp_path / "halves")) == 200
+    assert len(losses(tmp_path / "halves")) == 80
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_train_the_weights_of_one(run, settings, tmp_path, method):
+def test_two_processes_train_the_weights_of_one(run, settings, tmp_path):
     settings["model"]["recovery"] |= {"dropout": 0.0, "learning_rate": 1e-4}  # each process draws its own dropout
     settings["trainer"]["accumulate_grad_batches"] = 2
-    assert run("fit", fitted(settings, method), "one") == 0
+    assert run("fit", fitted(settings, "lora_prune"), "one") == 0
     settings["data"]["train"]["init_args"]["batch_size"] = 2
     process = started(settings, tmp_path, "two", "--trainer.devices", "2", "--trainer.strategy", "ddp")
     output, _ = process.communicate(timeout=400)
@@ -600,6 +613,7 @@ def tasks_of(settings, folder, **model):
     return evaluated(settings, **model) | {"data": data, "trainer": {"accelerator": "cpu"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_tasks_of_a_recovered_model_are_those_of_the_harness(run, settings, place, tmp_path, method):
     harness = pytest.importorskip("pp_lightning.commonsense.harness")
@@ -639,14 +653,20 @@ def test_tasks_of_a_recovered_model_are_those_of_the_harness(run, settings, plac
 
 
 def test_the_harness_command_refuses_what_it_cannot_load(place, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("lm_eval")
+    tasks = pytest.importorskip("lm_eval.tasks")
+    from tests.commonsense.harness_tasks import write_definitions
+
+    # the harness looks at its own 14,000 files of tasks on every start
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+    definitions = write_definitions(tmp_path, write_samples(tmp_path / "rows"), limit=3)
     mistakes = {
         "recovered=nowhere": "nowhere has no choices.safetensors",
         "recovered=nowhere,method=pp": "recovered brings its own method: leave out method",
         "method=llm_pruner": "llm_pruner chooses from importances: name their file",
     }
     for arguments, message in mistakes.items():
-        given = ["--tasks", "piqa", "--batch_size", "2", "--model_args", f"path={place / 'model'},{arguments}"]
+        given = ["--tasks", "local_piqa", "--include_path", str(definitions), "--batch_size", "2"]
+        given += ["--model_args", f"path={place / 'model'},{arguments}"]
         monkeypatch.setattr(sys, "argv", ["pp-lightning", "lm-eval", *given])
         with pytest.raises(SystemExit) as stop:
             main()

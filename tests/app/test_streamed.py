@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from pp_lightning import checkpoints
-from pp_lightning.data.train_tokenizer import train_tokenizer
-from tests.app.conftest import VOCABULARY
+from tests.app.conftest import VOCABULARY, tokenizer
 from tests.app.test_cli import refused
 from tests.models import tiny
 
@@ -30,7 +29,7 @@ def checkpoint(tmp_path):
     def write(name):
         folder = tmp_path / name
         tiny(name, vocab_size=VOCABULARY).save_pretrained(folder, max_shard_size="100KB")
-        train_tokenizer(VOCABULARY).save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
         return folder
 
     return write

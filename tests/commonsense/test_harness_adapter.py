@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs the extra: pip install pp-lightning[eval]")
 
+import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
@@ -154,24 +156,34 @@ def test_it_loads_calibrates_and_prunes_what_model_args_name(tmp_path: Path) -> 
         PrunedHFLM(**{**arguments, "method": "magic"})
 
 
+def test_the_harness_command_refuses_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the harness looks at its own 14,000 files of tasks on every start
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+    definitions = write_definitions(tmp_path, write_samples(tmp_path / "data"), limit=3)
+    words = ["--tasks", "local_piqa", "--include_path", str(definitions), "--batch_size", "auto"]
+    words += ["--model_args", f"path={write_checkpoint(tmp_path / 'model')}", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["harness", *words])
+    with pytest.raises(UserError, match="give a number"):
+        harness.main()
+
+
+# ``python -m`` of the module, but for the harness's own 14,000 files of tasks, at which it looks on every start.
+COMMAND = """
+import runpy, sys, lm_eval.tasks
+from functools import partial
+lm_eval.tasks.TaskManager = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+runpy.run_module("pp_lightning.commonsense.harness", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_the_harness_command_has_the_model(tmp_path: Path) -> None:
     definitions = write_definitions(tmp_path, write_samples(tmp_path / "data"), limit=3)
-    command = [
-        sys.executable,
-        "-m",
-        "pp_lightning.commonsense.harness",
-        "run",
-        "--model",
-        "pp",
-        "--tasks",
-        "local_piqa",
-    ]
-    command += ["--model_args", f"path={write_checkpoint(tmp_path / 'model')},max_length=64", "--batch_size", "4"]
-    command += ["--include_path", str(definitions), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-c", COMMAND]
+    words = ["run", "--model", "pp", "--tasks", "local_piqa", "--include_path", str(definitions), "--device", "cpu"]
+    words += ["--model_args", f"path={write_checkpoint(tmp_path / 'model')},max_length=64", "--batch_size", "4"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "local_piqa" in done.stdout
-    refused = subprocess.run([*command, "--batch_size", "auto"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert "give a number" in refused.stderr
+    refused = subprocess.run([*command, "--method"], capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stderr.splitlines()[-1]) == (2, "pp-lightning: --method needs a value")

@@ -94,7 +94,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     data = data_of(write_samples(tmp_path / "data"), "metaspace", batch_size=5)
     alone = evaluate_tasks(tiny_model("metaspace"), data)
     expected = {name: {**vars(result), "seconds": 0} for name, result in alone.tasks.items()}
-    mp.spawn(evaluate_on, (2, tmp_path), nprocs=2)
+    mp.start_processes(evaluate_on, (2, tmp_path), nprocs=2, start_method="fork")
     shares = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert shares[0][0] == shares[1][0] == expected
     for name, rows in ROWS.items():

@@ -4,6 +4,8 @@ import ast
 import subprocess
 import sys
 
+import pytest
+
 from pp_lightning.texts.embedded import embedded_documents, part_of
 
 PARTS = ("train", "calibration", "test")
@@ -48,6 +50,7 @@ def test_code_is_another_text_and_has_no_docstring():
     assert sum(map(len, documents)) > 200_000
 
 
+@pytest.mark.slow
 def test_reading_imports_nothing_of_the_library():
     code = (
         "import inspect, sys; from pp_lightning.texts.embedded import embedded_documents; before = set(sys.modules);"

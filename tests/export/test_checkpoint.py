@@ -31,27 +31,20 @@ from tests.models import (
 )
 
 METHODS = {"wanda_sp": WandaSP, "ppsp": StaticPPsp, "flap": FLAP}
+# The class of a folder with the same counts in every layer, and of a padded one: without biases, and with FLAP's.
 STOCK = {
-    ("llama", "uniform"): {
-        "wanda_sp": "MistralForCausalLM",
-        "ppsp": "MistralForCausalLM",
-        "flap": "SeedOssForCausalLM",
+    "llama": {
+        "uniform": ("MistralForCausalLM", "SeedOssForCausalLM"),
+        "padded": ("LlamaForCausalLM", "LlamaForCausalLM"),
     },
-    ("llama_gqa", "uniform"): {
-        "wanda_sp": "MistralForCausalLM",
-        "ppsp": "MistralForCausalLM",
-        "flap": "SeedOssForCausalLM",
+    "llama_gqa": {
+        "uniform": ("MistralForCausalLM", "SeedOssForCausalLM"),
+        "padded": ("LlamaForCausalLM", "LlamaForCausalLM"),
     },
-    ("mistral", "uniform"): {"wanda_sp": "MistralForCausalLM", "ppsp": "MistralForCausalLM"},
-    ("qwen2", "uniform"): {"wanda_sp": "Qwen2ForCausalLM", "ppsp": "Qwen2ForCausalLM"},
-    ("qwen3", "uniform"): {"wanda_sp": "Qwen3ForCausalLM", "ppsp": "Qwen3ForCausalLM"},
-    ("opt", "uniform"): dict.fromkeys(METHODS, "OPTForCausalLM"),
-    ("llama", "padded"): dict.fromkeys(METHODS, "LlamaForCausalLM"),
-    ("llama_gqa", "padded"): dict.fromkeys(METHODS, "LlamaForCausalLM"),
-    ("mistral", "padded"): {"wanda_sp": "MistralForCausalLM", "ppsp": "MistralForCausalLM"},
-    ("qwen2", "padded"): {"wanda_sp": "Qwen2ForCausalLM", "ppsp": "Qwen2ForCausalLM"},
-    ("qwen3", "padded"): {"wanda_sp": "Qwen3ForCausalLM", "ppsp": "Qwen3ForCausalLM"},
-    ("opt", "padded"): dict.fromkeys(METHODS, "OPTForCausalLM"),
+    "mistral": dict.fromkeys(("uniform", "padded"), ("MistralForCausalLM", None)),
+    "qwen2": dict.fromkeys(("uniform", "padded"), ("Qwen2ForCausalLM", None)),
+    "qwen3": dict.fromkeys(("uniform", "padded"), ("Qwen3ForCausalLM", None)),
+    "opt": dict.fromkeys(("uniform", "padded"), ("OPTForCausalLM", "OPTForCausalLM")),
 }
 
 
@@ -87,19 +80,21 @@ def measured_flops(folder, tokens, **arguments):
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer", "padded"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_combination(name, method, layout, tmp_path):
-    model, text, out = pruned(name, method, layout), ids(), tmp_path / "out"
+def test_every_combination(name, biases, layout, tmp_path):
+    plain = "ppsp" if name in ("llama_gqa", "qwen2") else "wanda_sp"  # both leave weights without biases
+    model, text, out = pruned(name, "flap" if biases else plain, layout), ids(), tmp_path / "out"
     trust = {"trust_remote_code": True} if layout == "per-layer" else {}
-    if layout != "per-layer" and method not in STOCK[name, layout]:
+    expected = "PrunedForCausalLM" if layout == "per-layer" else STOCK[name][layout][biases]
+    if expected is None:
         with pytest.raises(UserError, match="use --layout per-layer"):
             export_checkpoint(model, out, layout=layout)
         assert list(tmp_path.iterdir()) == []
         return
     costs, agreement = export_checkpoint(model, out, layout=layout)
     found = loaded(out, **trust)
-    assert type(found).__name__ == ("PrunedForCausalLM" if layout == "per-layer" else STOCK[name, layout][method])
+    assert type(found).__name__ == expected
     torch.testing.assert_close(logits(found, text), logits(model, text), rtol=0, atol=1e-5)
     assert torch.equal(generated(found, text), generated(model, text))
     assert agreement.largest_difference <= 1e-5
