@@ -42,6 +42,9 @@ class LeastSquares:
         folder: keep hidden states and finished blocks in this folder: memory then holds one block's moments, and an
             interrupted run goes on where it stopped. None keeps hidden states on the model's device.
         passes: evaluations of the batches held out that ``allocation="searched"`` may take.
+        loss_tokens: tokens of the batches held out on which the loss is read with each block pruned alone, which scales
+            a ranking over all blocks: L (L + 2) runs of a layer and 2 L + 1 of the head on them, for L layers, and
+            2 L + 1 times their hidden states. 0 ranks without that, and so do models that predict no next token.
         tell: told of each layer, one line at a time.
     """
 
@@ -50,6 +53,7 @@ class LeastSquares:
     bias: bool | None = None
     folder: str | Path | None = None
     passes: int = 200
+    loss_tokens: int = 4096
     tell: Tell = ignore_line
 
     @property

@@ -18,7 +18,7 @@ LAYERS = [
     {"checkpoint_files", "records", "resume", "functional"},
     {"blocks"},
     {"families", "evidence"},
-    {"statistics", "calls", "layerwise", "searching"},
+    {"statistics", "calls", "layerwise", "sensitivity", "searching"},
     {"importances"},
     {"methods"},
     {"plan", "updating"},
