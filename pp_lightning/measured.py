@@ -24,7 +24,7 @@ from pp_lightning.methods.base import AllocationName, BlockToPrune, StaticMethod
 from pp_lightning.plan import Plan
 from pp_lightning.progress import Steps
 from pp_lightning.searching import Movable, Search
-from pp_lightning.sensitivity import PrunedAlone, loss_rises, scaled, some_rows
+from pp_lightning.sensitivity import PrunedAlone, loss_rises, scaled
 from pp_lightning.statistics import Statistics
 from pp_lightning.stored import described, is_settled, places_of, resident, write_whole
 from pp_lightning.updating import RIDGE_UNTRIED, LeastSquares, digest_of
@@ -205,7 +205,8 @@ def losses_by_rise(
         UserError: a loss is not finite.
     """
     losses = {key: block.losses for key, block in found.items()}
-    if not update.loss_tokens or not update.held_out or not model.can_generate():
+    batches = update.loss_rows
+    if not batches or not model.can_generate():
         return losses
     modules, alone = blocks_of(model), {}
     about = hashlib.sha256(f"{digest_of(model, update)} {update.loss_tokens}".encode())
@@ -216,7 +217,6 @@ def losses_by_rise(
             about.update(kept.cpu().numpy().tobytes())
             alone[target.key] = PrunedAlone(modules[target.key], kept, block.columns)
     folder = None if update.folder is None else Path(update.folder) / "alone"
-    batches = some_rows(update.held_out, update.loss_tokens)
     rises = loss_rises(model, batches, alone, folder, about.hexdigest(), update.tell)
     return losses | {key: scaled(losses[key], found[key].count, rise) for key, rise in rises.items()}
 

@@ -22,6 +22,7 @@ from pp_lightning.interfaces import INPUTS
 from pp_lightning.layerwise import LayerByLayer
 from pp_lightning.methods.base import BlockToPrune, StaticChoice
 from pp_lightning.progress import Steps, Tell, ignore_line
+from pp_lightning.sensitivity import some_rows
 from pp_lightning.stored import write_whole
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -61,6 +62,11 @@ class LeastSquares:
         """The last tenth of the batches, at least one where there are two."""
         number = len(self.batches) // 10 or (1 if len(self.batches) > 1 else 0)
         return self.batches[len(self.batches) - number :]
+
+    @property
+    def loss_rows(self) -> list[dict[str, Any]]:
+        """Rows of the batches held out on which the loss is read with each block pruned alone; none where it is not."""
+        return some_rows(self.held_out, self.loss_tokens) if self.held_out and self.loss_tokens else []
 
 
 @dataclass(frozen=True)
