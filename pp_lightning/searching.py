@@ -157,7 +157,8 @@ class Search:
         return mean_loss(self.batches, self._batch_loss)
 
     def _batch_loss(self, number: int, labels: Tensor) -> Tensor:
-        loss: Tensor = self.model(**model_inputs(self.model, self.batches[number]), labels=labels).loss
+        inputs = model_inputs(self.model, self.batches[number])
+        loss: Tensor = self.model(**inputs, labels=labels.to(self.model.device)).loss
         return loss
 
     def _note(self, loss: float, moved: int) -> None:

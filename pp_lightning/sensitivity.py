@@ -94,7 +94,7 @@ def loss_rises(
     for copy in range(len(blocks) + 1):
 
         def loss_of(number: int, labels: Tensor, first: int = copy * len(batches)) -> Tensor:
-            loss: Tensor = carried.output(model, first + number, labels=labels).loss
+            loss: Tensor = carried.output(model, first + number, labels=labels.to(model.device)).loss
             return loss
 
         losses.append(mean_loss(batches, loss_of))
