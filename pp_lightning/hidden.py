@@ -15,11 +15,11 @@ class HiddenStates:
     Args:
         number: of batches.
         folder: where they are kept; None is memory.
-
         about: what tells the batches, and the model, from others; empty finds nothing again.
 
     Attributes:
         layer: that they are in front of; 0 where no earlier run left any.
+        count: how many are in front of it: one of each batch, or several.
         chain: what was last said of them.
     """
 
@@ -31,7 +31,7 @@ class HiddenStates:
         self._likes: dict[int, Tensor] = {}  # on disk: shape and dtype of each batch's
         self._side = 0  # two files a batch: a killed run leaves those of the layer that it was in
         self._about = about
-        self.layer, self.chain = 0, ""
+        self.layer, self.count, self.chain = 0, 0, ""
         if folder is not None and about:
             self._find(folder)
 
@@ -40,7 +40,7 @@ class HiddenStates:
         return self._number
 
     def get(self, number: int) -> Tensor:
-        """What enters the layer, (B, S, D)."""
+        """What enters the layer, (B, S, D), by the number that it was put under."""
         if self._folder is None:
             return self._here[number]
         like = self._likes[number]
@@ -52,6 +52,10 @@ class HiddenStates:
 
     def put(self, number: int, states: Tensor) -> None:
         """Keep what comes out of the layer.
+
+        Args:
+            number: of the batch, or a further one.
+            states: (B, S, D).
 
         Raises:
             UserError: the disk is full.
@@ -81,6 +85,7 @@ class HiddenStates:
         self._here, self._next = self._next, {}
         self.layer, self.chain = layer, chain
         self._side = 1 - self._side
+        self.count = len(self._here if self._folder is None else self._likes)
         if self._folder is None:
             return
         likes = [[list(like.shape), str(like.dtype).removeprefix("torch.")] for _, like in sorted(self._likes.items())]
@@ -98,11 +103,12 @@ class HiddenStates:
             content = json.loads((folder / "hidden.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return
-        if content["about"] != self._about or len(content["likes"]) != self._number:
+        if content["about"] != self._about or len(content["likes"]) % self._number:
             return
         self.layer, self.chain, self._side = content["layer"], content["chain"], content["side"]
         for number, (shape, dtype) in enumerate(content["likes"]):
             self._likes[number] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+        self.count = len(self._likes)
 
     def _file(self, number: int, side: int) -> Path:
         assert self._folder is not None

@@ -45,7 +45,7 @@ class LayerByLayer:
         self._real = [None if (mask := batch.get("attention_mask")) is None else mask.bool() for batch in batches]
         self._hidden = HiddenStates(len(batches), folder, about)
         self._batches = batches
-        self._wraps = gives_tuples(model, batches[0])
+        self._wraps, self._forked = gives_tuples(model, batches[0]), 0
         self._begin = partial(self._record, model)
         self._begin(keep=self.layer == 0)
 
@@ -82,17 +82,31 @@ class LayerByLayer:
         """Run the layer on one batch after the other, for hooks on its modules, without going on behind it.
 
         Yields:
-            The number of each batch before it is run.
+            The number of each batch before it is run, and of each copy.
         """
         layer = self._layers[self.layer]
         with resident(layer):
-            for number in range(len(self)):
+            for number in range(self._hidden.count):
                 yield number
                 self._hidden.put(number, hidden_of(self._run(layer, number)))
 
     def passed(self, chain: str = "") -> None:
         """Take what :meth:`watched` has seen coming out of the layer for what enters the next one."""
         self._hidden.turn(self.layer + 1, chain)
+        self._forked = 0
+
+    @torch.no_grad()
+    def fork(self) -> None:
+        """Run the batches through the layer as it is now, and carry what comes out as one more copy of them.
+
+        For layers that do something else for a while: the copy goes on behind them, beside the batches, whose own way
+        through the layer is still to come (:meth:`advance`). Copy c of batch b has the number ``c * len(self) + b``.
+        """
+        layer, first = self._layers[self.layer], self._hidden.count + self._forked
+        with resident(layer):
+            for number in range(len(self)):
+                self._hidden.put(first + number, hidden_of(self._run(layer, number)))
+        self._forked += len(self)
 
     @torch.no_grad()
     def advance_inside(self, model: PreTrainedModel) -> None:
@@ -117,10 +131,16 @@ class LayerByLayer:
         self.passed()
 
     @torch.no_grad()
-    def output(self, model: PreTrainedModel, number: int) -> Any:
-        """What the model makes of a batch's hidden states behind the last layer."""
+    def output(self, model: PreTrainedModel, number: int, **more: Any) -> Any:
+        """What the model makes of a batch's, or a copy's, hidden states behind the last layer.
+
+        Args:
+            model: the same.
+            number: of the batch or copy.
+            more: what the model is called with beside the batch, such as ``labels`` (B, S).
+        """
         with replaced(self._layers, partial(self._stand, number)):
-            return model(**model_inputs(model, self._batches[number]))
+            return model(**model_inputs(model, self._batches[number % len(self)]), **more)
 
     def _stand(self, number: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What a layer gives that is not run: what it is given, the first one what the batches have come to."""
@@ -128,7 +148,7 @@ class LayerByLayer:
         return (hidden,) if self._wraps else hidden
 
     def hidden(self, number: int) -> Tensor:
-        """A batch's hidden states in front of the layer, (B, S, D)."""
+        """A batch's, or a copy's, hidden states in front of the layer, (B, S, D)."""
         return self._hidden.get(number)
 
     @torch.no_grad()
@@ -182,6 +202,6 @@ class LayerByLayer:
             hook.remove()
 
     def _run(self, layer: nn.Module, number: int) -> Any:
-        hidden, call = self.hidden(number), self._calls[number][self.layer]
+        hidden, call = self.hidden(number), self._calls[number % len(self)][self.layer]
         device = next(layer.parameters()).device
         return layer(hidden.to(device), *call.args, **call.kwargs)

@@ -1,8 +1,9 @@
 """Counts by what units lose after an update: one ranking over all layers, and a search that starts from it."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence
 from pp_lightning.families import BlockModules, OutputWeights, blocks_of, layers_of
 from pp_lightning.functional.allocation import floor_count
-from pp_lightning.functional.least_squares import SecondMoments, losses_in_order
+from pp_lightning.functional.least_squares import SecondMoments, columns_in_order, losses_in_order, ordered_factor
 from pp_lightning.functional.selection import unit_channels
 from pp_lightning.layerwise import LayerByLayer
 from pp_lightning.methods.base import AllocationName, BlockToPrune, StaticMethod
 from pp_lightning.plan import Plan
 from pp_lightning.progress import Steps
 from pp_lightning.searching import Movable, Search
+from pp_lightning.sensitivity import PrunedAlone, loss_rises, scaled
 from pp_lightning.statistics import Statistics
 from pp_lightning.stored import described, is_settled, places_of, resident, write_whole
 from pp_lightning.updating import RIDGE_UNTRIED, LeastSquares, digest_of
@@ -53,11 +55,15 @@ class RankedBlock:
         ranked: its units (U,) int64, the one that stays longest first.
         losses: what each adds to the squared error of the block's output, relative to the residual, after an update:
             (U,) float32, in that order.
+        count: units that stay where it is pruned alone; all of them where it is not.
+        columns: gives the output matrix's columns for these after an update, (D, K) in its dtype, in that order.
         moments: E[x x^T] at its output matrix, (C, C) float32, where they are kept.
     """
 
     ranked: Tensor
     losses: Tensor
+    count: int
+    columns: Callable[[], Tensor]
     moments: Tensor | None
 
 
@@ -94,10 +100,14 @@ def measured_counts(
     blocks = {
         target.key: method.unit_scores(target, evidence).argsort(descending=True, stable=True) for target in targets
     }
-    found = ranked_after_update(model, update, targets, blocks, keep_moments=name == "searched")
+    if update.loss_tokens < 0:
+        raise UserError(f"loss_tokens must not be negative, not {update.loss_tokens}")
+    share = len(plan.layers) / len(layers_of(model))
+    counts = {target.key: _count_alone(target, share) for target in targets}
+    found = ranked_after_update(model, update, targets, blocks, counts, keep_moments=name == "searched")
     modules = blocks_of(model)
     weights = OutputWeights(modules)
-    losses = {key: block.losses for key, block in found.items()}
+    losses = losses_by_rise(model, update, targets, found)
     whole, keep = spread(plan, method, weights, evidence, "global", floor, losses)
     if name != "searched":
         return Counts(whole, keep, [])
@@ -123,6 +133,7 @@ def ranked_after_update(
     update: LeastSquares,
     targets: Sequence[BlockToPrune],
     ranked: Mapping[BlockKey, Tensor],
+    counts: Mapping[BlockKey, int],
     *,
     keep_moments: bool,
 ) -> dict[BlockKey, RankedBlock]:
@@ -133,6 +144,7 @@ def ranked_after_update(
         update: brings the batches.
         targets: blocks, in the model's order.
         ranked: units (U,) of each, the one that stays longest first.
+        counts: units of each that stay where it is pruned alone.
         keep_moments: keep every block's second moments.
 
     Raises:
@@ -142,7 +154,7 @@ def ranked_after_update(
     folder = None if update.folder is None else Path(update.folder) / "ranking"
     about = hashlib.sha256(digest_of(model, update).encode())
     for target in targets:
-        about.update(ranked[target.key].cpu().numpy().tobytes())
+        about.update(ranked[target.key].cpu().numpy().tobytes() + f"{counts[target.key]}".encode())
     digest = about.hexdigest() + ("+" if keep_moments else "")
     batches = update.batches[: max(_FEW_BATCHES, len(update.batches) // 4)]
     carried = LayerByLayer(model, batches, folder, digest)
@@ -157,32 +169,86 @@ def ranked_after_update(
             carried.advance()
             update.tell(steps.line(carried.layer))
         if done is None:
-            block = _ranked_block(carried, target, modules[target.key], ranked[target.key], keep_moments)
+            what = ranked[target.key], counts[target.key], keep_moments
+            tensors = _ranked_block(carried, target, modules[target.key], *what)
             if file is not None:
-                moments = {} if block.moments is None else {"moments": block.moments}
-                write_whole(file, {"losses": block.losses, **moments}, {"about": digest}, "what units cost")
-        else:
-            place = done.get("moments")
-            block = RankedBlock(ranked[target.key], done["losses"].read(), None if place is None else place.read())
-        found[target.key] = block
+                write_whole(file, tensors, {"about": digest}, "what units cost")
+                done = places_of(file)
+        read = tensors.__getitem__ if done is None else lambda name, done=done: done[name].read()
+        found[target.key] = RankedBlock(
+            ranked[target.key],
+            read("losses"),
+            counts[target.key],
+            partial(read, "columns"),
+            read("moments") if keep_moments else None,
+        )
     return found
 
 
+def losses_by_rise(
+    model: PreTrainedModel,
+    update: LeastSquares,
+    targets: Sequence[BlockToPrune],
+    found: Mapping[BlockKey, RankedBlock],
+) -> dict[BlockKey, Tensor]:
+    """Losses (U,) of each block's units, scaled by what pruning it alone does to the loss on tokens held out.
+
+    Where nothing is held out, or the model predicts no next token, they stay as they are.
+
+    Args:
+        model: dense.
+        update: brings the batches.
+        targets: blocks, in the model's order.
+        found: the same.
+
+    Raises:
+        UserError: a loss is not finite.
+    """
+    losses = {key: block.losses for key, block in found.items()}
+    batches = update.loss_rows
+    if not batches or not model.can_generate():
+        return losses
+    modules, alone = blocks_of(model), {}
+    about = hashlib.sha256(f"{digest_of(model, update)} {update.loss_tokens}".encode())
+    for target in targets:
+        block = found[target.key]
+        if block.count < target.units.number:
+            kept = unit_channels(block.ranked[: block.count], target.units.channels)
+            about.update(kept.cpu().numpy().tobytes())
+            alone[target.key] = PrunedAlone(modules[target.key], kept, block.columns)
+    folder = None if update.folder is None else Path(update.folder) / "alone"
+    rises = loss_rises(model, batches, alone, folder, about.hexdigest(), update.tell)
+    return losses | {key: scaled(losses[key], found[key].count, rise) for key, rise in rises.items()}
+
+
+def _count_alone(target: BlockToPrune, share: float) -> int:
+    """Units that stay in a block that is pruned alone: as in a layer on average; all where blocks are not ranked."""
+    units, plan = target.units.number, target.plan
+    if plan.alike or not plan.ratio:
+        return units
+    return units - min(units - 1, max(1, round((units - plan.keep) * share)))
+
+
 def _ranked_block(
-    carried: LayerByLayer, target: BlockToPrune, modules: BlockModules, ranked: Tensor, keep_moments: bool
-) -> RankedBlock:
+    carried: LayerByLayer, target: BlockToPrune, modules: BlockModules, ranked: Tensor, count: int, keep_moments: bool
+) -> dict[str, Tensor]:
+    """What is kept of a block, by name."""
     with resident(modules.layer):
         weight = modules.output_weight
         moments = SecondMoments(weight.shape[1], weight.device)
         for states in carried.states(modules):
             moments.add(states)
         matrix, width = moments.matrix(), target.units.channels
+        order = unit_channels(ranked, width)
         try:
-            lost = losses_in_order(weight, matrix, unit_channels(ranked, width), RIDGE_UNTRIED)
+            factor = ordered_factor(matrix, order, RIDGE_UNTRIED)
         except torch.linalg.LinAlgError as error:
             raise UserError(
                 f"second moments of the {target.plan.block.value} block of layer {target.layer} are singular or not "
                 "finite: give more calibration text, or another dtype"
             ) from error
-    losses = lost.view(-1, width).sum(1).float()
-    return RankedBlock(ranked, losses, matrix.float() if keep_moments else None)
+        losses = losses_in_order(weight, order, factor).view(-1, width).sum(1).float()
+        kept = {"losses": losses} | ({"moments": matrix.float()} if keep_moments else {})
+        if count < len(ranked):
+            kept["columns"] = columns_in_order(weight, order, factor, count * width).to(weight.dtype)
+    return kept

@@ -14,6 +14,7 @@ from pp_lightning.functional.least_squares import solve_kept
 from pp_lightning.functional.selection import unit_channels
 from pp_lightning.interfaces import model_inputs
 from pp_lightning.progress import Tell
+from pp_lightning.sensitivity import mean_loss
 
 _Pair = tuple[BlockKey, BlockKey]  # takes a step, gives a step
 _SMALLEST_GAIN = 1e-5  # nats a token: less is rounding
@@ -153,16 +154,12 @@ class Search:
     def _loss(self) -> float:
         """Mean next-token loss over the batches, in nats."""
         self.passes -= 1
-        total, predicted = 0.0, 0
-        for batch in self.batches:
-            inputs = model_inputs(self.model, batch)
-            labels = inputs["input_ids"]
-            if "attention_mask" in inputs:
-                labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
-            tokens = int((labels[:, 1:] >= 0).sum())
-            total += float(self.model(**inputs, labels=labels).loss) * tokens
-            predicted += tokens
-        return total / predicted
+        return mean_loss(self.batches, self._batch_loss)
+
+    def _batch_loss(self, number: int, labels: Tensor) -> Tensor:
+        inputs = model_inputs(self.model, self.batches[number])
+        loss: Tensor = self.model(**inputs, labels=labels.to(self.model.device)).loss
+        return loss
 
     def _note(self, loss: float, moved: int) -> None:
         self.path.append({"loss": loss, "blocks_moved": moved, "passes_left": self.passes})

@@ -22,6 +22,7 @@ from pp_lightning.interfaces import INPUTS
 from pp_lightning.layerwise import LayerByLayer
 from pp_lightning.methods.base import BlockToPrune, StaticChoice
 from pp_lightning.progress import Steps, Tell, ignore_line
+from pp_lightning.sensitivity import some_rows
 from pp_lightning.stored import write_whole
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -42,6 +43,9 @@ class LeastSquares:
         folder: keep hidden states and finished blocks in this folder: memory then holds one block's moments, and an
             interrupted run goes on where it stopped. None keeps hidden states on the model's device.
         passes: evaluations of the batches held out that ``allocation="searched"`` may take.
+        loss_tokens: tokens of the batches held out on which the loss is read with each block pruned alone, which scales
+            a ranking over all blocks: L (L + 2) runs of a layer and 2 L + 1 of the head on them, for L layers, and
+            2 L + 1 times their hidden states. 0 ranks without that, and so do models that predict no next token.
         tell: told of each layer, one line at a time.
     """
 
@@ -50,6 +54,7 @@ class LeastSquares:
     bias: bool | None = None
     folder: str | Path | None = None
     passes: int = 200
+    loss_tokens: int = 4096
     tell: Tell = ignore_line
 
     @property
@@ -57,6 +62,11 @@ class LeastSquares:
         """The last tenth of the batches, at least one where there are two."""
         number = len(self.batches) // 10 or (1 if len(self.batches) > 1 else 0)
         return self.batches[len(self.batches) - number :]
+
+    @property
+    def loss_rows(self) -> list[dict[str, Any]]:
+        """Rows of the batches held out on which the loss is read with each block pruned alone; none where it is not."""
+        return some_rows(self.held_out, self.loss_tokens) if self.held_out and self.loss_tokens else []
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from pp_lightning.blocks import ModelShape
 from pp_lightning.families import empty_model, layers_of, shape_of_model
 from pp_lightning.flops import dense_flops
+from pp_lightning.updating import LeastSquares
 
 Job = Literal["calibration", "pruning", "update", "evaluation", "export"]
 JOBS: tuple[Job, ...] = ("calibration", "pruning", "update", "evaluation", "export")
@@ -48,6 +49,12 @@ class Workload:
     def calibration_batches(self) -> float:
         """How many batches are calibrated on."""
         return self.calibration_rows / self.rows
+
+    @property
+    def batches_alone(self) -> float:
+        """How many batches' tokens the loss is read on with each block pruned alone."""
+        tokens = min(LeastSquares.loss_tokens, self.calibration_rows * self.tokens // 10)
+        return tokens / (self.rows * self.tokens)
 
     @property
     def test_batches(self) -> float:
@@ -114,7 +121,9 @@ def memory(sizes: Sizes, work: Workload, job: Job, *, streamed: bool) -> int:
     if job == "pruning":
         return pruning
     solving = int((_MATRICES * _widest(shape) + 3 * shape.hidden_size) * _widest(shape) * _DOUBLE)
-    return pruning + solving + hidden + running
+    copies = 1 if streamed else 2 * shape.num_layers + 1  # of few tokens, each with one block pruned alone
+    alone = held + running + int(work.batches_alone * (copies * batch + _logits(sizes, work)))
+    return max(pruning + solving + hidden + running, alone)
 
 
 def work_flops(sizes: Sizes, work: Workload, job: Job) -> float:
@@ -125,7 +134,9 @@ def work_flops(sizes: Sizes, work: Workload, job: Job) -> float:
     if job == "calibration":
         return batch.layers * work.calibration_batches
     if job == "update":  # a quarter ranks; then each layer runs for two blocks' states, and once pruned
-        return batch.layers * work.calibration_batches * (0.25 * 1.5 + 1.5 + 1 - work.pruning_ratio)
+        layers, passes = sizes.shape.num_layers, 0.25 * 1.5 + 1.5 + 1 - work.pruning_ratio
+        alone = (layers + 2) * batch.layers + (2 * layers + 1) * (batch.model - batch.layers)
+        return batch.layers * work.calibration_batches * passes + alone * work.batches_alone
     return 0.0
 
 

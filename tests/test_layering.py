@@ -19,7 +19,7 @@ LAYERS = [
     {"checkpoint_files", "records", "resume", "tables", "functional"},
     {"blocks"},
     {"families", "evidence"},
-    {"statistics", "calls", "layerwise", "searching"},
+    {"statistics", "calls", "layerwise", "sensitivity", "searching"},
     {"importances"},
     {"methods"},
     {"plan", "updating"},

@@ -14,7 +14,14 @@ from pp_lightning.checkpoints import load_model, load_tokenizer
 from pp_lightning.data import Embedded, LanguageModelling
 from pp_lightning.errors import UserError
 from pp_lightning.families import blocks_of, layers_of, shape_of
-from pp_lightning.functional.least_squares import SecondMoments, losses_in_order, solve_kept, squared_error
+from pp_lightning.functional.least_squares import (
+    SecondMoments,
+    columns_in_order,
+    losses_in_order,
+    ordered_factor,
+    solve_kept,
+    squared_error,
+)
 from pp_lightning.layerwise import LayerByLayer
 from pp_lightning.methods import FLAP, METHODS, ProbePruning, StaticBest, StaticPPsp, Updated, WandaSP, method_named
 from pp_lightning.pruning import is_pruned, pruning_of
@@ -195,15 +202,18 @@ def test_a_ranking_over_layers_counts_what_is_lost_after_the_update():
     assert keep[True][3, Block.MLP] <= 96 < keep[False][3, Block.MLP]
 
 
-def test_losses_in_order_are_those_of_every_count():
+def test_one_factor_gives_losses_and_columns_of_every_count():
     torch.manual_seed(0)
     mix, weight = torch.randn(12, 12, dtype=torch.float64), torch.randn(5, 12, dtype=torch.float64)
     moments = mix @ mix.t()
     order = torch.randperm(12)
-    losses = losses_in_order(weight, moments, order, 0.0)
+    factor = ordered_factor(moments, order, 0.0)
+    losses = losses_in_order(weight, order, factor)
     for count in range(1, 12):
         kept = order[:count].sort().values
         (columns,) = solve_kept(weight, moments, kept, [0.0])
+        in_order = columns_in_order(weight, order, factor, count)
+        torch.testing.assert_close(in_order[:, order[:count].argsort()], columns, rtol=1e-8, atol=1e-8)
         lost = weight.index_add(1, kept, columns, alpha=-1.0)
         assert math.isclose(float((lost @ moments @ lost.t()).trace()), float(losses[count:].sum()), rel_tol=1e-8)
 

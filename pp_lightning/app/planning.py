@@ -124,7 +124,8 @@ def bytes_moved(job: Job, sizes: Sizes, work: Workload, *, streamed: bool) -> fl
         passes = {
             "calibration": 1,
             "pruning": scores + 1 + left,  # read, and written
-            "update": scores + 2 + 1 + 2 * left,  # ranked block by block; solved; written, and carried through
+            # ranked block by block; each block alone; solved; written, and carried through
+            "update": scores + 1 + 2 + 1 + 2 * left,
             "evaluation": 1,
             "export": 4 * left,  # asked, read, written, and asked again
         }

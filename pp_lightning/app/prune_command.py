@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from pp_lightning.app.exporting import ExportSettings, export_pruned, say
 from pp_lightning.app.module import PrunedLM
@@ -16,10 +17,11 @@ from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.errors import UserError
 from pp_lightning.export.folder import check_free
 from pp_lightning.export.sizes import check_exportable
-from pp_lightning.families import shape_of
+from pp_lightning.families import layers_of, shape_of
 from pp_lightning.interfaces import model_inputs
 from pp_lightning.methods import StaticBest, StaticMethod
 from pp_lightning.target import Target
+from pp_lightning.updating import LeastSquares
 
 _PASSES_OF_UPDATE = 3  # over the calibration text, beside one that calibrates
 
@@ -106,15 +108,27 @@ def _ratio(module: PrunedLM, method: StaticMethod, data: LanguageModelling, targ
 
 @torch.no_grad()
 def _forecast(module: PrunedLM, method: StaticMethod, data: LanguageModelling) -> str:
-    """What will be done, and how long it will take, by the time of one batch."""
-    batches = data.calibration_batches()
-    start = time.perf_counter()
-    module.model(**model_inputs(module.model, batches[0]), logits_to_keep=1)
-    batch = time.perf_counter() - start
-    passes = (1 if module.reads_calibration(method) else 0) + (_PASSES_OF_UPDATE if method.updates else 0)
-    seconds = batch * (passes * len(batches) + 2 * len(data.test_batches()))
+    """What will be done, and how long it will take, by the time of one batch without the head and with it."""
+    settled, batches = module.settled(method), data.calibration_batches()
+    inputs = model_inputs(module.model, batches[0])
+    inner, whole = (_seconds(module.model, inputs, **more) for more in ({"logits_to_keep": 1}, {}))
+    passes = (1 if module.reads_calibration(settled) else 0) + (_PASSES_OF_UPDATE if settled.updates else 0)
+    seconds = inner * passes * len(batches) + 2 * whole * len(data.test_batches())
+    alone = ""
+    if settled.updates and (module.allocating["allocation"] or settled.allocation) in ("global", "searched"):
+        tokens = sum(rows["input_ids"].numel() for rows in LeastSquares(batches).loss_rows)
+        layers = len(layers_of(module.model))
+        share = tokens / inputs["input_ids"].numel()  # of a batch
+        seconds += share * ((layers + 2) * inner + (2 * layers + 1) * max(0.0, whole - inner))
+        alone = f", {2 * layers} blocks pruned alone on {tokens} tokens"
     return (
-        f"{method.label} at pruning ratio {module.pruning_ratio:.3f}: about {seconds / 60:.1f} minutes for {passes} "
-        f"passes over {data.calibration_samples} calibration windows of {data.window} tokens and two evaluations "
-        "(fewer: --data.calibration_samples, --data.limit_tokens)"
+        f"{settled.label} at pruning ratio {module.pruning_ratio:.3f}: about {seconds / 60:.1f} minutes for {passes} "
+        f"passes over {data.calibration_samples} calibration windows of {data.window} tokens{alone} and two "
+        "evaluations (fewer: --data.calibration_samples, --data.limit_tokens)"
     )
+
+
+def _seconds(model: PreTrainedModel, inputs: dict[str, Any], **more: Any) -> float:
+    start = time.perf_counter()
+    model(**inputs, **more)
+    return time.perf_counter() - start

@@ -76,27 +76,57 @@ def solve_kept(weight: Tensor, moments: Tensor, kept: Tensor, ridges: Sequence[f
     return solved
 
 
-def losses_in_order(weight: Tensor, moments: Tensor, order: Tensor, ridge: float) -> Tensor:
-    """What each channel's loss adds to the squared error of ``W x``, where those that stay take over what they can.
-
-    Channels go from the end of ``order``. With S = L L^T in that order, those from j on leave ``||(W L)_{j..}||^2``
-    behind, whatever j is: one factorisation gives the error of every count.
+def ordered_factor(moments: Tensor, order: Tensor, ridge: float) -> Tensor:
+    """L of S = L L^T, with channels in the order in which they stay: it holds the update of every count.
 
     Args:
-        weight: W, (D, C) of any dtype.
         moments: S, (C, C) float64.
         order: (C,) int64, the channel that stays longest first.
         ridge: as a fraction of the mean diagonal of S.
 
     Returns:
-        (C,) float64, in the order of ``order``.
+        (C, C) float64, lower triangular, in the order of ``order``.
 
     Raises:
         torch.linalg.LinAlgError: S with its ridge is singular, or not finite.
     """
     ordered = moments[order][:, order]
     ordered.diagonal().add_(ridge * moments.diagonal().mean())
-    return (weight.detach().double()[:, order] @ torch.linalg.cholesky(ordered)).square().sum(0)
+    return torch.linalg.cholesky(ordered)
+
+
+def losses_in_order(weight: Tensor, order: Tensor, factor: Tensor) -> Tensor:
+    """What each channel's loss adds to the squared error of ``W x``, where those that stay take over what they can.
+
+    Channels go from the end of ``order``: those from j on leave ``||(W L)_{j..}||^2`` behind, whatever j is.
+
+    Args:
+        weight: W, (D, C) of any dtype.
+        order: (C,) int64, the channel that stays longest first.
+        factor: L, from :func:`ordered_factor`.
+
+    Returns:
+        (C,) float64, in the order of ``order``.
+    """
+    return (weight.detach().double()[:, order] @ factor).square().sum(0)
+
+
+def columns_in_order(weight: Tensor, order: Tensor, factor: Tensor, count: int) -> Tensor:
+    """The first ``count`` columns with what the others did: ``W'_K = W_K + W_R L_RK L_KK^-1``, as S_RK = L_RK L_KK^T.
+
+    Args:
+        weight: W, (D, C) of any dtype.
+        order: (C,) int64, the channel that stays longest first.
+        factor: L, from :func:`ordered_factor`.
+        count: K, how many stay.
+
+    Returns:
+        W'_K, (D, K) float64, in the order of ``order``.
+    """
+    wide = weight.detach().double()[:, order]
+    moved = wide[:, count:] @ factor[count:, :count]
+    within = factor[:count, :count]
+    return wide[:, :count] + torch.linalg.solve_triangular(within, moved, upper=False, left=False)
 
 
 def squared_error(weight: Tensor, columns: Tensor, kept: Tensor, states: Tensor, bias: Tensor | None = None) -> float:

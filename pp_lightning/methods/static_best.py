@@ -14,7 +14,8 @@ class StaticBest(StaticMethod[Statistics]):
     """Static: PPsp's scores, and kept weights that take over what the removed ones did.
 
     Units are spread over the layers by one ranking of what each adds to its block's error after that update, relative
-    to the residual (:func:`~pp_lightning.measured.ranked_after_update`).
+    to the residual (:func:`~pp_lightning.measured.ranked_after_update`), in the measure of what pruning the block alone
+    does to the loss on tokens held out (:func:`~pp_lightning.sensitivity.loss_rises`).
 
     Args:
         allocation: how the removed units are spread over the layers.

@@ -59,6 +59,16 @@ def test_flops_are_of_all_batches():
     assert two == 2 * one > 0
 
 
+def test_an_update_counts_blocks_that_are_pruned_alone():
+    """On a tenth of the calibration text, and on no more than 4,096 tokens."""
+    sizes, alone = Sizes.of(config("llama"), torch.float32), []
+    for rows in (40, 160, 320):
+        work = Workload(4, 256, rows)
+        passes = 0.25 * 1.5 + 1.5 + 1 - work.pruning_ratio  # without them
+        alone.append(work_flops(sizes, work, "update") - passes * work_flops(sizes, work, "calibration"))
+    assert alone[1] == pytest.approx(alone[2]) == pytest.approx(4 * alone[0]) and alone[0] > 0
+
+
 def test_devices_share_the_evaluation_alone():
     sizes, work, speeds = Sizes.of(config("llama"), torch.float32), Workload(2, 16, 8, 64), Speeds(1e9, 1e9, 1e9, 1e9)
     for job in JOBS:

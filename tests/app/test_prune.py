@@ -24,6 +24,7 @@ def test_one_command_prunes_evaluates_and_writes_what_transformers_loads(
     assert stock_perplexity(out, trust) == pytest.approx(after["perplexity"], rel=1e-4)
     printed = capsys.readouterr().out
     assert "about" in printed and "minutes" in printed  # before anything is done
+    assert ("10 blocks pruned alone on 128 tokens" in printed) == (layout == "per-layer")
     assert f"{before['perplexity']:.2f} dense, {after['perplexity']:.2f} pruned" in printed
     assert not (tmp_path / "out.unfinished").exists()
 
