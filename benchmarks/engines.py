@@ -3,6 +3,7 @@
     python benchmarks/engines.py install FOLDER            # gigabytes, minutes
     python benchmarks/engines.py run FOLDER --out engines.json [--engines llama.cpp,vllm] [--families llama,opt]
     python benchmarks/engines.py table engines.json
+    python benchmarks/engines.py perplexity FOLDER --export DIR --tokenizer MODEL --text wikitext2.raw --engines vllm
 
 A run adds to the results that are there, cell by cell: interrupted, it goes on. A cell is a model of 5 layers pruned by
 40% in float32: 3 prompts x 32 greedy tokens, and the losses of the same texts, against transformers.
@@ -10,12 +11,14 @@ A run adds to the results that are there, cell by cell: interrupted, it goes on.
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +35,32 @@ UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}  # they ask for
 FAMILIES = ("llama", "llama_gqa", "mistral", "qwen2", "qwen3", "gemma", "opt", "phi3")
 LAYOUTS = ("uniform", "per-layer", "padded")
 METHODS = {"wanda_sp": "no biases", "flap": "biases"}
+NEVER_PADDED = "a graph is never padded"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("install", "run"):
-        command = commands.add_parser(name)
+    _, cells, scores = (commands.add_parser(name) for name in ("install", "run", "perplexity"))
+    for command in commands.choices.values():
         command.add_argument("folder", type=Path)
         command.add_argument("--engines", default=",".join(PACKAGES))
-    command.add_argument("--families", default=",".join(FAMILIES))
-    command.add_argument("--layouts", default=",".join(LAYOUTS))
-    command.add_argument("--out", type=Path, default=Path("engines.json"))
+    cells.add_argument("--families", default=",".join(FAMILIES))
+    cells.add_argument("--layouts", default=",".join(LAYOUTS))
+    cells.add_argument("--out", type=Path, default=Path("engines.json"))
+    for option in ("--export", "--tokenizer", "--text"):
+        scores.add_argument(option, required=True)
+    scores.add_argument("--tokens", type=int)
     commands.add_parser("table").add_argument("file", type=Path)
     given = parser.parse_args()
     if given.command == "install":
         for engine in given.engines.split(","):
             install(given.folder / engine, engine)
-    elif given.command == "run":
-        os.environ["PP_LIGHTNING_ENGINES"] = str(given.folder.absolute())
-        run(given)
-    else:
+    elif given.command == "table":
         print(table(json.loads(given.file.read_text())))
+    else:
+        os.environ["PP_LIGHTNING_ENGINES"] = str(given.folder.absolute())
+        (run if given.command == "run" else perplexity)(given)
 
 
 def install(place: Path, engine: str) -> None:
@@ -108,7 +115,7 @@ def write(model: Any, out: Path, form: str, layout: Any) -> str:
         if form == "gguf":
             export_gguf(model, out, tokenizer=tokenizer, layout=layout)
         elif form == "onnx" and layout == "padded":
-            return "a graph is never padded"
+            return NEVER_PADDED
         elif form == "onnx":
             export_graph(model, out, form="onnx", tokenizer=tokenizer)
         else:
@@ -134,25 +141,57 @@ def cell(engine: Any, folder: Path, expected: Any, refused: str) -> dict[str, An
     return {"state": "equal", "loss": check.loss_difference, "version": check.version}
 
 
+def perplexity(given: argparse.Namespace) -> None:
+    """Of an export in engines, over the windows of 256 that ``pp-lightning test`` scores."""
+    from pp_lightning.checkpoints import load_tokenizer
+    from pp_lightning.data import LanguageModelling
+    from pp_lightning.export.engines.run import ask
+    from pp_lightning.texts import WikiText2
+
+    data = LanguageModelling(text=WikiText2(given.text), window=256, limit_tokens=given.tokens)
+    data.use_tokenizer(load_tokenizer(given.tokenizer))
+    windows = [
+        ids[mask.bool()].tolist()
+        for batch in data.test_batches()
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    number = sum(len(window) - 1 for window in windows)
+    for engine in given.engines.split(","):
+        answer = ask(engine, Path(given.export), windows=windows)
+        print(f"{answer.version}: perplexity {math.exp(sum(answer.losses) / number):.5f}, {number} tokens", flush=True)
+
+
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row a model, a column an engine."""
+    """Markdown: a row for the layouts of a model that came out alike, a column an engine."""
     versions = {key.rsplit("/", 1)[1]: one["version"] for key, one in results.items() if "version" in one}
     engines = [engine for engine in PACKAGES if any(key.endswith(f"/{engine}") for key in results)]
-    lines = [
-        f"{time.strftime('%d %B %Y')}; {platform.processor() or platform.machine()}, "
-        f"{', '.join(versions[engine] for engine in engines if engine in versions)}",
-        "",
-        f"| model | layout | {' | '.join(engines)} |",
-        f"|---|---|{'---|' * len(engines)}",
-    ]
-    rows = [(f, layout, m) for f in FAMILIES for layout in LAYOUTS for m in METHODS]
-    for family, layout, method in rows:
-        cells = [results.get(f"{family}/{layout}/{method}/{engine}", {"state": "not run"}) for engine in engines]
-        if any(one["state"] != "not run" for one in cells):
-            told = " | ".join(one["state"] for one in cells)
-            lines.append(f"| {family} | {layout}, {METHODS[method]} | {told} |")
+    alike: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for family, method, layout in ((f, m, layout) for f in FAMILIES for m in METHODS for layout in LAYOUTS):
+        cells = [_told(results.get(f"{family}/{layout}/{method}/{engine}")) for engine in engines]
+        if set(cells) != {"not run"}:
+            alike.setdefault((family, *cells), {}).setdefault(METHODS[method], []).append(layout)
+    rows = [(family, _layouts(held), *cells) for (family, *cells), held in alike.items()]
+    headings = ("model", "layout and biases", *(versions.get(engine, engine) for engine in engines))
+    lines = [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
+    states = Counter(_told(one) for one in results.values())
+    largest = max((one["loss"] for one in results.values() if "loss" in one), default=0.0)
+    counted = ", ".join(f"{number} {state}" for state, number in states.most_common())
+    told = f"{time.strftime('%d %B %Y')}, {platform.processor() or platform.machine()}: {counted}; losses differ by"
     reasons = {f"{key}: {one['why']}" for key, one in results.items() if one["state"] == "fails"}
-    return "\n".join([*lines, "", *(f"- {reason}" for reason in sorted(reasons))])
+    return "\n".join([*lines, "", f"{told} {largest:.1e} at most.", *(f"- {reason}" for reason in sorted(reasons))])
+
+
+def _told(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "not run"
+    return "-" if cell.get("why") == NEVER_PADDED else str(cell["state"])
+
+
+def _layouts(held: dict[str, list[str]]) -> str:
+    """Layouts by whether there are biases, in words."""
+    same = len(held) == len(METHODS) and len({tuple(layouts) for layouts in held.values()}) == 1
+    groups = {"with and without biases": next(iter(held.values()))} if same else held
+    return "; ".join(f"{', '.join(layouts)}: {biases}" for biases, layouts in groups.items())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pp_lightning.app.exporting import ExportSettings, export_pruned, say
+from pp_lightning.app.export_plan import ExportSettings
+from pp_lightning.app.export_words import say
+from pp_lightning.app.exporting import export_pruned
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.results import Evaluation
 from pp_lightning.data.datamodule import LanguageModelling

@@ -11,7 +11,8 @@ from typing import Any
 import lightning as L
 
 from pp_lightning.app.checks import check_ratio, check_seed
-from pp_lightning.app.exporting import ExportSettings, Quantize, export_pruned
+from pp_lightning.app.export_plan import ExportSettings, Quantize
+from pp_lightning.app.exporting import export_pruned
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.overlap import Overlap
 from pp_lightning.app.prune_command import PruneSettings, prune_and_export

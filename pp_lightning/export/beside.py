@@ -1,16 +1,15 @@
 """What stands beside a graph, so that engines and people know what it is: configs, a tokenizer and a README."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pp_lightning.export.configs import write_configs, write_json
 from pp_lightning.export.graph import Graph
 from pp_lightning.export.layouts import config_content
 from pp_lightning.export.sizes import longest_text
-from pp_lightning.export.tokenizer import write_tokenizer
 from pp_lightning.export.verify import Agreement
 
 _GENAI_TYPE = "decoder"  # of ONNX Runtime GenAI: any graph with this calling convention
@@ -23,14 +22,9 @@ def write_beside(
 
     The config is that of the model before pruning; the graph's own sizes stand in ``pruning.json``.
     """
-    config = config_content(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
-    _write(folder / "config.json", config)
-    if model.generation_config is not None:
-        model.generation_config.to_json_file(folder / "generation_config.json")
-    if tokenizer is not None:
-        write_tokenizer(tokenizer, folder)
+    write_configs(folder, config_content(model.config), model, tokenizer)
     if form == "onnx" and graph.caches:
-        _write(folder / "genai_config.json", genai_config(model, tokenizer, graph))
+        write_json(folder / "genai_config.json", genai_config(model, tokenizer, graph))
 
 
 def genai_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, graph: Graph) -> dict[str, Any]:
@@ -160,7 +154,3 @@ with torch.no_grad():
 
 def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,6 +1,5 @@
 """A statically pruned model as a transformers folder."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pp_lightning.export.configs import write_configs
 from pp_lightning.export.costs import Costs, costs_of
 from pp_lightning.export.folder import appearing, check_free, check_space
 from pp_lightning.export.int8 import check_int8, quantise_folder
-from pp_lightning.export.layouts import BUNDLED, Layout, Target, target_for
+from pp_lightning.export.layouts import BUNDLED, Layout, target_for
 from pp_lightning.export.record import pruning_record, write_card, write_record
-from pp_lightning.export.tokenizer import write_tokenizer
 from pp_lightning.export.verify import Agreement, Behaviour, verify
 from pp_lightning.export.weights import check_shard_size, write_weights
 from pp_lightning.families import layers_of
@@ -76,7 +75,9 @@ def export_checkpoint(
     expected, streamed = Behaviour.of_model(model), is_settled(layers_of(model)[0])
     with appearing(out, overwrite) as folder:
         tell("writing the weights")
-        _write_small_files(folder, model, tokenizer, target)
+        write_configs(folder, target.config, model, tokenizer)
+        if target.code is not None:
+            (folder / f"{BUNDLED}.py").write_text(target.code, encoding="utf-8")
         write_weights(target.entries, folder, max_shard_size)
         if release:
             model.to("meta")
@@ -107,16 +108,3 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
     model.config.dtype = dtype
-
-
-def _write_small_files(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, target: Target
-) -> None:
-    config = dict(target.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if model.generation_config is not None:
-        model.generation_config.to_json_file(folder / "generation_config.json")
-    if tokenizer is not None:
-        write_tokenizer(tokenizer, folder)
-    if target.code is not None:
-        (folder / f"{BUNDLED}.py").write_text(target.code, encoding="utf-8")

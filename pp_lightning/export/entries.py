@@ -1,6 +1,6 @@
 """The tensors of an exported checkpoint, planned by name and shape and made one shard at a time."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -80,6 +80,18 @@ def entries_of(model: PreTrainedModel, sizes: PrunedSizes) -> list[Entry]:
         if taken is not None:
             shape, own = (len(taken), *shape[1:]), (len(taken),)
         found.append(Entry(name, tensor, shape, taken, own, own))
+    return found
+
+
+def biases_to_come(model: PreTrainedModel, blocks: Collection[Block]) -> list[Entry]:
+    """Biases that a method is going to give the outputs of these blocks, where there are none: names and shapes."""
+    found, stack, held = [], ".".join(part for part in stack_path(model) if part), tensors_of(model)
+    for (index, which), block in blocks_of(model).items():
+        name = f"{stack}.{index}.{block.path_of(block.output)}.bias"
+        if which in blocks and name not in held:
+            weight = block.projection(block.output).weight
+            rows = (weight.shape[0],)
+            found.append(Entry(name, weight, rows, own=rows, rooms=rows, absent=True))
     return found
 
 

@@ -47,6 +47,16 @@ class GgufCheck:
     largest_difference: float
     kept_wider: tuple[str, ...] = ()
 
+    @property
+    def told(self) -> str:
+        """For people."""
+        text = (
+            f"read again: {self.tensors} tensors differ by at most {self.largest_difference:.1e} of their largest "
+            f"number; {self.bytes:,} bytes"
+        )
+        wider = f"; {len(self.kept_wider)} tensors stay in float16: q8_0 wants rows of multiples of 32"
+        return text + wider if self.kept_wider else text
+
 
 def check_gguf() -> None:
     """Refuse what is missing on this machine.

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
 from pp_lightning.errors import UserError
+from pp_lightning.export.configs import write_json
 from pp_lightning.export.verify import Behaviour, Int8Check
 
 _STEP = 2**-7  # of int8, relative to the largest weight of a row; twice what rounding needs, for scales in bfloat16
@@ -57,7 +58,7 @@ def quantise_folder(
         for weights in source.glob("model*.safetensors*"):
             weights.rename(target / weights.name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"quantization_config": described}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
     found = _loaded(folder, bundled_code)
     matrices = _compare_matrices(found, old)
     for place in (new, old):

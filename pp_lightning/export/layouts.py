@@ -1,6 +1,6 @@
 """The ways to write a pruned model's widths: the same in every layer, padded to the widest, or each its own."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pp_lightning.blocks import Block
 from pp_lightning.errors import UserError
-from pp_lightning.export.entries import Entry, entries_of, held_by, tensors_of
+from pp_lightning.export.entries import Entry, biases_to_come, entries_of, held_by, tensors_of
 from pp_lightning.export.sizes import PrunedSizes, Widths, check_exportable
 from pp_lightning.export.stock import count_fields, stock_models
 from pp_lightning.families import blocks_of, empty_model, layer_prefix
@@ -62,6 +62,21 @@ def target_for(layout: Layout, model: PreTrainedModel) -> Target:
     return LAYOUTS[layout](model, PrunedSizes.of(model))
 
 
+def check_layout(layout: Layout, model: PreTrainedModel, biased: Collection[Block]) -> None:
+    """Refuse, before a model is pruned, biases that no stock class holds.
+
+    Args:
+        layout: to be written.
+        model: not pruned yet.
+        biased: blocks whose outputs the method gives biases.
+
+    Raises:
+        UserError: none does.
+    """
+    if layout != "per-layer" and biased:
+        _stock(layout, model, PrunedSizes.of(model).alike, biases_to_come(model, biased))
+
+
 def _uniform(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
     if not sizes.alike.uniform:
         raise UserError("layers keep different numbers of units: use --layout per-layer or --layout padded")
@@ -72,8 +87,8 @@ def _padded(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
     return _stock("padded", model, sizes.alike)
 
 
-def _stock(layout: Layout, model: PreTrainedModel, sizes: PrunedSizes) -> Target:
-    own, widths = entries_of(model, sizes), sizes.widest
+def _stock(layout: Layout, model: PreTrainedModel, sizes: PrunedSizes, more: Sequence[Entry] = ()) -> Target:
+    own, widths = [*entries_of(model, sizes), *more], sizes.widest
     for holder in stock_models(sizes, widths, {entry.name for entry in own}):
         entries = held_by(holder, own)
         if entries is not None:

@@ -89,19 +89,8 @@ def write_card(
 ) -> None:
     """Write the model card."""
     trust = ", trust_remote_code=True" if costs.layout == "per-layer" else ""
-    method = pruning.get("method", "none")
-    origin = f"`{base['name']}` ({base['model_type']})"
-    text = f"""---
-library_name: transformers
-base_model: {base["name"]}
-tags: [pruned, structured-pruning, pp-lightning]
----
-# {base["name"]}, pruned
-
-{origin}, pruned by **{method}** with [pp-lightning](https://pypi.org/project/pp-lightning/). Written as
-`{costs.model_class}`, which computes exactly what the pruned model computes; the weights come from a
-`{base["model_type"]}` model and keep its licence.
-
+    written = f"written as `{costs.model_class}`, which computes exactly what the pruned model computes"
+    text = f"""{_header(base, pruning, "transformers", "pruned", written)}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -130,17 +119,8 @@ def gguf_card(
 ) -> None:
     """Write the model card of a GGUF."""
     check = written["check"]
-    text = f"""---
-library_name: llama.cpp
-base_model: {base["name"]}
-tags: [gguf, pruned, structured-pruning, pp-lightning]
----
-# {base["name"]}, pruned, as GGUF
-
-`{base["name"]}` ({base["model_type"]}), pruned by **{pruning.get("method", "none")}** with
-[pp-lightning](https://pypi.org/project/pp-lightning/), for llama.cpp as its architecture `{written["architecture"]}`;
-the weights come from a `{base["model_type"]}` model and keep its licence.
-
+    told = f"for llama.cpp as its architecture `{written['architecture']}`"
+    text = f"""{_header(base, pruning, "llama.cpp", "gguf, pruned", told)}
 ```bash
 llama-cli -m model.gguf -p "Once upon a time"
 llama-quantize model.gguf model-q4_k_m.gguf Q4_K_M     # rows that are no multiple of 256 fall back to q5_0 or q8_0
@@ -160,6 +140,21 @@ Llama("model.gguf")("Once upon a time", max_tokens=32)
 `pruning.json` has the settings, the kept units of every layer, the calibration's digest and all versions.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _header(base: Mapping[str, Any], pruning: Mapping[str, Any], library: str, tags: str, told: str) -> str:
+    """What every card begins with."""
+    return f"""---
+library_name: {library}
+base_model: {base["name"]}
+tags: [{tags}, structured-pruning, pp-lightning]
+---
+# {base["name"]}, pruned
+
+`{base["name"]}` ({base["model_type"]}), pruned by **{pruning.get("method", "none")}** with
+[pp-lightning](https://pypi.org/project/pp-lightning/), {told}; the weights come from a
+`{base["model_type"]}` model and keep its licence.
+"""
 
 
 def _int8_row(check: Agreement) -> str:

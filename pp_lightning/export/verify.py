@@ -48,7 +48,7 @@ class Behaviour:
         """Ask on a prompt of (rows, tokens) for so many more."""
         prompt, mask = _prompt(vocabulary, rows, tokens)
         logits, cache = run(prompt, mask, None)
-        return Behaviour(prompt, mask, logits, *_greedy(run, prompt, mask, logits, cache, steps))
+        return Behaviour(prompt, mask, logits, *greedy(run, prompt, mask, logits, cache, steps))
 
     @staticmethod
     def of_model(model: PreTrainedModel) -> "Behaviour":
@@ -81,6 +81,15 @@ class Int8Check:
     matrices: int
     bytes: int
 
+    @property
+    def told(self) -> str:
+        """For people."""
+        return (
+            f"quantised: {self.matrices} matrices in int8, {self.bytes:,} bytes; the next token's distribution is "
+            f"{self.divergence:.1e} nats from the unquantised one ({self.allowed} allowed), logits differ by at most "
+            f"{self.difference:.1e} of the largest; {self.same_tokens} of {self.of_tokens} greedy tokens are equal"
+        )
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -99,6 +108,16 @@ class Agreement:
     same_tokens: int = 0
     swapped_units: int = 0
     int8: Int8Check | None = None
+
+    @property
+    def told(self) -> str:
+        """For people."""
+        text = (
+            f"loaded and checked: logits differ by at most {self.largest_difference:.1e} ({self.tolerance:.1e} allowed)"
+        )
+        text += f"; {self.same_tokens} greedy tokens are equal" if self.same_tokens else ""
+        text += f"; {self.swapped_units} kept units differ by rounding" if self.swapped_units else ""
+        return text if self.int8 is None else f"{text}\n{self.int8.told}"
 
 
 @torch.no_grad()
@@ -202,9 +221,7 @@ def _prompt(vocabulary: int, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
     return prompt, mask
 
 
-def _greedy(
-    run: Runner, prompt: Tensor, mask: Tensor, logits: Tensor, cache: Any, number: int
-) -> tuple[Tensor, Tensor]:
+def greedy(run: Runner, prompt: Tensor, mask: Tensor, logits: Tensor, cache: Any, number: int) -> tuple[Tensor, Tensor]:
     """The tokens that follow a prompt, given its logits and the cache behind it, and the logits they were read from."""
     text, steps = prompt, [logits[:, -1]]
     for step in range(number):

@@ -53,7 +53,7 @@ def test_what_is_chosen_for_an_engine_is_told(engine, method, told, type_in, cho
 
 def answered(monkeypatch, spoil):
     """As if llama.cpp were installed: it gives what the model gave, but for what is spoiled."""
-    monkeypatch.setattr("pp_lightning.app.exporting.check_installed", lambda engine: "python")
+    monkeypatch.setattr("pp_lightning.app.export_plan.check_installed", lambda engine: "python")
 
     def ask(engine, folder, *, windows, steps, **_):
         tokens = [window[-steps:] for window in windows]
@@ -91,21 +91,39 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, type_in, chosen, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_family_that_llama_cpp_does_not_know_is_refused_before_any_work(
-    type_in, chosen, tmp_path, capsys, place, monkeypatch
+@pytest.mark.parametrize(
+    ("family", "extra", "wanted"),
+    [
+        ("opt", ["--for", "llama.cpp"], ["model type 'opt'", "--for vllm"]),
+        ("qwen3", ["--for", "llama.cpp"], ["reads no biases", "--for vllm"]),
+        ("qwen3", [], ["no stock class holds", "biases in down_proj, o_proj", "use --layout per-layer"]),
+        ("qwen3", ["--for", "vllm", "--layout", "padded"], ["no stock class holds", "use --layout per-layer"]),
+    ],
+)
+def test_what_no_engine_or_class_holds_is_refused_before_any_work(
+    family, extra, wanted, type_in, chosen, tmp_path, capsys, place, monkeypatch
 ):
     def never(*_, **__):
         raise AssertionError("calibrated")
 
     monkeypatch.setattr("pp_lightning.app.module.PrunedLM.prune", never)
-    tiny("opt", vocab_size=VOCABULARY).save_pretrained(tmp_path / "opt")
+    tiny(family, vocab_size=VOCABULARY).save_pretrained(tmp_path / family)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "opt" / name).write_bytes((place / "model" / name).read_bytes())
-    given = {**chosen, "--model.path": tmp_path / "opt", "--out": tmp_path / "out"}
-    assert type_in("export", given, extra=["--for", "llama.cpp"]) == 2
+        (tmp_path / family / name).write_bytes((place / "model" / name).read_bytes())
+    given = {**chosen, "--model.path": tmp_path / family, "--out": tmp_path / "out"}
+    assert type_in("export", given, extra=extra) == 2
     line = refused(capsys)
-    assert "model type 'opt'" in line and "--for vllm" in line
+    assert all(words in line for words in wanted)
     assert not (tmp_path / "out").exists()
+
+
+def test_biases_of_attention_alone_have_a_class(type_in, chosen, tmp_path, place):
+    """The negative control: Qwen3's own class reads a bias of this output, and not of MLPs."""
+    tiny("qwen3", vocab_size=VOCABULARY).save_pretrained(tmp_path / "qwen3")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "qwen3" / name).write_bytes((place / "model" / name).read_bytes())
+    given = {**chosen, "--model.path": tmp_path / "qwen3", "--out": tmp_path / "out", "--model.mlp_ratio": 0.0}
+    assert type_in("export", given) == 0
 
 
 def test_an_engine_that_is_not_installed(type_in, chosen, tmp_path, capsys, monkeypatch):

@@ -1,17 +1,19 @@
 """Folders in engines: each engine's smallest case, where it is installed; and what a check accepts."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModel
 
 from pp_lightning import UserError
 from pp_lightning.export import export_checkpoint, export_graph
 from pp_lightning.export.engines.check import Expected, check_with
 from pp_lightning.export.engines.choice import FORMATS, choice_for
-from pp_lightning.export.engines.run import RUNNERS, Answer, interpreter_of
+from pp_lightning.export.engines.run import RUNNERS, Answer, ask, interpreter_of
 from pp_lightning.export.gguf_file import export_gguf
 from tests.commonsense.tokenizers import tokenizer_of
 from tests.export.engine_models import small_pruned
@@ -71,6 +73,25 @@ def test_a_tie_ends_the_comparison_of_its_row(asked):
     tokens = [[*expected.tokens[0][:5], second, *[0] * 26], *expected.tokens[1:]]
     found = check(tokens=tokens)
     assert (found.same_tokens, found.of_tokens) == (5 + 64, 5 + 64)
+
+
+def test_an_environment_is_found_from_anywhere(tmp_path, monkeypatch):
+    """Its folder may be named from where the user stands; the engine runs in another one."""
+    python = tmp_path / "engines" / "vllm" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PP_LIGHTNING_ENGINES", "engines")
+    assert interpreter_of("vllm") == str(python)
+
+
+def test_an_engine_that_fails_is_named_with_its_version(tmp_path, monkeypatch):
+    (tmp_path / "fails.py").write_text("raise KeyError('per_layer_config')")
+    failing = replace(RUNNERS["transformers"], script=str(tmp_path / "fails.py"))
+    monkeypatch.setitem(RUNNERS, "transformers", failing)
+    told = f"transformers {transformers.__version__} cannot run out: KeyError: 'per_layer_config'"
+    with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
+        ask("transformers", tmp_path / "out")
 
 
 def test_what_is_chosen_for_an_engine():

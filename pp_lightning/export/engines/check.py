@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from pp_lightning.errors import UserError
 from pp_lightning.export.engines.run import Engine, ask
 from pp_lightning.export.sizes import longest_text
-from pp_lightning.export.verify import model_runner
+from pp_lightning.export.verify import greedy, model_runner
 
 _PROMPTS, _TOKENS, _STEPS = 3, 16, 32
 LOSS_TOLERANCE = 1e-3  # relative: engines keep keys and values in half precision, or fuse
@@ -41,18 +41,12 @@ class Expected:
         steps = min(_STEPS, longest_text(model) - size)
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(0, model.config.vocab_size, (_PROMPTS, size), generator=generator)
-        run, text, given, cache = model_runner(model), prompts, prompts, None
-        found = []
-        for _ in range(steps):
-            logits, cache = run(given, torch.ones_like(text), cache)
-            found.append(logits[:, -1])
-            given = found[-1].argmax(-1, keepdim=True)
-            text = torch.cat([text, given], dim=1)
-            given = text if cache is None else given
-        mask = torch.ones_like(text)
-        scores = run(text, mask, None)[0].double().log_softmax(-1)[:, :-1]
+        run, mask = model_runner(model), torch.ones_like(prompts)
+        tokens, step_logits = greedy(run, prompts, mask, *run(prompts, mask, None), steps)
+        text = torch.cat([prompts, tokens], dim=1)
+        scores = run(text, torch.ones_like(text), None)[0].double().log_softmax(-1)[:, :-1]
         losses = -scores.gather(2, text[:, 1:, None]).sum((1, 2))
-        return Expected(prompts.tolist(), text[:, size:].tolist(), losses.tolist(), torch.stack(found, dim=1))
+        return Expected(prompts.tolist(), tokens.tolist(), losses.tolist(), step_logits)
 
 
 @dataclass(frozen=True)
@@ -72,6 +66,14 @@ class EngineCheck:
     same_tokens: int
     of_tokens: int
     loss_difference: float
+
+    @property
+    def told(self) -> str:
+        """For people."""
+        return (
+            f"run in {self.version}: {self.same_tokens} of {self.of_tokens} greedy tokens are equal, losses differ by "
+            f"at most {self.loss_difference:.1e}"
+        )
 
 
 def check_with(engine: Engine, folder: Path, expected: Expected, *, exact: bool, **more: Any) -> EngineCheck:

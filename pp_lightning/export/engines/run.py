@@ -68,7 +68,7 @@ def interpreter_of(engine: Engine) -> str | None:
     """The Python that has an engine; None where there is none."""
     folder = os.environ.get(ENVIRONMENTS)
     if folder is not None:
-        own = Path(folder) / engine / "bin" / "python"
+        own = Path(folder).absolute() / engine / "bin" / "python"  # it runs in another folder
         if own.exists():
             return str(own)
     return sys.executable if any(find_spec(name) is not None for name in RUNNERS[engine].modules) else None
@@ -124,8 +124,18 @@ def ask(
         words = [python, str(script), str(asked), str(answered)]
         done = subprocess.run(words, capture_output=True, text=True, env=environment | offline, cwd=place)
         if done.returncode or not answered.exists():
-            raise UserError(f"{engine} cannot run {folder.name}: {_reason(done.stderr)}")
+            raise UserError(f"{_version(engine, python)} cannot run {folder.name}: {_reason(done.stderr)}")
         return Answer(**json.loads(answered.read_text(encoding="utf-8")))
+
+
+def _version(engine: Engine, python: str) -> str:
+    """Package and version: an old one may be the reason why it cannot run a folder."""
+    asked = (
+        "import sys; from importlib.metadata import packages_distributions as having, version; "
+        "print(*(f'{name} {version(name)}' for module in sys.argv[1:] for name in having().get(module, ())))"
+    )
+    done = subprocess.run([python, "-c", asked, *RUNNERS[engine].modules], capture_output=True, text=True)
+    return done.stdout.strip() or engine
 
 
 def _reason(errors: str) -> str:

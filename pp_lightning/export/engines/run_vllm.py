@@ -1,25 +1,26 @@
 """Run a transformers folder in vLLM: see :mod:`pp_lightning.export.engines.run`."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all in this process: each further one imports everything again
 import vllm
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Tokens, losses and the version, as asked."""
     code = Path(request["folder"], "modeling_pruned.py").exists()
+    config = json.loads(Path(request["folder"], "config.json").read_text())
     longest = max([len(p) + request["steps"] for p in request["prompts"]] + [len(w) + 1 for w in request["windows"]])
     model = vllm.LLM(
         request["folder"],
         trust_remote_code=code,
         skip_tokenizer_init=True,
         enforce_eager=True,
-        dtype=json.loads(Path(request["folder"], "config.json").read_text())[
-            "dtype"
-        ],  # by itself it would halve float32
+        dtype=config["dtype"],  # by itself it would halve float32
         max_model_len=longest,
         max_num_batched_tokens=max(longest, 2048),
         kv_cache_memory_bytes=1 << 28,
