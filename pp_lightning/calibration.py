@@ -20,6 +20,7 @@ from pp_lightning.layerwise import LayerByLayer
 from pp_lightning.progress import shown
 from pp_lightning.pruned.check import meetings
 from pp_lightning.pruning import is_pruned
+from pp_lightning.shares import own_share
 from pp_lightning.statistics import Statistics, fingerprint
 from pp_lightning.stored import is_settled, values_of
 
@@ -64,6 +65,20 @@ def calibrate(
             model, other batches or other layers, or no means.
     """
     _check_asked(model, batches)
+    with own_share(model):
+        return _calibrated(model, batches, means, layers, save_to, save_every, progress, folder)
+
+
+def _calibrated(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    means: bool,
+    layers: Sequence[int] | None,
+    save_to: str | os.PathLike[str] | None,
+    save_every: int,
+    progress: bool,
+    folder: str | os.PathLike[str] | None,
+) -> Statistics:
     number = len(layers_of(model))
     wanted = range(number) if layers is None else layers
     _check_layers(wanted, number)

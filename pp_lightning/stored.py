@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pp_lightning.errors import UserError
 from pp_lightning.interfaces import give_memory_back, replace_forward, run_stock
+from pp_lightning.parallel import is_sharded, is_spread
 from pp_lightning.tensor_files import DTYPES, NAMES, Placeholder, write_tensors
 
 _PLACE, _RESIDENCE = "_pp_lightning_place", "_pp_lightning_residence"
@@ -90,9 +91,14 @@ def is_stored(weight: Tensor) -> bool:
 
 
 def values_of(weight: Tensor) -> Tensor:
-    """The weight itself, or what the disk holds for it, in its dtype on the CPU."""
+    """The weight itself; what the disk holds for it, in its dtype on the CPU; or what all processes hold of it."""
     place: Place | None = getattr(weight, _PLACE, None)
-    return weight if place is None else place.read().to(weight.dtype)
+    if place is not None:
+        return place.read().to(weight.dtype)
+    if not is_spread(weight):
+        return weight
+    whole: Tensor = weight.full_tensor()  # type: ignore[attr-defined]
+    return whole
 
 
 def sample_of(weight: Tensor, step: int, number: int) -> Tensor:
@@ -105,7 +111,7 @@ def sample_of(weight: Tensor, step: int, number: int) -> Tensor:
     """
     place: Place | None = getattr(weight, _PLACE, None)
     if place is None:
-        return weight.detach().flatten()[::step][:number]
+        return values_of(weight).detach().flatten()[::step][:number]
     return place.read(lambda whole: whole.flatten()[::step][:number]).to(weight.dtype)
 
 
@@ -169,7 +175,14 @@ def is_settled(layer: nn.Module) -> bool:
 
 @contextmanager
 def resident(layer: nn.Module) -> Iterator[None]:
-    """Within this context a layer has its weights in memory."""
+    """Within this context a layer has its weights in memory, wherever they are otherwise."""
+    if is_sharded(layer):
+        layer.unshard()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            layer.reshard()  # type: ignore[operator]
+        return
     residence: Residence | None = getattr(layer, _RESIDENCE, None)
     if residence is None:
         yield
