@@ -2,14 +2,15 @@
 
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pp_lightning.errors import UserError
 from pp_lightning.families import layers_of, stack_of
 from pp_lightning.parallel import is_sharded
 from pp_lightning.pruning import is_pruned, pruning_of
-from pp_lightning.stored import is_settled
+from pp_lightning.stored import is_settled, values_of
 
 
 def shard_(model: PreTrainedModel, mesh: Any = None, *, trained: bool = False) -> None:
@@ -43,3 +44,21 @@ def shard_(model: PreTrainedModel, mesh: Any = None, *, trained: bool = False) -
         fully_shard(model, mesh=mesh)
     else:
         fully_shard(stack_of(model), mesh=mesh, ignored_params=outside)
+
+
+@torch.no_grad()
+def gathered(model: PreTrainedModel, *, holds: bool = True) -> PreTrainedModel | None:
+    """The model itself, or of a sharded one a new model with all its weights, on the CPU. Every process must call this.
+
+    Args:
+        model: dense.
+        holds: whether this process wants it; None for the others.
+    """
+    if not is_sharded(layers_of(model)[0]):
+        return model if holds else None
+    whole = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype) if holds else None
+    for name, weight in model.named_parameters():
+        values = values_of(weight)
+        if whole is not None:
+            whole.get_parameter(name).copy_(values)
+    return whole

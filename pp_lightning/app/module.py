@@ -15,7 +15,7 @@ from pp_lightning.app.prunable import FrozenOn, PrunableModule
 from pp_lightning.app.recovery import RecoveryRun, described, recovery_callbacks
 from pp_lightning.app.results import Evaluation
 from pp_lightning.app.scoring import Scoring, scoring_for, streamed_scoring_for
-from pp_lightning.app.spreading import spread
+from pp_lightning.app.spreading import spread, spreads
 from pp_lightning.checkpoints import Dtype, load_tokenizer, new_model, open_model, usual_dtype
 from pp_lightning.commonsense import CommonsenseData
 from pp_lightning.compilation import Compilation, compile_, uncompile_
@@ -278,7 +278,10 @@ class PrunedLM(PrunableModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """With recovery: the steps that it takes, and a checkpoint to go on from."""
-        return [] if self.recovery is None else recovery_callbacks(self.run, self.out, self.recovery)
+        if self.recovery is None:
+            return []
+        saves = not spreads(self.trainer.strategy)
+        return recovery_callbacks(self.run, self.out, self.recovery, saves=saves)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """With recovery, a checkpoint has adapters and masks only; they are in its callback's state."""
@@ -307,8 +310,8 @@ class PrunedLM(PrunableModule):
         try:
             if save and done < run.total_steps:
                 raise UserError(f"the training stopped at step {done} of {run.total_steps}: run it again to go on")
-            if save and self.trainer.is_global_zero:
-                run.save()
+            if save:
+                run.save(writes=self.trainer.is_global_zero)
         finally:
             run.leave()
 

@@ -10,9 +10,14 @@ from pp_lightning.checkpoints import Dtype, load_spread
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.errors import UserError
-from pp_lightning.methods import StaticMethod
+from pp_lightning.methods import LoRAPrune, StaticMethod
 from pp_lightning.methods.gradient import GradientMethod
 from pp_lightning.sharding import shard_
+
+
+def spreads(strategy: Any) -> bool:
+    """Whether a strategy leaves each process a part of the model."""
+    return isinstance(strategy, ModelParallelStrategy)
 
 
 def check_alone(strategy: Any, command: str) -> None:
@@ -21,7 +26,7 @@ def check_alone(strategy: Any, command: str) -> None:
     Raises:
         UserError: it does.
     """
-    if isinstance(strategy, ModelParallelStrategy):
+    if spreads(strategy):
         raise UserError(f"{command} needs the whole model in a process: ModelParallelStrategy is for test and fit")
 
 
@@ -59,6 +64,8 @@ def _check(module: PrunableModule, data: EvaluationData, sharding: int, splittin
         raise UserError("tasks run in processes that have the whole model: use --trainer.strategy ddp")
     if module.recovered is not None:
         raise UserError("recovered models are evaluated whole: use --trainer.strategy ddp")
+    if trained and isinstance(module.method, LoRAPrune):
+        raise UserError("lora_prune closes masks over whole blocks: train it with --trainer.strategy ddp")
     if splitting > 1:
         if trained:
             raise UserError("training works on sharded weights: set --trainer.strategy.tensor_parallel_size 1")
