@@ -22,9 +22,9 @@ from pp_lightning.checkpoint_files import check_folder, in_our_words
 from pp_lightning.errors import UserError
 from pp_lightning.families import layers_of
 from pp_lightning.files import is_file, is_folder
-from pp_lightning.interfaces import parameters_without_memory
+from pp_lightning.interfaces import names_elsewhere, parameters_without_memory
 from pp_lightning.parallel import is_spread
-from pp_lightning.stored import Place, places_in, settle, stored, values_of
+from pp_lightning.stored import AnyPlace, Merged, Place, places_in, settle, stored, values_of
 from pp_lightning.tensor_files import SIZES
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -156,19 +156,24 @@ def load_streamed(path: str | None = None, dtype: Dtype = "float32", *, bundled_
     return model.eval()
 
 
-def _places_of(model: PreTrainedModel, places: Mapping[str, Place]) -> Callable[[str], Place | None]:
-    """Where a weight of a model is: checkpoints have names with the base model's prefix, or without it."""
+def _places_of(model: PreTrainedModel, places: Mapping[str, Place]) -> Callable[[str], AnyPlace | None]:
+    """Where a weight of a model is: checkpoints have names with the base model's prefix, without, or of their own."""
     prefix = f"{model.base_model_prefix}."
+    others = names_elsewhere(model, places)
 
-    def find(name: str) -> Place | None:
+    def find(name: str) -> AnyPlace | None:
         candidates = (name, name.removeprefix(prefix), prefix + name)
-        return next((places[one] for one in candidates if one in places), None)
+        same = next((places[one] for one in candidates if one in places), None)
+        if same is not None or name not in others:
+            return same
+        found = [[places[one] for one in kind] for kind in others[name]]
+        return found[0][0] if len(found) == len(found[0]) == 1 else Merged.of(found)
 
     return find
 
 
 @torch.no_grad()
-def _fill(model: PreTrainedModel, find: Callable[[str], Place | None], source: str) -> None:
+def _fill(model: PreTrainedModel, find: Callable[[str], AnyPlace | None], source: str) -> None:
     """Give a model without memory its weights, those of its layers as places on disk."""
     inside = {id(weight) for layer in layers_of(model) for weight in layer.parameters()}
     for name, weight in list(model.named_parameters()):
