@@ -19,7 +19,7 @@ from pp_lightning.blocks import Block, BlockKey, ModelShape
 from pp_lightning.errors import UserError
 from pp_lightning.functional.selection import Rows
 from pp_lightning.interfaces import displaced_forward, effective_weight
-from pp_lightning.parallel import Reduced, is_spread
+from pp_lightning.parallel import Reduced, is_spread, own_part
 from pp_lightning.stored import values_of
 
 # Projections into a block by name, each with the roles of its output rows; several roles follow one another. ``group``
@@ -501,7 +501,7 @@ def shape_of_model(model: PreTrainedModel) -> ModelShape:
         query_rows=heads[3] if heads else 0,
         mlp_width=widths[0] if widths else 0,
         gated=bool(widths[1]) if widths else False,
-        vocabulary=0 if vocabulary is None else vocabulary.weight.shape[0],
+        vocabulary=0 if vocabulary is None else own_part(vocabulary.weight).shape[0],
         vocabulary_inputs=0 if vocabulary is None else _features(vocabulary)[1],
         outer_weights=sum(one.weight.numel() for one in stack_of(model).children() if isinstance(one, nn.Linear)),
         without={Block.ATTENTION: _missing(model, attention), Block.MLP: _missing(model, mlps)},

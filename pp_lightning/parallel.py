@@ -21,6 +21,12 @@ def is_spread(weight: Any) -> bool:
     return hasattr(weight, "full_tensor")
 
 
+def own_part(weight: Any) -> Tensor:
+    """What this process holds of a weight: all of it, unless it is spread."""
+    part: Tensor = weight.to_local() if is_spread(weight) else weight
+    return part
+
+
 def is_sharded(layer: nn.Module) -> bool:
     """Whether FSDP2 gives a layer its weights while it runs."""
     return hasattr(layer, "unshard") and hasattr(layer, "reshard")

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from pp_lightning.errors import UserError
 from pp_lightning.families import BlockModules, blocks_of, layer_prefix, shape_of_model
 from pp_lightning.interfaces import displaced_forward, replace_forward, restore_forward
-from pp_lightning.parallel import Reduced, is_sharded, is_spread
+from pp_lightning.parallel import Reduced, is_sharded, is_spread, own_part
 
 _SHARE = "_pp_lightning_share"
 _STYLES = {False: "colwise", True: "rowwise"}  # of projections into a block, and of its output
@@ -83,6 +83,20 @@ def share_of(model: nn.Module) -> Share | None:
     """The share that is taken now."""
     found: Share | None = getattr(model, _SHARE, None)
     return found
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Refuse a model of which each process has a part.
+
+    Args:
+        model: any.
+        what: needs all weights of it.
+
+    Raises:
+        UserError: it is one.
+    """
+    if share_of(model) is not None or any(is_spread(weight) for weight in model.parameters()):
+        raise UserError(f"several processes share the weights, and {what} needs all of them: do it in one process")
 
 
 @contextmanager
@@ -166,7 +180,7 @@ def _take(module: Any, group: Any, *, is_output: bool) -> _Spread:
     )
     for name in spread.weights:
         whole = module._parameters[name]
-        module._parameters[name] = nn.Parameter(whole.to_local().detach(), requires_grad=whole.requires_grad)
+        module._parameters[name] = nn.Parameter(own_part(whole).detach(), requires_grad=whole.requires_grad)
     module.out_features, module.in_features = module.weight.shape
     restore_forward(module)
     if is_output:

@@ -11,6 +11,8 @@ from torch.multiprocessing import spawn
 from pp_lightning import calibrate, prune_, unprune_
 from pp_lightning.compilation import compile_
 from pp_lightning.errors import UserError
+from pp_lightning.export import export_checkpoint
+from pp_lightning.gradients import taylor_importances
 from pp_lightning.methods import FLAP, ProbePruning, WandaSP
 from pp_lightning.parallel import is_spread
 from pp_lightning.sharding import shard_
@@ -74,6 +76,8 @@ def refused() -> list[str]:
         lambda: shard_(model),
         lambda: shard_(pruned),
         lambda: compile_(model),
+        lambda: taylor_importances(model, calibration_batches()),
+        lambda: export_checkpoint(model, Path("nowhere")),
         lambda: prune_(model, FLAP(), stats, **SETTINGS),
     ]
     said = []
@@ -105,6 +109,13 @@ def test_sharded_weights_change_nothing(kind, ranks):
 
 @pytest.mark.slow
 def test_what_cannot_be_sharded_is_refused_in_one_line(ranks):
-    parts = ["sharded already", "shard_ the model first", "leave it eager", "before it is sharded"]
+    parts = [
+        "sharded already",
+        "shard_ the model first",
+        "a compiled layer needs all of them",
+        "a gradient needs all of them",
+        "an export needs",
+        "before it is sharded",
+    ]
     for _, refused in ranks:
         assert [part in said for part, said in zip(parts, refused, strict=True)] == [True] * len(parts)

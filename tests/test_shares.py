@@ -27,7 +27,7 @@ from pp_lightning.methods import FLAP, LLMPruner, ProbePruning, StaticBest, Stat
 from pp_lightning.methods.base import StaticChoice
 from pp_lightning.methods.dynamic import Sight
 from pp_lightning.methods.flap import global_counts
-from pp_lightning.parallel import is_spread
+from pp_lightning.parallel import own_part
 from pp_lightning.pruning import is_pruned, pruning_of
 from pp_lightning.updating import LeastSquares
 
@@ -123,10 +123,6 @@ def _in_one_of_two(rank: int, folder: Path) -> None:
     found["refused"] = refused(model, stats, shared(folder / "uneven"))
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
-
-
-def own_part(weight: Any) -> Tensor:
-    return weight.to_local() if is_spread(weight) else weight
 
 
 def refused(model: PreTrainedModel, stats: Any, uneven: PreTrainedModel) -> list[str]:
@@ -275,7 +271,13 @@ def test_it_is_not_what_one_process_chooses(name, ranks, dense):
 
 
 def test_what_needs_whole_blocks_is_refused_in_one_line(ranks):
-    needs = ["with an update", "importances of whole blocks", "leave it eager", "no gradients", "evenly"]
+    needs = [
+        "with an update",
+        "importances of whole blocks",
+        "a compiled layer needs all of them",
+        "no gradients",
+        "evenly",
+    ]
     for rank in ranks:
         assert len(rank["refused"]) == len(needs)
         for said, part in zip(rank["refused"], needs, strict=True):

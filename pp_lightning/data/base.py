@@ -185,7 +185,8 @@ class EvaluationData(L.LightningDataModule, ABC):
     @property
     def _mesh(self) -> Any:
         """Of processes that share a model, as Lightning's ``ModelParallelStrategy`` makes it."""
-        return None if self.trainer is None else getattr(self.trainer.strategy, "_device_mesh", None)
+        module = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
+        return None if module is None else module.device_mesh
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
