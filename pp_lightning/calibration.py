@@ -46,7 +46,8 @@ def calibrate(
     there. Batches may end it by raising ``SystemExit``: the file then has all of those before.
 
     Args:
-        model: a dense causal language model. It is run in evaluation mode and left as it was.
+        model: a dense causal language model. It is run in evaluation mode and left as it was. Where transformers has
+            spread it over processes (``tp_plan``), each of them must call this, and has statistics of its own units.
         batches: dictionaries with ``input_ids`` (B, S) and optionally ``attention_mask`` (B, S), 1 at real tokens, and
             ``position_ids`` (B or 1, S), where tokens are not at the positions that the mask gives them.
         means: collect sums and deviations from the mean beside sums of squares; FLAP needs them. Without them the

@@ -45,7 +45,7 @@ from pp_lightning.pruned.runner import BlockRunner
 from pp_lightning.pruned.static import SlicedBlock, check_sliceable, restore_block, slice_block
 from pp_lightning.pruned.turns import Turns
 from pp_lightning.saving import guard, release
-from pp_lightning.shares import give_back, own_share
+from pp_lightning.shares import give_back, keep_for_good, own_share
 from pp_lightning.statistics import Statistics
 from pp_lightning.stored import is_settled, is_stored, resident
 from pp_lightning.updating import LeastSquares, UpdatedBlock, Updating
@@ -137,7 +137,9 @@ def prune_(
     A dynamic method changes no weight: layers choose for every batch. A static method replaces projections by slices.
 
     Args:
-        model: dense, of any type whose blocks are found and pass the check, see :mod:`pp_lightning.families`.
+        model: dense, of any type whose blocks are found and pass the check, see :mod:`pp_lightning.families`. Where
+            transformers has spread it over processes (``tp_plan``), each of them must call this, and has units of its
+            own: counts, indices and statistics are a process's.
         method: one of :mod:`pp_lightning.methods`.
         evidence: what ``method.evidence`` says: statistics from :func:`calibrate` for most methods, importances for
             LLM-Pruner and LoRAPrune; may be None where the method needs none.
@@ -223,6 +225,8 @@ def prune_(
             found = Statistics(model="") if evidence is None else evidence
             pruning = _prune_static(surgery, method, found, keep_dense, update, partial(Turns, model, folder, tell))
         heads = {key for key in pruning.keep if key[1] is Block.ATTENTION} - surgery.whole().keys()
+        if not pruning._can_undo:
+            keep_for_good(model)
         pruning.path = path
         guard(model, dynamic=pruning.context is not None and share is None, narrow_heads=bool(heads))
         setattr(model, _ATTRIBUTE, pruning)

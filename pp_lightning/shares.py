@@ -8,7 +8,7 @@ the model changes, and giving the share back makes it what transformers has made
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,6 +144,13 @@ def give_back(model: PreTrainedModel) -> None:
         for one in share._spread:
             one.put_back()
         delattr(model, _SHARE)
+
+
+def keep_for_good(model: PreTrainedModel) -> None:
+    """Forget how to give the share back, and with that the dense weights of blocks that were sliced."""
+    share = share_of(model)
+    if share is not None:
+        setattr(model, _SHARE, replace(share, _spread=()))
 
 
 def _check(model: PreTrainedModel, blocks: Mapping[Any, BlockModules], number: int) -> None:

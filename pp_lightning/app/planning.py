@@ -154,12 +154,11 @@ def measured_speeds(sizes: Sizes, work: Workload, folder: Path | None) -> Speeds
     states, matrix = (torch.randn(size, shape.hidden_size).to(work.dtype) for size in (rows, shape.hidden_size))
     wide = torch.randn(rows, 2048)
     square = wide.t().double() @ wide.double() / rows + torch.eye(2048, dtype=torch.float64)
-    matrix_numbers = matrix.numel()
     return Speeds(
         _rate(lambda: states @ matrix.t(), 2.0 * rows * shape.hidden_size**2),
         _rate(lambda: wide.t() @ wide, 2.0 * rows * 2048**2),
         _rate(lambda: torch.linalg.cholesky(square), 2048**3 / 3),
-        _rate(lambda: energy_weight_norm(matrix), float(matrix_numbers)),
+        _rate(lambda: energy_weight_norm(matrix), float(matrix.numel())),
         *_disk(sizes, folder),
     )
 
