@@ -33,6 +33,7 @@ class Evidence:
         restores_means: whether the method puts back the mean of what it removes: then only deviations from it are lost.
         floor: fraction of its units that every block keeps, in [0, 1]; None takes :data:`FLOORS`.
         losses: of every block's units (U,) where those that stay take over what goes; None where they do not.
+        over: makes of a block's losses those that all processes count units by, where several share the model.
     """
 
     statistics: Statistics | None
@@ -40,6 +41,11 @@ class Evidence:
     restores_means: bool
     floor: float | None
     losses: Mapping[BlockKey, Tensor] | None = None
+    over: Callable[[Tensor], Tensor] | None = None
+
+    def counted(self, losses: Tensor) -> Tensor:
+        """The losses (U,) that units are counted by."""
+        return losses if self.over is None else self.over(losses)
 
 
 def spread(
@@ -50,6 +56,7 @@ def spread(
     allocation: AllocationName | None,
     floor: float | None,
     losses: Mapping[BlockKey, Tensor] | None = None,
+    over: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Plan, dict[BlockKey, int]]:
     """The layers that are pruned, and the units that stay in each of their blocks.
 
@@ -61,6 +68,7 @@ def spread(
         allocation: ``uniform`` or ``global``.
         floor: fraction of its units that every block keeps under ``global``; None takes :data:`FLOORS`.
         losses: of every block's units, where they are known better than from statistics.
+        over: makes of a block's losses those that all processes count units by, where several share the model.
 
     Raises:
         UserError: no such allocation, the method has its own, or the allocation cannot be made.
@@ -73,7 +81,7 @@ def spread(
         raise UserError(f"allocation must be {', '.join(others)} or {last}, not {name!r}")
     if name != "uniform" and method.allocates:
         raise UserError(f"{type(method).__name__} spreads units over the layers itself: leave allocation out")
-    return ALLOCATIONS[name](plan, Evidence(statistics, output_weights, method.restores_means, floor, losses))
+    return ALLOCATIONS[name](plan, Evidence(statistics, output_weights, method.restores_means, floor, losses, over))
 
 
 Allocation = Callable[[Plan, Evidence], tuple[Plan, dict[BlockKey, int]]]
@@ -175,7 +183,7 @@ def _removable(
         statistics.counts.to(weight.device),
         plan.units.channels,
     )
-    return Removable(losses, cost, plan.round_to, least)
+    return Removable(evidence.counted(losses), cost, plan.round_to, least)
 
 
 # Of outlier-weighed ratios (OWL, arXiv 2310.05175): a channel is an outlier that is so many times its block's mean, and
@@ -199,7 +207,8 @@ def by_outliers(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockKey, in
     plan, keep = uniform(plan, evidence)
     for block in (one for one in plan.blocks if _is_ranked(one)):
         keys = [key for key in keep if key[1] is block.block]
-        shares = torch.tensor([outlier_share(_output_energy(key, evidence, statistics)) for key in keys])
+        own = (outlier_share(_output_energy(key, evidence, statistics)) for key in keys)
+        shares = torch.cat([evidence.counted(torch.tensor([share])) for share in own])
         ratios = spread_ratios(block.ratio, shares, _SPREAD)
         for key, ratio in zip(keys, ratios.tolist(), strict=True):
             keep[key] = kept_channels(block.units.number, ratio, block.round_to)  # of heads too

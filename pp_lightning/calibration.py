@@ -20,6 +20,7 @@ from pp_lightning.layerwise import LayerByLayer
 from pp_lightning.progress import shown
 from pp_lightning.pruned.check import meetings
 from pp_lightning.pruning import is_pruned
+from pp_lightning.shares import own_share
 from pp_lightning.statistics import Statistics, fingerprint
 from pp_lightning.stored import is_settled, values_of
 
@@ -45,7 +46,8 @@ def calibrate(
     there. Batches may end it by raising ``SystemExit``: the file then has all of those before.
 
     Args:
-        model: a dense causal language model. It is run in evaluation mode and left as it was.
+        model: a dense causal language model. It is run in evaluation mode and left as it was. Where transformers has
+            spread it over processes (``tp_plan``), each of them must call this, and has statistics of its own units.
         batches: dictionaries with ``input_ids`` (B, S) and optionally ``attention_mask`` (B, S), 1 at real tokens, and
             ``position_ids`` (B or 1, S), where tokens are not at the positions that the mask gives them.
         means: collect sums and deviations from the mean beside sums of squares; FLAP needs them. Without them the
@@ -64,6 +66,20 @@ def calibrate(
             model, other batches or other layers, or no means.
     """
     _check_asked(model, batches)
+    with own_share(model):
+        return _calibrated(model, batches, means, layers, save_to, save_every, progress, folder)
+
+
+def _calibrated(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    means: bool,
+    layers: Sequence[int] | None,
+    save_to: str | os.PathLike[str] | None,
+    save_every: int,
+    progress: bool,
+    folder: str | os.PathLike[str] | None,
+) -> Statistics:
     number = len(layers_of(model))
     wanted = range(number) if layers is None else layers
     _check_layers(wanted, number)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -22,8 +22,9 @@ from pp_lightning.checkpoint_files import check_folder, in_our_words
 from pp_lightning.errors import UserError
 from pp_lightning.families import layers_of
 from pp_lightning.files import is_file, is_folder
-from pp_lightning.interfaces import parameters_without_memory
-from pp_lightning.stored import Place, places_in, settle, stored, values_of
+from pp_lightning.interfaces import names_elsewhere, parameters_without_memory
+from pp_lightning.parallel import is_spread
+from pp_lightning.stored import AnyPlace, Merged, Place, places_in, settle, stored, values_of
 from pp_lightning.tensor_files import SIZES
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -50,7 +51,30 @@ def load_model(path: str | None = None, dtype: Dtype = "float32", *, allow_pickl
     Raises:
         UserError: there is no such checkpoint, it is incomplete or damaged, or it is not safetensors.
     """
+    return _loaded(_checked_source(path), dtype, allow_pickle)
+
+
+def load_spread(path: str | None, dtype: Dtype, processes: int) -> PreTrainedModel:
+    """The same model spread over all processes by tensor parallelism as transformers has it: each reads its part.
+
+    Args:
+        path: see :func:`load_model`.
+        dtype: see there.
+        processes: how many there are; each must call this.
+
+    Raises:
+        UserError: as there, or transformers has no plan for models of this type.
+    """
+    from transformers.distributed import DistributedConfig
+
     source = _checked_source(path)
+    model = _loaded(source, dtype, False, distributed_config=DistributedConfig(tp_plan="auto", tp_size=processes))
+    if not any(is_spread(weight) for layer in layers_of(model) for weight in layer.parameters()):
+        raise UserError(f"transformers has no plan to split {model.config.model_type} over processes: shard it instead")
+    return model
+
+
+def _loaded(source: str, dtype: Dtype, allow_pickle: bool, **how: Any) -> PreTrainedModel:
     config = check_folder(source, allow_pickle=allow_pickle) if is_folder(source) else {}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -59,6 +83,7 @@ def load_model(path: str | None = None, dtype: Dtype = "float32", *, allow_pickl
             use_safetensors=None if allow_pickle else True,
             trust_remote_code=False,
             output_loading_info=True,
+            **how,
         )
     except Exception as error:  # transformers, safetensors and the hub client raise a dozen unrelated types
         raise UserError(f"cannot load a model from {source}: {in_our_words(error, config)}") from error
@@ -131,19 +156,24 @@ def load_streamed(path: str | None = None, dtype: Dtype = "float32", *, bundled_
     return model.eval()
 
 
-def _places_of(model: PreTrainedModel, places: Mapping[str, Place]) -> Callable[[str], Place | None]:
-    """Where a weight of a model is: checkpoints have names with the base model's prefix, or without it."""
+def _places_of(model: PreTrainedModel, places: Mapping[str, Place]) -> Callable[[str], AnyPlace | None]:
+    """Where a weight of a model is: checkpoints have names with the base model's prefix, without, or of their own."""
     prefix = f"{model.base_model_prefix}."
+    others = names_elsewhere(model, places)
 
-    def find(name: str) -> Place | None:
+    def find(name: str) -> AnyPlace | None:
         candidates = (name, name.removeprefix(prefix), prefix + name)
-        return next((places[one] for one in candidates if one in places), None)
+        same = next((places[one] for one in candidates if one in places), None)
+        if same is not None or name not in others:
+            return same
+        found = [[places[one] for one in kind] for kind in others[name]]
+        return found[0][0] if len(found) == len(found[0]) == 1 else Merged.of(found)
 
     return find
 
 
 @torch.no_grad()
-def _fill(model: PreTrainedModel, find: Callable[[str], Place | None], source: str) -> None:
+def _fill(model: PreTrainedModel, find: Callable[[str], AnyPlace | None], source: str) -> None:
     """Give a model without memory its weights, those of its layers as places on disk."""
     inside = {id(weight) for layer in layers_of(model) for weight in layer.parameters()}
     for name, weight in list(model.named_parameters()):

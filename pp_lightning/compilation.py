@@ -29,6 +29,7 @@ from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruned.context import ModelContext
 from pp_lightning.pruned.inputs import BatchInputs
 from pp_lightning.pruning import COMPILED, is_pruned, pruning_of
+from pp_lightning.shares import check_whole
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
 
@@ -133,6 +134,7 @@ def compile_(model: PreTrainedModel, *, mode: CompileMode = "default") -> Compil
     """
     if hasattr(model, COMPILED):
         raise UserError("the model is compiled already: uncompile_ it first")
+    check_whole(model, "a compiled layer")
     if any(is_wrapped(module) for module in model.modules()):
         raise UserError(
             "graphs cannot hold what accelerate wraps around modules (device_map): load without it to compile"

@@ -19,6 +19,7 @@ from pp_lightning.blocks import Block, BlockKey, ModelShape
 from pp_lightning.errors import UserError
 from pp_lightning.functional.selection import Rows
 from pp_lightning.interfaces import displaced_forward, effective_weight
+from pp_lightning.parallel import Reduced, is_spread, own_part
 from pp_lightning.stored import values_of
 
 # Projections into a block by name, each with the roles of its output rows; several roles follow one another. ``group``
@@ -243,8 +244,13 @@ class BlockModules:
         known = type(projection).forward is nn.Linear.forward or type(projection).__name__ in self.family.linear
         # a parameter, not what a parametrisation or a hook makes of others for every call
         weight = projection._parameters.get("weight")
-        plain = type(weight) in (nn.Parameter, Tensor) and weight is not None and weight.is_floating_point()
-        return known and plain and displaced_forward(projection) is None
+        own = type(weight) in (nn.Parameter, Tensor) or is_spread(weight)
+        plain = own and weight is not None and weight.is_floating_point()
+        return known and plain and isinstance(displaced_forward(projection), (type(None), Reduced))
+
+    def is_spread(self, name: str) -> bool:
+        """Whether a projection's weight is a distributed tensor."""
+        return is_spread(getattr(self.projection(name), "weight", None))
 
     def role(self, name: str) -> str:
         """What a projection is: ``output``, or the roles of its rows."""
@@ -495,7 +501,7 @@ def shape_of_model(model: PreTrainedModel) -> ModelShape:
         query_rows=heads[3] if heads else 0,
         mlp_width=widths[0] if widths else 0,
         gated=bool(widths[1]) if widths else False,
-        vocabulary=0 if vocabulary is None else vocabulary.weight.shape[0],
+        vocabulary=0 if vocabulary is None else own_part(vocabulary.weight).shape[0],
         vocabulary_inputs=0 if vocabulary is None else _features(vocabulary)[1],
         outer_weights=sum(one.weight.numel() for one in stack_of(model).children() if isinstance(one, nn.Linear)),
         without={Block.ATTENTION: _missing(model, attention), Block.MLP: _missing(model, mlps)},

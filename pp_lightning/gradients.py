@@ -26,6 +26,7 @@ from pp_lightning.methods.llm_pruner import TaylorName
 from pp_lightning.methods.options import checked
 from pp_lightning.progress import shown
 from pp_lightning.pruning import is_pruned
+from pp_lightning.shares import check_whole
 
 IGNORED = -100  # label of a token that is not predicted
 Batch = Mapping[str, Any]
@@ -59,6 +60,7 @@ def taylor_importances(
     taylor = Taylor(checked("taylor", taylor, [variant.value for variant in Taylor]))
     if is_pruned(model):
         raise UserError("importances are collected on the dense model: unprune_ it first")
+    check_whole(model, "a gradient")
     if not batches:
         raise UserError("no calibration batches")
     projections = projections_of(model, layers)

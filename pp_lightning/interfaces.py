@@ -277,3 +277,47 @@ def sizes_without_special_cases() -> Iterator[None]:
         patch = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     with patch:
         yield
+
+
+def names_elsewhere(model: Any, keys: Iterable[str]) -> dict[str, list[list[str]]]:
+    """Of each of a model's weights that transformers makes of a checkpoint's tensors under other names, these names.
+
+    A tensor that is only renamed is alone. Experts that are put together have a list for each kind of matrix, one name
+    an expert; with other operations they are left out. Without transformers' rules nothing is found.
+
+    Args:
+        model: of transformers, with or without its weights.
+        keys: names in the checkpoint.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            Concatenate,
+            MergeModulelist,
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+    except ImportError:
+        return {}
+    rules = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [one for one in rules if isinstance(one, WeightRenaming)]
+    converters = [one for one in rules if isinstance(one, WeightConverter)]
+    rule_of = {pattern: one for one in converters for pattern in one.source_patterns}
+    weights, found = dict(model.named_parameters()), dict[str, dict[str | None, list[str]]]()
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, weights)
+        found.setdefault(name, {}).setdefault(pattern, []).append(key)
+
+    def is_plain(pattern: str | None) -> bool:
+        operations = [] if pattern is None else rule_of[pattern].operations
+        steps = [(type(one), getattr(one, "dim", None)) for one in operations]
+        return steps in ([], [(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+
+    def in_order(kinds: Mapping[str | None, list[str]]) -> list[list[str]]:
+        pattern = next(iter(kinds))
+        return [*kinds.values()] if pattern is None else [kinds[one] for one in rule_of[pattern].source_patterns]
+
+    plain = {name: kinds for name, kinds in found.items() if name in weights and all(map(is_plain, kinds))}
+    return {name: in_order(kinds) for name, kinds in plain.items()}

@@ -45,6 +45,7 @@ from pp_lightning.pruned.runner import BlockRunner
 from pp_lightning.pruned.static import SlicedBlock, check_sliceable, restore_block, slice_block
 from pp_lightning.pruned.turns import Turns
 from pp_lightning.saving import guard, release
+from pp_lightning.shares import give_back, keep_for_good, own_share
 from pp_lightning.statistics import Statistics
 from pp_lightning.stored import is_settled, is_stored, resident
 from pp_lightning.updating import LeastSquares, UpdatedBlock, Updating
@@ -136,7 +137,9 @@ def prune_(
     A dynamic method changes no weight: layers choose for every batch. A static method replaces projections by slices.
 
     Args:
-        model: dense, of any type whose blocks are found and pass the check, see :mod:`pp_lightning.families`.
+        model: dense, of any type whose blocks are found and pass the check, see :mod:`pp_lightning.families`. Where
+            transformers has spread it over processes (``tp_plan``), each of them must call this, and has units of its
+            own: counts, indices and statistics are a process's.
         method: one of :mod:`pp_lightning.methods`.
         evidence: what ``method.evidence`` says: statistics from :func:`calibrate` for most methods, importances for
             LLM-Pruner and LoRAPrune; may be None where the method needs none.
@@ -181,47 +184,52 @@ def prune_(
     _check_not_compiled(model)
     _check_loaded(model)
     check_family(model, method)
-    blocks, shape = blocks_of(model), shape_of_model(model)
-    plan = make_plan(
-        shape,
-        method,
-        pruning_ratio=pruning_ratio,
-        attention_ratio=attention_ratio,
-        mlp_ratio=mlp_ratio,
-        skip_layers=skip_layers,
-        round_to=round_to,
-        tensor_parallel=tensor_parallel,
-        uniform_heads=uniform_heads,
-    )
-    _check_evidence(model, method, evidence)
-    if isinstance(method, StaticMethod) and (prefill, refresh) != (None, None):
-        raise UserError(f"{type(method).__name__} has chosen before any prompt: leave prefill and refresh out")
-    stats = evidence if isinstance(evidence, Statistics) else None
-    weights = OutputWeights(blocks)
-    name, path = method.allocation if allocation is None else allocation, []
-    if update is not None and isinstance(method, StaticMethod) and name in ("global", "searched"):
-        targets = blocks_to_prune(model, replace(plan, layers=tuple(range(len(layers_of(model))))))
-        counts = measured_counts(model, plan, method, evidence, update, targets, name, floor)
-        plan, keep, path = counts.plan, counts.keep, counts.path
-    else:
-        plan, keep = spread(plan, method, weights, stats, allocation, floor)
-    met = _checked(model, blocks, shape, plan, keep)
-    surgery = _Surgery(model, blocks, shape, plan, keep, met)
-    if isinstance(method, DynamicMethod):
-        if update is not None:
-            raise UserError(f"{type(method).__name__} chooses for every batch, leave update out")
-        way = method.prefill if prefill is None else prefill
-        below, rows = dense_below(way, model.device), dense_rows(way, model.device)
-        serving = _Serving(HeldSlices(held_slices), below, checked_refresh(refresh), rows)
-        pruning = _prune_dynamic(surgery, method, stats, release_stats, serving)
-    else:
-        assert isinstance(method, StaticMethod)
-        found = Statistics(model="") if evidence is None else evidence
-        pruning = _prune_static(surgery, method, found, keep_dense, update, partial(Turns, model, folder, tell))
-    heads = {key for key in pruning.keep if key[1] is Block.ATTENTION} - surgery.whole().keys()
-    pruning.path = path
-    guard(model, dynamic=pruning.context is not None, narrow_heads=bool(heads))
-    setattr(model, _ATTRIBUTE, pruning)
+    with own_share(model, for_good=True) as share:
+        if share is not None:
+            _check_shared(method, update)
+        blocks, shape = blocks_of(model), shape_of_model(model)
+        plan = make_plan(
+            shape,
+            method,
+            pruning_ratio=pruning_ratio,
+            attention_ratio=attention_ratio,
+            mlp_ratio=mlp_ratio,
+            skip_layers=skip_layers,
+            round_to=round_to,
+            tensor_parallel=tensor_parallel,
+            uniform_heads=uniform_heads,
+        )
+        _check_evidence(model, method, evidence)
+        if isinstance(method, StaticMethod) and (prefill, refresh) != (None, None):
+            raise UserError(f"{type(method).__name__} has chosen before any prompt: leave prefill and refresh out")
+        stats = evidence if isinstance(evidence, Statistics) else None
+        weights, counted_by = OutputWeights(blocks), None if share is None else share.counted_by
+        name, path = method.allocation if allocation is None else allocation, []
+        if update is not None and isinstance(method, StaticMethod) and name in ("global", "searched"):
+            targets = blocks_to_prune(model, replace(plan, layers=tuple(range(len(layers_of(model))))))
+            counts = measured_counts(model, plan, method, evidence, update, targets, name, floor)
+            plan, keep, path = counts.plan, counts.keep, counts.path
+        else:
+            plan, keep = spread(plan, method, weights, stats, allocation, floor, over=counted_by)
+        met = _checked(model, blocks, shape, plan, keep)
+        surgery = _Surgery(model, blocks, shape, plan, keep, met, counted_by)
+        if isinstance(method, DynamicMethod):
+            if update is not None:
+                raise UserError(f"{type(method).__name__} chooses for every batch, leave update out")
+            way = method.prefill if prefill is None else prefill
+            below, rows = dense_below(way, model.device), dense_rows(way, model.device)
+            serving = _Serving(HeldSlices(held_slices), below, checked_refresh(refresh), rows)
+            pruning = _prune_dynamic(surgery, method, stats, release_stats, serving)
+        else:
+            assert isinstance(method, StaticMethod)
+            found = Statistics(model="") if evidence is None else evidence
+            pruning = _prune_static(surgery, method, found, keep_dense, update, partial(Turns, model, folder, tell))
+        heads = {key for key in pruning.keep if key[1] is Block.ATTENTION} - surgery.whole().keys()
+        if not pruning._can_undo:
+            keep_for_good(model)
+        pruning.path = path
+        guard(model, dynamic=pruning.context is not None and share is None, narrow_heads=bool(heads))
+        setattr(model, _ATTRIBUTE, pruning)
 
 
 @torch.inference_mode(False)
@@ -248,12 +256,22 @@ def unprune_(model: PreTrainedModel) -> None:
     if pruning._attention is not None:
         model.set_attn_implementation(pruning._attention)
     release(model)
+    give_back(model)
     delattr(model, _ATTRIBUTE)
 
 
 def _check_loaded(model: PreTrainedModel) -> None:
     if any(weight.is_meta and not is_stored(weight) for weight in model.parameters()):
         raise UserError("weights are offloaded, and pruning needs all of them: load the model where it fits")
+
+
+def _check_shared(method: PruningMethod, update: LeastSquares | None) -> None:
+    """Refuse what needs more than the units of one process."""
+    name = type(method).__name__
+    if update is not None or method.updates:
+        raise UserError(f"{name} with an update needs whole blocks: prune in one process, not under tensor parallelism")
+    if method.needs_statistics and method.evidence is not Statistics:
+        raise UserError(f"{name} chooses from {method.evidence.called} of whole blocks: prune in one process")
 
 
 def _check_not_compiled(model: PreTrainedModel) -> None:
@@ -324,7 +342,10 @@ def pruning_of(model: PreTrainedModel) -> Pruning:
 
 
 def blocks_to_prune(
-    model: PreTrainedModel, plan: Plan, keep: Mapping[BlockKey, int] | None = None
+    model: PreTrainedModel,
+    plan: Plan,
+    keep: Mapping[BlockKey, int] | None = None,
+    over: Callable[[Tensor], Tensor] | None = None,
 ) -> list[BlockToPrune]:
     """What a static method has to choose in, layer by layer: the blocks that lose something.
 
@@ -332,12 +353,13 @@ def blocks_to_prune(
         model: dense.
         plan: layers and ratios.
         keep: units that stay in each block; None takes the plan's uniform counts.
+        over: makes of a block's scores those that counts are made from, where processes share its units.
     """
     blocks = blocks_of(model)
     weights = OutputWeights(blocks)
     later = is_settled(layers_of(model)[0])
     return [
-        BlockToPrune(index, block, partial(weights.__getitem__, key) if later else weights[key])
+        BlockToPrune(index, block, partial(weights.__getitem__, key) if later else weights[key], over)
         for index in plan.layers
         for block in (plan.blocks if keep is None else counted(plan, keep, index))
         if block.ratio > 0 and (key := (index, block.block)) in blocks
@@ -418,6 +440,7 @@ class _Surgery:
     plan: Plan
     keep: dict[BlockKey, int]
     met: Mapping[BlockKey, Meeting]
+    over: Callable[[Tensor], Tensor] | None = None
 
     def whole(self) -> dict[BlockKey, Tensor]:
         """The blocks of pruned layers that keep all units, and these."""
@@ -535,7 +558,7 @@ def _prune_static(
         pruning.choices |= {(index, block.block): torch.arange(block.units.number) for block in whole}
     if method.updates and update is None:
         raise UserError(f"{type(method).__name__} updates the weights that stay: pass update=LeastSquares(batches)")
-    targets = blocks_to_prune(surgery.model, plan, surgery.keep)
+    targets = blocks_to_prune(surgery.model, plan, surgery.keep, surgery.over)
     for target in targets:  # all of them before the first is sliced
         check_sliceable(surgery.blocks[target.key], "static pruning slices")
     with torch.no_grad(), _undone_on_mistakes(pruning), ExitStack() as stack:

@@ -6,7 +6,8 @@ meanwhile is written down and forgotten by :func:`keep`. Everything else that wa
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from pp_lightning.errors import UserError
 from pp_lightning.interfaces import give_memory_back, replace_forward, run_stock
+from pp_lightning.parallel import is_sharded, is_spread
 from pp_lightning.tensor_files import DTYPES, NAMES, Placeholder, write_tensors
 
 _PLACE, _RESIDENCE = "_pp_lightning_place", "_pp_lightning_residence"
@@ -56,6 +58,57 @@ class Place:
                 raise UserError(f"cannot read {self.name} from {self.file}: {error}") from error
             return (found if take is None else take(found)).clone()
 
+    def sample(self, step: int, number: int) -> Tensor:
+        """Every so many-th number, so many of them at most: no more is read."""
+        return self.read(partial(_every, 0, step, number))
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Where the parts are of a weight that a checkpoint has in several tensors, as it has those of experts.
+
+    Attributes:
+        parts: of each expert, the tensors (rows, D) that lie one below the other in it.
+        shape: (experts, all rows, D).
+        dtype: see :class:`Place`.
+    """
+
+    parts: tuple[tuple[Place, ...], ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, by_kind: Sequence[Sequence[Place]]) -> "Merged":
+        """Of the first kind's tensor of each expert, the second kind's, and so on."""
+        parts = tuple(zip(*by_kind, strict=True))
+        rows = sum(one.shape[0] for one in parts[0])
+        return cls(parts, (len(parts), rows, *parts[0][0].shape[1:]), parts[0][0].dtype)
+
+    def read(self) -> Tensor:
+        """The weight, in memory of its own."""
+        whole = torch.empty(self.shape, dtype=DTYPES[self.dtype])
+        for expert, parts in zip(whole, self.parts, strict=True):
+            for rows, part in zip(expert.split([one.shape[0] for one in parts]), parts, strict=True):
+                rows.copy_(part.read())
+        return whole
+
+    def sample(self, step: int, number: int) -> Tensor:
+        """Every so many-th number, so many of them at most: no more is read."""
+        found, start = [], 0
+        for part in (part for parts in self.parts for part in parts):
+            size, left = math.prod(part.shape), number - len(found)
+            if (first := -start % step) < size and left > 0:
+                found += part.read(partial(_every, first, step, left)).unbind()
+            start += size
+        return torch.stack(found)
+
+
+AnyPlace = Place | Merged
+
+
+def _every(first: int, step: int, number: int, whole: Tensor) -> Tensor:
+    return whole.flatten()[first::step][:number]
+
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
@@ -72,7 +125,7 @@ def opened(file: Path) -> Iterator[Any]:
         yield inside
 
 
-def stored(like: Tensor, place: Place) -> nn.Parameter:
+def stored(like: Tensor, place: AnyPlace) -> nn.Parameter:
     """A parameter of this shape and dtype without memory, whose values are at a place."""
     weight = nn.Parameter(torch.empty_like(like, device="meta"), requires_grad=like.requires_grad)
     setattr(weight, _PLACE, place)
@@ -90,9 +143,14 @@ def is_stored(weight: Tensor) -> bool:
 
 
 def values_of(weight: Tensor) -> Tensor:
-    """The weight itself, or what the disk holds for it, in its dtype on the CPU."""
-    place: Place | None = getattr(weight, _PLACE, None)
-    return weight if place is None else place.read().to(weight.dtype)
+    """The weight itself; what the disk holds for it, in its dtype on the CPU; or what all processes hold of it."""
+    place: AnyPlace | None = getattr(weight, _PLACE, None)
+    if place is not None:
+        return place.read().to(weight.dtype)
+    if not is_spread(weight):
+        return weight
+    whole: Tensor = weight.full_tensor()  # type: ignore[attr-defined]
+    return whole
 
 
 def sample_of(weight: Tensor, step: int, number: int) -> Tensor:
@@ -103,10 +161,10 @@ def sample_of(weight: Tensor, step: int, number: int) -> Tensor:
         step: from one to the next.
         number: n at most.
     """
-    place: Place | None = getattr(weight, _PLACE, None)
+    place: AnyPlace | None = getattr(weight, _PLACE, None)
     if place is None:
-        return weight.detach().flatten()[::step][:number]
-    return place.read(lambda whole: whole.flatten()[::step][:number]).to(weight.dtype)
+        return values_of(weight).detach().flatten()[::step][:number]
+    return place.sample(step, number).to(weight.dtype)
 
 
 class Residence:
@@ -169,7 +227,14 @@ def is_settled(layer: nn.Module) -> bool:
 
 @contextmanager
 def resident(layer: nn.Module) -> Iterator[None]:
-    """Within this context a layer has its weights in memory."""
+    """Within this context a layer has its weights in memory, wherever they are otherwise."""
+    if is_sharded(layer):
+        layer.unshard()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            layer.reshard()  # type: ignore[operator]
+        return
     residence: Residence | None = getattr(layer, _RESIDENCE, None)
     if residence is None:
         yield

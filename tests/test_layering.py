@@ -14,12 +14,12 @@ PACKAGE = "pp_lightning"
 # Lowest first; a module imports its own layer and lower ones. A package stands for everything inside.
 LAYERS = [
     {"errors"},
-    {"files", "interfaces", "prefill", "progress", "saving", "tensor_files"},
+    {"files", "interfaces", "parallel", "prefill", "progress", "saving", "tensor_files"},
     {"stored", "hidden"},
     {"checkpoint_files", "records", "resume", "tables", "functional"},
     {"blocks"},
     {"families", "evidence"},
-    {"statistics", "calls", "layerwise", "sensitivity", "searching"},
+    {"statistics", "calls", "layerwise", "sensitivity", "searching", "shares"},
     {"importances"},
     {"methods"},
     {"plan", "updating"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"target", "measured"},
     {"pruned"},
     {"pruning"},
-    {"state", "freezing", "continuation", "passes"},
+    {"state", "freezing", "continuation", "passes", "sharding"},
     {"collecting", "calibration", "gradients"},
     {"compilation", "counting"},
     {"flops", "checkpoints"},

@@ -12,7 +12,7 @@ from pp_lightning.evidence import fingerprint
 from pp_lightning.families import layers_of
 from pp_lightning.methods import FLAP, StaticBest, WandaSP
 from pp_lightning.pruning import kept_units
-from pp_lightning.stored import keep, resident
+from pp_lightning.stored import keep, places_in, resident
 from tests.models import SETTINGS, calibration_batches, ids, logits, ragged
 from tests.streamed import both, checkpoint
 
@@ -25,7 +25,7 @@ def in_memory(model):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [*NAMES, "phi3", "gpt_oss"])
+@pytest.mark.parametrize("name", [*NAMES, "phi3", "gpt_oss", "mixtral", "qwen3_moe"])
 def test_a_streamed_model_computes_the_same_bits(tmp_path, name, dtype):
     path = str(checkpoint(tmp_path, name))
     whole, streamed = load_model(path, dtype), load_streamed(path, dtype)
@@ -33,6 +33,17 @@ def test_a_streamed_model_computes_the_same_bits(tmp_path, name, dtype):
     assert torch.equal(logits(whole, ids()), logits(streamed, ids()))
     assert in_memory(streamed) == 0
     assert fingerprint(whole) == fingerprint(streamed)
+
+
+def test_experts_that_lie_one_by_one_on_disk_are_pruned_around(tmp_path):
+    whole, streamed = both(tmp_path, "mixtral")
+    names = places_in(tmp_path / "mixtral").keys() - dict(streamed.named_parameters()).keys()
+    assert sum(".experts." in name for name in names) > 4
+    for model in (whole, streamed):
+        stats = calibrate(model, calibration_batches(), progress=False)
+        prune_(model, WandaSP(blocks=("attention",)), stats, **SETTINGS, keep_dense=False)
+    assert torch.equal(logits(whole, ids()), logits(streamed, ids()))
+    assert in_memory(streamed) == 0
 
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path):

@@ -27,6 +27,7 @@ from pp_lightning.data import LanguageModelling
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.errors import UserError
 from pp_lightning.records import check_place, environment
+from pp_lightning.sharding import gathered
 from pp_lightning.tables import markdown, write_report
 
 _FILLED_IN = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "verbose", "weights_only"}
@@ -117,10 +118,12 @@ class PruningCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Write the trained model as a transformers checkpoint in bfloat16; adapters are written already."""
-        if not self.trainer.is_global_zero:
+        writes = self.trainer.is_global_zero
+        trained = gathered(self.model.model, holds=writes) if self.model.recovery is None else None
+        if not writes:
             return
-        if self.model.recovery is None:
-            self.model.model.bfloat16().save_pretrained(self.out)
+        if trained is not None:
+            trained.bfloat16().save_pretrained(self.out)
             self.model.tokenizer.save_pretrained(self.out)
         else:
             print(f"written to {self.out}: evaluate it with pp-lightning test --model.recovered {self.out}")

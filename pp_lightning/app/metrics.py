@@ -77,6 +77,8 @@ class BatchMeanPerplexity(Metric):
             UserError: the logits are not finite.
         """
         nll, tokens = finite_nll(logits, labels)
+        if tokens == 0:  # a batch that was run for the sake of other processes
+            return
         self.losses += nll / tokens
         self.batches += 1
         self.tokens += tokens

@@ -15,6 +15,7 @@ from pp_lightning.app.prunable import FrozenOn, PrunableModule
 from pp_lightning.app.recovery import RecoveryRun, described, recovery_callbacks
 from pp_lightning.app.results import Evaluation
 from pp_lightning.app.scoring import Scoring, scoring_for, streamed_scoring_for
+from pp_lightning.app.spreading import spread, spreads
 from pp_lightning.checkpoints import Dtype, load_tokenizer, new_model, open_model, usual_dtype
 from pp_lightning.commonsense import CommonsenseData
 from pp_lightning.compilation import Compilation, compile_, uncompile_
@@ -152,6 +153,8 @@ class PrunedLM(PrunableModule):
             importances_file=importances,
         )
         self.path = path
+        self._dtype: Dtype = dtype or usual_dtype(path)
+        self._is_spread = False
         self.tokenizer = load_tokenizer(path, pad_token)
         self.compiles = compile
         self.learning_rate = learning_rate
@@ -196,6 +199,12 @@ class PrunedLM(PrunableModule):
         if isinstance(data, CommonsenseData):
             data.check_refresh(self.refresh)
         self.check_plan(self.method, self.pruning_ratio, data.window)
+
+    def configure_model(self) -> None:
+        """Spread the model over processes, where the strategy says so; once, however often Lightning asks."""
+        if not self._is_spread:
+            self._is_spread = True
+            spread(self, self.data, self.path, self._dtype)
 
     def on_test_start(self) -> None:
         """Prune, with all that it takes."""
@@ -264,11 +273,15 @@ class PrunedLM(PrunableModule):
         """Held-out loss, averaged over predicted tokens."""
         loss = self.model(**batch, use_cache=False).loss
         predicted = int((batch["labels"][:, 1:] >= 0).sum())
+        loss = loss if predicted else torch.zeros_like(loss)  # run for the sake of other processes
         self.log("val_loss", loss, prog_bar=True, batch_size=predicted, sync_dist=True)
 
     def configure_callbacks(self) -> list[Callback]:
         """With recovery: the steps that it takes, and a checkpoint to go on from."""
-        return [] if self.recovery is None else recovery_callbacks(self.run, self.out, self.recovery)
+        if self.recovery is None:
+            return []
+        saves = not spreads(self.trainer.strategy)
+        return recovery_callbacks(self.run, self.out, self.recovery, saves=saves)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """With recovery, a checkpoint has adapters and masks only; they are in its callback's state."""
@@ -297,8 +310,8 @@ class PrunedLM(PrunableModule):
         try:
             if save and done < run.total_steps:
                 raise UserError(f"the training stopped at step {done} of {run.total_steps}: run it again to go on")
-            if save and self.trainer.is_global_zero:
-                run.save()
+            if save:
+                run.save(writes=self.trainer.is_global_zero)
         finally:
             run.leave()
 

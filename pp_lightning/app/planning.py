@@ -6,14 +6,18 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from transformers import AutoConfig, PreTrainedConfig
 
 from pp_lightning.app.report import Grid, show_grid
-from pp_lightning.checkpoints import Dtype
+from pp_lightning.checkpoints import Dtype, free_memory
 from pp_lightning.errors import UserError
+from pp_lightning.functional.scores import energy_weight_norm
+from pp_lightning.stored import places_of
+from pp_lightning.tensor_files import Placeholder, write_tensors
 from pp_lightning.workload import JOBS, Job, Sizes, Workload, memory, moments_flops, solving_flops, work_flops
 
 _EXAMPLES = """
@@ -24,8 +28,9 @@ examples:
   the work of an experiment of your own
     pp-lightning plan --model.path DIR --window 128 --batch_size 4 --calibration_samples 16 --test_tokens 2000
 """
-_SECONDS = 2.0  # of each of the four measurements
-_READ_AT_ONCE = 1 << 24
+_SECONDS = 1.6  # of each of the six measurements
+_OUTPUTS = 0.3  # of a model's weights are in output matrices
+_AT_ONCE = 1 << 25  # bytes of a tensor that is written, or copied
 
 
 class _ExamplesFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -40,13 +45,17 @@ class Speeds:
         products: FLOPs of a layer's matrices, in the dtype of the weights.
         moments: FLOPs of second moments, in float32.
         solving: FLOPs of a factorisation, in float64.
-        reading: bytes from the disk that the model is on; of a config alone, from memory to memory.
+        scoring: numbers of output matrices.
+        reading: bytes of tensors from the disk that the model is on; of a config alone, from that of temporary files.
+        writing: bytes of tensors to the disk of temporary files.
     """
 
     products: float
     moments: float
     solving: float
+    scoring: float
     reading: float
+    writing: float
 
 
 def main(words: Sequence[str]) -> None:
@@ -113,25 +122,31 @@ def seconds(job: Job, sizes: Sizes, work: Workload, devices: int, speeds: Speeds
     busy = work_flops(sizes, work, job) / speeds.products / shared
     if job == "update":
         busy += moments_flops(sizes, work) / speeds.moments + solving_flops(sizes, work.pruning_ratio) / speeds.solving
-    return busy + bytes_moved(job, sizes, work, streamed=streamed) / speeds.reading
+    if job in ("pruning", "update"):
+        busy += _OUTPUTS * sizes.parameters / speeds.scoring
+    read, written = bytes_moved(job, sizes, work, streamed=streamed)
+    return busy + read / speeds.reading + written / speeds.writing
 
 
-def bytes_moved(job: Job, sizes: Sizes, work: Workload, *, streamed: bool) -> float:
-    """Bytes of weights that a job reads and writes, most of them from and to the disk where it is streamed."""
+def bytes_moved(job: Job, sizes: Sizes, work: Workload, *, streamed: bool) -> tuple[float, float]:
+    """Bytes of weights that a job reads from the disk, and that it writes there.
+
+    In memory, slicing reads and writes too, but from memory to memory: nothing beside the rest.
+    """
     left = 1 - work.pruning_ratio
     if streamed:
-        scores = 0.3  # output matrices
         passes = {
-            "calibration": 1,
-            "pruning": scores + 1 + left,  # read, and written
-            # ranked block by block; each block alone; solved; written, and carried through
-            "update": scores + 1 + 2 + 1 + 2 * left,
-            "evaluation": 1,
-            "export": 4 * left,  # asked, read, written, and asked again
+            "calibration": (1.0, 0.0),
+            "pruning": (_OUTPUTS + 1, left),
+            # ranked block by block; each block alone; solved, written, and carried through
+            "update": (_OUTPUTS + 4 + left, 2 * left),
+            "evaluation": (1.0, 0.0),
+            "export": (3 * left, left),  # asked; read and written; asked again
         }
     else:
-        passes = {"calibration": 0, "pruning": 1, "update": 1, "evaluation": 0, "export": 3 * left}
-    return passes[job] * sizes.whole
+        passes = {job: (0.0, 0.0) for job in JOBS} | {"export": (left, left)}
+    read, written = passes[job]
+    return read * sizes.whole, written * sizes.whole
 
 
 def measured_speeds(sizes: Sizes, work: Workload, folder: Path | None) -> Speeds:
@@ -144,7 +159,8 @@ def measured_speeds(sizes: Sizes, work: Workload, folder: Path | None) -> Speeds
         _rate(lambda: states @ matrix.t(), 2.0 * rows * shape.hidden_size**2),
         _rate(lambda: wide.t() @ wide, 2.0 * rows * 2048**2),
         _rate(lambda: torch.linalg.cholesky(square), 2048**3 / 3),
-        _copying() if folder is None else _reading(folder),
+        _rate(lambda: energy_weight_norm(matrix), float(matrix.numel())),
+        *_disk(sizes, folder),
     )
 
 
@@ -158,23 +174,51 @@ def _rate(work: Callable[[], object], amount: float) -> float:
     return amount * times / (time.perf_counter() - start)
 
 
-def _copying() -> float:
-    block = torch.zeros(_READ_AT_ONCE, dtype=torch.uint8)
-    return _rate(block.clone, float(_READ_AT_ONCE))
+def _disk(sizes: Sizes, folder: Path | None) -> tuple[float, float]:
+    """Bytes a second that are read and written, as streamed work does it.
+
+    What fits into a tenth of the free memory is not waited for when it is written, and half of it may keep a checkpoint
+    in the system's cache: then that is measured.
+    """
+    free = free_memory() or 0
+    files = [] if folder is None else sorted(folder.glob("*.safetensors"), key=lambda one: one.stat().st_size)
+    with TemporaryDirectory(prefix="pp-lightning-") as place:
+        own = Path(place) / "written.safetensors"
+        writing = _writing(own, waits=sizes.whole > free / 10)
+        return _reading(files[-1] if files else own, drops=sizes.whole > free / 2), writing
 
 
-def _reading(folder: Path) -> float:
-    """Bytes a second from the disk: of the largest file of weights, from its middle on, without what a cache has."""
-    file = max(folder.glob("*.safetensors"), key=lambda one: one.stat().st_size, default=None)
-    if file is None:
-        return _copying()
+def _writing(file: Path, *, waits: bool) -> float:
+    """Bytes a second into a file of safetensors, with the time until they are on the disk or without."""
+    tensor = torch.randint(256, (_AT_ONCE,), dtype=torch.uint8)
+    start, number = time.perf_counter(), 0
+    while time.perf_counter() - start < _SECONDS:
+        number += 1
+        part = file.with_name(f"{number}-{file.name}")
+        write_tensors({"part": Placeholder(tensor, lambda: tensor)}, part, {})
+        if waits:
+            with part.open("rb") as opened:
+                os.fsync(opened.fileno())
+    took = time.perf_counter() - start
+    file.with_name(f"1-{file.name}").rename(file)
+    return number * _AT_ONCE / took
+
+
+def _reading(file: Path, *, drops: bool) -> float:
+    """Bytes a second of a file's tensors, the largest part of it that time allows.
+
+    Args:
+        file: of safetensors.
+        drops: let the system forget what it has of the file in memory.
+    """
+    if drops and hasattr(os, "posix_fadvise"):
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     start, done = time.perf_counter(), 0
-    with file.open("rb", buffering=0) as opened:
-        opened.seek(middle := file.stat().st_size // 2)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(opened.fileno(), middle, 0, os.POSIX_FADV_DONTNEED)
-        while (block := opened.read(_READ_AT_ONCE)) and time.perf_counter() - start < _SECONDS:
-            done += len(block)
+    for place in places_of(file).values():
+        done += place.read().nbytes
+        if time.perf_counter() - start > _SECONDS:
+            break
     return done / (time.perf_counter() - start)
 
 

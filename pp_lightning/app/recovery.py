@@ -17,15 +17,17 @@ from pp_lightning.app.curve import write_curve
 from pp_lightning.blocks import BlockKey
 from pp_lightning.errors import UserError
 from pp_lightning.evidence import Evidence, fingerprint
-from pp_lightning.families import shape_of
+from pp_lightning.families import layers_of, shape_of
 from pp_lightning.methods import LoRAPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.base import StaticChoice
 from pp_lightning.methods.recorded import Choices
+from pp_lightning.parallel import is_sharded
 from pp_lightning.plan import make_plan
 from pp_lightning.pruning import blocks_to_prune, is_pruned, prune_, pruning_of, unprune_
 from pp_lightning.recovery import Adapters, GradualPruning, Recovery
 from pp_lightning.recovery.folder import CHOICES
 from pp_lightning.recovery.gradual import check_schedule
+from pp_lightning.stored import values_of
 from pp_lightning.updating import LeastSquares
 
 UNFINISHED = "unfinished.ckpt"  # what an interrupted training goes on from
@@ -130,8 +132,12 @@ class RecoveryRun:
             self.gradual.load(state["gradual"])
         self.skipped, self.losses = state["skipped"], list(state["losses"])
 
-    def save(self) -> None:
-        """Write the folder: the pruned model's adapters, the loss curve, the choices."""
+    def save(self, *, writes: bool = True) -> None:
+        """Write the folder: the pruned model's adapters, the loss curve, the choices.
+
+        Args:
+            writes: whether this process does; all of them give what they have of the adapters.
+        """
         choices = self._choices()
         if self.gradual is None:
             state = self.adapters.state()
@@ -141,6 +147,8 @@ class RecoveryRun:
             numbers = {block.block: block.units.number for block in plan.blocks}
             kept = {key: (choice.kept, numbers[key[1]]) for key, choice in choices.choices.items()}
             state = self.adapters.sliced_state(kept)
+        if not writes:
+            return
         (self.folder / CHOICES).unlink(missing_ok=True)  # of an earlier run: never beside adapters of this one
         self.adapters.save(self.folder, state)
         steps = range(1, len(self.losses) + 1)
@@ -148,7 +156,9 @@ class RecoveryRun:
         choices.save(self.folder / CHOICES)  # last: with it the folder is complete
 
     def leave(self) -> None:
-        """Give the dense model back, bit for bit."""
+        """Give the dense model back, bit for bit; a sharded one does not come back."""
+        if is_sharded(layers_of(self.model)[0]):
+            return
         if self.recovery.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
         if self.gradual is not None:
@@ -238,7 +248,7 @@ class RecoverySteps(Callback):
         """
         run, step = self.run(), trainer.global_step + 1
         gradients = [p.grad for p in run.adapters.parameters() if p.grad is not None]
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+        if not all(bool(values_of(gradient.isfinite().all())) for gradient in gradients):
             self._check_loss(trainer, step)
             optimizer.zero_grad(set_to_none=True)
             run.skipped += 1
@@ -276,8 +286,19 @@ class RecoverySteps(Callback):
         self.run().load(state_dict)
 
 
-def recovery_callbacks(run: Callable[[], RecoveryRun], folder: Path, recovery: Recovery) -> list[Callback]:
-    """The steps of a recovery, and its latest state in one file, replaced only when the new one is complete."""
+def recovery_callbacks(
+    run: Callable[[], RecoveryRun], folder: Path, recovery: Recovery, *, saves: bool = True
+) -> list[Callback]:
+    """The steps of a recovery, and its latest state in one file, replaced only when the new one is complete.
+
+    Args:
+        run: the training.
+        folder: for the file.
+        recovery: says how often.
+        saves: whether there is such a file: one process has not all of a sharded model.
+    """
+    if not saves:
+        return [RecoverySteps(run)]
     latest = ModelCheckpoint(
         dirpath=folder,
         filename=UNFINISHED.removesuffix(".ckpt"),

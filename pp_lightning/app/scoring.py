@@ -27,6 +27,7 @@ from pp_lightning.flops import Flops, continued_flops, dense_flops, prompt_flops
 from pp_lightning.passes import goes_layer_by_layer, outputs_layer_by_layer
 from pp_lightning.progress import Tell
 from pp_lightning.pruning import is_pruned, pruning_of
+from pp_lightning.shares import share_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -69,7 +70,7 @@ class Scoring(ABC):
 
     def count_flops(self, model: PreTrainedModel, rows: int, tokens: int) -> None:
         """Note the FLOPs of a (B, S) batch."""
-        shape = shape_of(model.config)
+        shape = shape_of(model.config) if share_of(model) is None else pruning_of(model).shape
         dense = dense_flops(shape, rows, tokens)
         pruned = pruned_flops(shape, pruning_of(model), rows, tokens) if is_pruned(model) else dense
         self.flops.append((dense, pruned))
@@ -99,6 +100,7 @@ class TextScoring(Scoring):
     def start(self, device: torch.device, resume_file: Path | None, progress: Progress | None) -> None:
         """Move the metric to the model's device."""
         self.perplexity.to(device)
+        self.perplexity.process_group = self.data.group
 
     def step(self, model: PreTrainedModel, batch: Any) -> None:
         """Run one batch, timed, and add its losses."""

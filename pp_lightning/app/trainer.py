@@ -19,6 +19,7 @@ from pp_lightning.app.prune_command import PruneSettings, prune_and_export
 from pp_lightning.app.recovery import check_recovery
 from pp_lightning.app.results import Comparison, Evaluation
 from pp_lightning.app.resuming import FinishedRows, key_of
+from pp_lightning.app.spreading import check_alone
 from pp_lightning.app.studies import Study, Variant, study_named
 from pp_lightning.app.training import check_same, train_recovery
 from pp_lightning.checkpoints import Dtype
@@ -261,6 +262,7 @@ class PruningTrainer(L.Trainer):
 
     def _suit(self, model: PrunedLM, datamodule: EvaluationData) -> None:
         """Settle what depends on the model and on where it runs, before anything is checked."""
+        check_alone(self.strategy, "this command")
         model.trainer = self
         datamodule.suit(model.model.config.max_position_embeddings, self.strategy.root_device)
 

@@ -164,8 +164,29 @@ class EvaluationData(L.LightningDataModule, ABC):
         return self._training().window or self.window
 
     def processes(self) -> tuple[int, int]:
-        """Rank of this process, and how many there are."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        """Which part of the data is this process's, and how many parts there are: processes may share a model."""
+        if self.trainer is None:
+            return 0, 1
+        mesh = self._mesh
+        if mesh is None:
+            return self.trainer.global_rank, self.trainer.world_size
+        return mesh["data_parallel"].get_local_rank(), mesh["data_parallel"].size()
+
+    @property
+    def group(self) -> Any:
+        """The processes with other parts of the data; None is all of them."""
+        return None if self._mesh is None else self._mesh["data_parallel"].get_group()
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all processes must run equally many batches: they give each other weights while they do."""
+        return self._mesh is not None
+
+    @property
+    def _mesh(self) -> Any:
+        """Of processes that share a model, as Lightning's ``ModelParallelStrategy`` makes it."""
+        module = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
+        return None if module is None else module.device_mesh
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

@@ -149,7 +149,10 @@ class LanguageModelling(EvaluationData):
 
     def _shared_out(self, batches: Sequence[Batch]) -> DataLoader[Batch]:
         rank, world = self.processes()
-        return DataLoader(batches[rank::world], batch_size=None)  # type: ignore[arg-type]
+        own = list(batches[rank::world])
+        if self.in_step and len(own) < len(batches[::world]):
+            own.append(_not_scored(batches[-1]))
+        return DataLoader(own, batch_size=None)  # type: ignore[arg-type]
 
     def _tokens_of(self, source: TextSource) -> Tensor:
         return torch.tensor(self._encode(source.text()))
@@ -159,6 +162,11 @@ class LanguageModelling(EvaluationData):
             raise UserError(
                 f"the text has {have} tokens and needs more than {need}: use a longer text or a smaller window"
             )
+
+
+def _not_scored(batch: Batch) -> Batch:
+    """The same, of which no token is scored."""
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORED_LABEL)}
 
 
 def first_batch(data: EvaluationData) -> Batch:

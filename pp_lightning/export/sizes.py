@@ -16,6 +16,7 @@ from pp_lightning.errors import UserError
 from pp_lightning.families import blocks_of, shape_of
 from pp_lightning.flops import attention_flops, dense_flops, mlp_flops
 from pp_lightning.pruning import is_pruned, pruning_of
+from pp_lightning.shares import check_whole
 
 
 class Widths(NamedTuple):
@@ -93,8 +94,9 @@ def check_exportable(model: PreTrainedModel) -> str:
     """Refuse what no exporter of ours writes; returns the name of the model's class in transformers.
 
     Raises:
-        UserError: transformers does not know the model as one that predicts the next token.
+        UserError: transformers does not know the model as one that predicts the next token, or processes share it.
     """
+    check_whole(model, "an export")
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
     if kind is None or not isinstance(model, kind):
         raise UserError(

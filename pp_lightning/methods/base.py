@@ -97,11 +97,13 @@ class BlockToPrune:
         layer: layer index.
         plan: its units, and how many stay under uniform ratios.
         output: the output matrix, (D, C), or what makes or reads it.
+        over: makes of scores (U,) those that all processes count units by, where several share the block.
     """
 
     layer: int
     plan: BlockPlan
     output: Tensor | Callable[[], Tensor]
+    over: Callable[[Tensor], Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -139,6 +141,10 @@ class BlockToPrune:
             block = f"the {self.plan.block.value} block of layer {self.layer}"
             raise UserError(f"scores of {block} are all zero, any choice would be arbitrary: use other text or float32")
         return scores
+
+    def counted(self, scores: Tensor) -> Tensor:
+        """The scores (U,) that units are counted by: their own, unless processes share the block."""
+        return scores if self.over is None else self.over(scores)
 
     def rounded(self, kept: int) -> int:
         """A count of kept units as it can be: up to a multiple of ``round_to``, at least one of them."""

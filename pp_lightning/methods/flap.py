@@ -98,7 +98,7 @@ def global_counts(blocks: Sequence[BlockToPrune], scores: Sequence[Tensor]) -> l
 
     Counts are rounded as everywhere, up to multiples of ``round_to``. Blocks that are alike take no part.
     """
-    ranked = [(block, own) for block, own in zip(blocks, scores, strict=True) if not block.plan.alike]
+    ranked = [(block, block.counted(own)) for block, own in zip(blocks, scores, strict=True) if not block.plan.alike]
     counts = iter(_ranked_counts([block for block, _ in ranked], [own for _, own in ranked]))
     return [block.plan.keep if block.plan.alike else next(counts) for block in blocks]
 

@@ -19,6 +19,7 @@ from pp_lightning.interfaces import (
     restore_forward,
     unfused_on_cpus,
 )
+from pp_lightning.parallel import Reduced, is_sharded
 from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.heads import HeadFields
 from pp_lightning.pruned.locks import Lock
@@ -126,14 +127,19 @@ class BlockRunner:
     def _wrap(self) -> None:
         for one in self.projections:
             replace_forward(one.module, one.forward)
-        if self.output.is_sliced:
+        if self._lays_out:
             self.output.store_by_columns()
 
     def _unwrap(self) -> None:
         for one in self.projections:
             restore_forward(one.module, one.displaced)
-        if self.output.is_sliced:
+        if self._lays_out:
             self.output.store_by_rows()
+
+    @property
+    def _lays_out(self) -> bool:
+        """Whether the output matrix can be stored in another order: FSDP brings a new one for every batch."""
+        return self.output.is_sliced and not is_sharded(self.modules.layer)
 
     def _input(self, name: str) -> PrunedProjection:
         module, parts = self.modules.projection(name), self.modules.inputs[name]
@@ -222,7 +228,9 @@ class BlockRunner:
         if not self.output.is_sliced:
             return partial(self.output.spread, choice)
         weight, bias = weights[self.output.name]
-        return partial(linear, weight=weight, bias=bias)
+        product = partial(linear, weight=weight, bias=bias)
+        reduced = self.output.displaced
+        return partial(reduced.of, product) if isinstance(reduced, Reduced) else product
 
     def widened(self, then: Product, ahead: dict[str, Tensor] | None = None) -> list[Product]:
         """What the projections do on all units, up to the output projection.

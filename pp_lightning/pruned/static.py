@@ -1,7 +1,7 @@
 """Static pruning: a stock layer whose projections are replaced by narrower ones, for good."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from pp_lightning.blocks import AttentionUnit, ModelShape
 from pp_lightning.errors import UserError
 from pp_lightning.families import BlockModules
 from pp_lightning.functional.selection import take_columns, take_unit_rows
+from pp_lightning.interfaces import replace_forward
 from pp_lightning.methods.base import StaticChoice
+from pp_lightning.parallel import Reduced, is_sharded
 from pp_lightning.pruned.projection import PrunedProjection
 from pp_lightning.pruned.runner import BlockRunner
 
@@ -62,6 +64,8 @@ def check_sliceable(modules: BlockModules, what: str) -> None:
     Raises:
         UserError: there is one.
     """
+    if is_sharded(modules.layer):
+        raise UserError(f"the weights are sharded, and {what} whole ones: prune the model before it is sharded")
     for name in modules.names:
         projection = modules.projection(name)
         if not modules.is_linear(projection):
@@ -97,7 +101,11 @@ def slice_block(modules: BlockModules, shape: ModelShape, unit: AttentionUnit, c
     if columns is None:
         columns = take_columns(like.weight, kept, runner.units.channels)
     columns = columns.to(like.weight.dtype).contiguous()
-    setattr(module, modules.output, _linear_like(like, columns, _total_bias(like, choice.bias)))
+    output = _linear_like(like, columns, _total_bias(like, choice.bias))
+    reduced = runner.output.displaced
+    if isinstance(reduced, Reduced):
+        replace_forward(output, replace(reduced, module=output))
+    setattr(module, modules.output, output)
     if runner.fields is not None:
         runner.fields.install()
         sliced.parameters = runner.fields.narrow_for_good(kept)

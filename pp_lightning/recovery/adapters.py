@@ -15,6 +15,7 @@ from pp_lightning.errors import UserError
 from pp_lightning.families import blocks_of, layer_prefix, unit_rows
 from pp_lightning.functional.selection import take_columns, take_unit_rows
 from pp_lightning.gradients import Projection
+from pp_lightning.stored import values_of
 
 _NAME = "default"  # peft's name for an only adapter
 _PREFIX = "base_model.model."  # what peft's own wrapper puts before a module's path in its files
@@ -58,11 +59,11 @@ class Adapters:
         return [p for _, layer in self.layers() for p in (down_of(layer), up_of(layer))]
 
     def state(self) -> dict[str, Tensor]:
-        """All A and B by the names of peft's files."""
+        """All A and B by the names of peft's files; of sharded ones every process must ask."""
         found = {}
         for projection, layer in self.layers():
             down, up = self.names(projection)
-            found[down], found[up] = down_of(layer).detach(), up_of(layer).detach()
+            found[down], found[up] = (values_of(weight).detach() for weight in (down_of(layer), up_of(layer)))
         return found
 
     def names(self, projection: Projection) -> tuple[str, str]:

@@ -70,7 +70,7 @@ def test_an_update_counts_blocks_that_are_pruned_alone():
 
 
 def test_devices_share_the_evaluation_alone():
-    sizes, work, speeds = Sizes.of(config("llama"), torch.float32), Workload(2, 16, 8, 64), Speeds(1e9, 1e9, 1e9, 1e9)
+    sizes, work, speeds = Sizes.of(config("llama"), torch.float32), Workload(2, 16, 8, 64), Speeds(*[1e9] * 6)
     for job in JOBS:
         one, four = (seconds(job, sizes, work, number, speeds, streamed=False) for number in (1, 4))
         assert four == pytest.approx(one / 4 if job == "evaluation" else one)
@@ -88,7 +88,7 @@ def test_the_command_needs_a_config_alone(type_in, tmp_path, capsys):
 def test_a_table_without_a_measurement_has_no_times():
     sizes = Sizes.of(config("llama"), torch.float32)
     assert {cell for row in planned("x", sizes, Workload(), 1, None).rows for cell in row[4:]} == {"-"}
-    rows = planned("x", sizes, Workload(), 1, Speeds(1e9, 1e9, 1e9, 1e9)).rows
+    rows = planned("x", sizes, Workload(), 1, Speeds(*[1e9] * 6)).rows
     assert all(float(cell) >= 0 for row in rows for cell in row[4:])
 
 

@@ -144,41 +144,62 @@ def test_a_comparison_gives_the_same_figures(type_in, asked, tmp_path):
     assert len(rows["true"]) == 7 and rows["true"] == rows["false"]
 
 
+# Every run is a child of one process that has imported everything. It tells the layers that it reads, one dot each.
 _DIES = """
-import os, signal, sys
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+import datasets, lightning, matplotlib.pyplot, transformers.models.llama.modeling_llama, pp_lightning.export
 import pp_lightning.stored as stored
 from pp_lightning.app.cli import main
-reads, real = 0, stored.Residence._fetch
-def fetch(self):
-    global reads
-    reads += 1
-    if reads > int(os.environ["READS"]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(self)
-stored.Residence._fetch = fetch
-main()
-print(reads)
+fetch = stored.Residence._fetch
+
+def run(allowed, out):
+    told, tells = os.pipe()
+    child = os.fork()
+    if child == 0:
+        reads = 0
+        def fetch_or_die(self):
+            nonlocal reads
+            reads += 1
+            os.write(tells, b".")
+            if reads > allowed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            fetch(self)
+        stored.Residence._fetch = fetch_or_die
+        sys.argv = ["pp-lightning", "prune", *sys.argv[1:], "--out", out]
+        main()
+        sys.stdout.flush()
+        os._exit(0)
+    os.close(tells)
+    with os.fdopen(told, "rb") as dots:
+        number = len(dots.read())
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), number
+
+whole = run(10**6, os.environ["WHOLE"])
+runs = [run(STEP, os.environ["KILLED"])]
+while runs[-1][0] == -signal.SIGKILL and not os.path.exists(os.environ["KILLED"]):
+    runs.append(run(STEP + len(runs), os.environ["KILLED"]))
+print(json.dumps({"whole": whole, "runs": runs}))
 """
+_FIRST = 12  # layers that are read before anything is left behind, about
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(asked, checkpoint, tmp_path):
-    """Killed when a certain number of layers has been read: at any layer of any phase."""
+def test_a_run_that_is_killed_twenty_times_ends_as_one_that_was_not(asked, checkpoint, tmp_path):
+    """Killed when a certain number of layers has been read, one more each time: at any layer of any phase."""
     given = {**asked, "--model.path": checkpoint("llama"), "--model.method": "StaticBest", "--stream": "true"}
-
-    def run(name, reads):
-        words = [str(word) for pair in {**given, "--out": tmp_path / name}.items() for word in pair]
-        command = [sys.executable, "-c", _DIES, "prune", *words]
-        return subprocess.run(command, env={**os.environ, "READS": str(reads)}, capture_output=True, text=True)
-
-    whole, kills = run("whole", 10**6), 0
-    for reads in range(18, 10**6, 6):
-        done = run("killed", reads)
-        if done.returncode == 0:
-            break
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert not (tmp_path / "killed").exists()
-        kills += 1
-    assert kills >= 3 and int(done.stdout.split()[-1]) < int(whole.stdout.split()[-1]) - 15
+    words = [str(word) for pair in given.items() for word in pair]
+    places = {"WHOLE": str(tmp_path / "whole"), "KILLED": str(tmp_path / "killed")}
+    code = _DIES.replace("STEP", str(_FIRST))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], env={**os.environ, **places}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    (first, reads), runs = found["whole"], found["runs"]
+    assert first == 0
+    assert [code for code, _ in runs] == [-signal.SIGKILL] * (len(runs) - 1) + [0]
+    assert len(runs) > 20 and runs[-1][1] < reads - 15
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
     assert figures_of(tmp_path / "killed") == figures_of(tmp_path / "whole")
