@@ -20,24 +20,23 @@ PrefillName = Literal["probe", "dense", "auto"]
 Prefill = PrefillName | int
 
 # Tokens (rows x length) of a prompt from which on a probe is faster than a dense run, where it was not measured on the
-# model at hand. CPU: between 64, where it took 1.14 times as long, and 512, where it took 0.76 (docs/speed.md). CUDA:
-# LLaMA-2-7B's shape in bfloat16 on one NVIDIA H200, eager, 20 rows: between 4100, where it took 1.34 times as long, and
+# model at hand. CPU: between 128, where 8 rows took 1.02 times as long, and 256, where they took 0.86 (docs/speed.md).
+# CUDA: LLaMA-2-7B's shape in bfloat16 on one NVIDIA H200, eager, 20 rows: between 4100, where it took 1.34 times as long, and
 # 8200, where it took 0.81 (benchmarks/results). Other accelerators: as CUDA, not measured yet.
 BREAK_EVEN: Mapping[str, int] = {"cpu": 192, "cuda": 8192}
 _ELSEWHERE = BREAK_EVEN["cuda"]
 
-# Prompts of no more rows always run dense there. The probe of one row is half of it: 1.55 times dense at 8192 tokens.
-_FEW_ROWS = 1
 
+def dense_rows(prefill: Prefill) -> int:
+    """Rows up to which a prompt runs dense, whatever its length.
 
-def dense_rows(prefill: Prefill, device: torch.device) -> int:
-    """Rows up to which a prompt runs dense, whatever its length: those that ``auto`` knows no gain for.
+    The probe of one row is half of it, half a block ahead: with the published settings 0.96 of dense arithmetic in all,
+    and it never paid (1.06 times dense at 768 tokens on a CPU, 1.55 at 8192 on a GPU).
 
     Args:
-        prefill: see :func:`dense_below`.
-        device: of the model.
+        prefill: see :func:`dense_below`; ``probe``, or 0, probes single rows too.
     """
-    return _FEW_ROWS if prefill == "auto" and device.type != "cpu" else 0
+    return 0 if prefill in ("probe", 0) else 1
 
 
 def dense_below(prefill: Prefill, device: torch.device) -> float:

@@ -217,7 +217,7 @@ def prune_(
             if update is not None:
                 raise UserError(f"{type(method).__name__} chooses for every batch, leave update out")
             way = method.prefill if prefill is None else prefill
-            below, rows = dense_below(way, model.device), dense_rows(way, model.device)
+            below, rows = dense_below(way, model.device), dense_rows(way)
             serving = _Serving(HeldSlices(held_slices), below, checked_refresh(refresh), rows)
             pruning = _prune_dynamic(surgery, method, stats, release_stats, serving)
         else:

@@ -187,15 +187,17 @@ def test_auto_is_dense_below_a_number_of_tokens_and_a_probe_from_there_on():
         assert torch.allclose(found, dense, atol=2e-5) is is_dense
 
 
-def test_auto_runs_one_row_dense_on_an_accelerator():
-    """The probe of one row is half of it, which never paid there; an explicit number of tokens is taken at its word."""
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert (dense_rows("auto", cuda), dense_rows("auto", cpu)) == (1, 0)
-    assert [dense_rows(prefill, cuda) for prefill in ("probe", "dense", 192)] == [0, 0, 0]
-    context = pruning_of(pruned(prefill="auto")).context
-    assert (context.runs_dense(1, 192), context.runs_dense(2, 96), context.runs_dense(2, 95)) == (False, False, True)
-    context.dense_rows = 1
-    assert (context.runs_dense(1, 192), context.runs_dense(2, 96)) == (True, False)
+@pytest.mark.parametrize(
+    ("prefill", "is_dense"), [("auto", True), (4, True), ("dense", True), ("probe", False), (0, False)]
+)
+    ("prefill", "is_dense"), [("auto", True), (4, True), ("dense", True), ("probe", False), (0, False)]
+)
+def test_a_single_row_runs_dense_whatever_its_length(prefill, is_dense):
+    """Its probe is half of it, which never paid."""
+    assert [dense_rows(one) for one in ("auto", 192, "dense", "probe", 0)] == [1, 1, 1, 0, 0]
+    dense = tiny("llama")(input_ids=ids()[:1, :PROMPT]).logits
+    found = continued(pruned(prefill=prefill), ids()[:1])[0]
+    assert torch.allclose(found, dense, atol=2e-5) is is_dense
 
 
 def test_without_a_cache_nothing_runs_dense():

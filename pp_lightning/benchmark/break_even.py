@@ -13,6 +13,7 @@ from pp_lightning.benchmark.settings import BenchmarkSettings, Case
 from pp_lightning.benchmark.subject import Subject
 from pp_lightning.benchmark.timing import Runner, measured
 from pp_lightning.benchmark.variants import VARIANTS, Variant
+from pp_lightning.errors import UserError
 from pp_lightning.methods import ProbePruning
 from pp_lightning.prefill import BreakEven, break_even_file
 from pp_lightning.progress import Tell
@@ -49,7 +50,7 @@ def write_break_even(settings: BenchmarkSettings, out: Path, tell: Tell = print)
 
 
 def measure_break_even(settings: BenchmarkSettings, tell: Tell = print) -> BreakEven:
-    """Time prompts of one row, dense and pruned by a probe, from 16 tokens up to what the settings' longest case has.
+    """Time prompts, dense and pruned by a probe, of as many rows as the settings' largest case has, up to its tokens.
 
     Args:
         settings: model, first dtype, first ratio, device and threads, rounds.
@@ -59,6 +60,9 @@ def measure_break_even(settings: BenchmarkSettings, tell: Tell = print) -> Break
         UserError: settings that cannot be measured.
     """
     settings.check()
+    case = max(settings.cases, key=lambda case: case.rows * case.tokens)
+    if case.rows < 2:
+        raise UserError("a probe of one row never pays: give a case of several rows, such as the default of 20 x 128")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     dtype, ratio = settings.dtypes[0], settings.ratios[0]
@@ -66,8 +70,8 @@ def measure_break_even(settings: BenchmarkSettings, tell: Tell = print) -> Break
     probing = subject.variant(Variant(ProbePruning(), compiled=False, prefill="probe"))
     models = {"dense": subject.variant(VARIANTS["dense"]), "probe": probing}
     found: dict[int, dict[str, float]] = {}
-    for tokens in [size for size in _SIZES if size <= subject.longest]:
-        prompts = subject.batches(Case(1, tokens))
+    for tokens in [size for size in _SIZES if 2 * case.rows <= size <= case.rows * case.tokens]:
+        prompts = subject.batches(Case(case.rows, tokens // case.rows))
         runners = {name: _prompt_runner(model, prompts) for name, model in models.items()}
         samples = measured(f"prompts of {tokens} tokens", runners, {}, settings, tell)
         found[tokens] = {name: statistics.median(samples[name].seconds["prompt"]) for name in models}

@@ -68,8 +68,8 @@ class BenchmarkSettings:
         threads: CPU threads; none leaves torch's choice.
         seed: of random weights and batches.
         calibrate_break_even: measure nothing but from how many tokens on a probe of a prompt pays, for ``prefill``
-            ``auto``: one row, up to the tokens of the longest case. Written beside ``statistics``, or into the output
-            folder.
+            ``auto``: as many rows as the largest case has, up to its tokens. Written beside ``statistics``, or into the
+            output folder.
         statistics: the statistics file that ``--model.statistics`` names elsewhere.
     """
 

@@ -243,7 +243,7 @@ def test_break_even_is_measured_and_read(type_in, arguments, place, capfd, tmp_p
         "--model.path": arguments["--model.path"],
         "--text": place / "text.txt",
         "--statistics": file,
-        "--cases": '[{"rows": 1, "tokens": 32}]',
+        "--cases": '[{"rows": 2, "tokens": 16}]',
         "--dtypes": "[float32]",
         "--round_to": 16,
         "--repeats": 1,

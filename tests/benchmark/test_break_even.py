@@ -20,7 +20,7 @@ def test_no_longer_prompt_is_slower():
 
 def test_it_is_measured_and_kept(small, tmp_path):
     settings = BenchmarkSettings(
-        model=small, cases=[Case(1, 40)], variants=[], round_to=16, repeats=2, warmup=1, memory=False, device="cpu"
+        model=small, cases=[Case(2, 20)], variants=[], round_to=16, repeats=2, warmup=1, memory=False, device="cpu"
     )
     found = measure_break_even(settings, tell=lambda _: None)
     assert sorted(found.seconds) == [16, 32]
@@ -29,6 +29,11 @@ def test_it_is_measured_and_kept(small, tmp_path):
     file.write_text(json.dumps(found.as_dict()))
     assert BreakEven.load(file).tokens == found.tokens
     assert BreakEven.load(file).prefill == ("dense" if found.tokens is None else found.tokens)
+
+
+def test_single_rows_are_refused(small):
+    with pytest.raises(UserError, match="one row never pays"):
+        measure_break_even(BenchmarkSettings(model=small, cases=[Case(1, 40)], device="cpu"), tell=lambda _: None)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"form": "pp-lightning break-even 1", "tokens": "x"}', "\x00"])
