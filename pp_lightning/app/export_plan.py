@@ -99,13 +99,13 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> None:
             f"{type(module.method).__name__} chooses per batch, which no checkpoint can: freeze its choice with "
             "--model.frozen_on history (or text), or write a graph with --format onnx (or pt2)"
         )
-    if not settings.graph:
-        check_layout(settings.layout or "uniform", module.model, _biased(module))
     if settings.written == "gguf":
         check_gguf()
         check_family(module.model.config, settings.layout or "uniform")
         check_biases(module.model, more=module.method.restores_means)
         tokenizer_fields(module.tokenizer, module.model.config.vocab_size)
+    if not settings.graph:
+        check_layout(settings.layout or "uniform", module.model, _biased(module))
     _check_quantize(settings)
     if module.is_streamed and settings.written != "safetensors":
         raise UserError(

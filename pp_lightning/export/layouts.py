@@ -19,7 +19,7 @@ BUNDLED = "modeling_pruned"  # the modelling file of a per-layer folder, without
 
 # Which engine besides was seen to load a folder of a class and to compute the same (docs/engines.md).
 _SEEN_IN = {
-    **dict.fromkeys(("llama", "mistral"), ", vLLM"),
+    **dict.fromkeys(("llama", "mistral", "qwen3", "gemma", "opt", "phi3"), ", vLLM"),
     **dict.fromkeys(("qwen2", "seed_oss"), ", vLLM with --model-impl transformers"),
 }
 

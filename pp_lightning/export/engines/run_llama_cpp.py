@@ -5,7 +5,6 @@ their beginning and hands them back as they came.
 """
 
 import ctypes
-import json
 import math
 import struct
 import sys
@@ -163,7 +162,3 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         losses.append(-sum(_log_likelihood(row, token) for row, token in zip(rows, window[1:], strict=False)))
     texts = [runtime.tokens_of(text) for text in request.get("texts", [])]
     return {"version": runtime.version, "tokens": tokens, "losses": losses, "texts": texts}
-
-
-if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(answer(json.loads(Path(sys.argv[1]).read_text()))))

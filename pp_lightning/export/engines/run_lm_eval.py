@@ -1,7 +1,5 @@
 """Run a transformers folder as lm-evaluation-harness's ``--model hf`` does: see :mod:`export.engines.run`."""
 
-import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,3 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     losses = [-float(score) for score, _ in model._loglikelihood_tokens(windows, disable_tqdm=True)]
     texts = [model.tok_encode(text) for text in request["texts"]]
     return {"version": f"lm_eval {version('lm_eval')}", "tokens": tokens, "losses": losses, "texts": texts}
-
-
-if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(answer(json.loads(Path(sys.argv[1]).read_text()))))

@@ -1,12 +1,11 @@
 """Run ``model.onnx`` in OpenVINO as it stands: see :mod:`pp_lightning.export.engines.run`."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino
+from answering import loss_of
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -22,7 +21,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
                 break
             outputs, held = _run(model, found[-1:], outputs, held), held + 1
         tokens.append(found)
-    losses = [_loss(_run(model, window, None)["logits"][0], window) for window in request["windows"]]
+    losses = [loss_of(_run(model, window, None)["logits"][0], window) for window in request["windows"]]
     version = f"openvino {openvino.get_version().split('-')[0]}"
     return {"version": version, "tokens": tokens, "losses": losses, "texts": []}
 
@@ -43,15 +42,3 @@ def _run(model: Any, ids: list[int], before: dict[str, Any] | None, held: int = 
     known = {name for one in model.inputs for name in one.get_names()}
     result = model({name: array for name, array in inputs.items() if name in known})
     return {name: result[one].copy() for one in model.outputs for name in one.get_names()}
-
-
-def _loss(logits: np.ndarray, window: list[int]) -> float:
-    """Of a window, from logits (S, V)."""
-    numbers = logits[:-1].astype(np.float64)
-    top = numbers.max(-1, keepdims=True)
-    likely = numbers[np.arange(len(window) - 1), window[1:]] - top[:, 0] - np.log(np.exp(numbers - top).sum(-1))
-    return float(-likely.sum())
-
-
-if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(answer(json.loads(Path(sys.argv[1]).read_text()))))

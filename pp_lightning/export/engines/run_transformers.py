@@ -1,7 +1,5 @@
 """Run a transformers folder in this Python's transformers: see :mod:`pp_lightning.export.engines.run`."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,3 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
         texts = [tokenizer(text)["input_ids"] for text in request["texts"]]
     return {"version": f"transformers {transformers.__version__}", "tokens": tokens, "losses": losses, "texts": texts}
-
-
-if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(answer(json.loads(Path(sys.argv[1]).read_text()))))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,3 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             rows = list(one.prompt_logprobs)[1:]
             losses.append(-sum(row[token].logprob for row, token in zip(rows, window[1:], strict=True)))
     return {"version": f"vllm {vllm.__version__}", "tokens": tokens, "losses": losses, "texts": []}
-
-
-if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(answer(json.loads(Path(sys.argv[1]).read_text()))))
