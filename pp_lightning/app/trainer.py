@@ -114,7 +114,7 @@ class PruningTrainer(L.Trainer):
         asked = None if study is None else study_named(study)
         methods = methods if methods is not None else [] if asked else ALL_METHODS
         self._suit(model, datamodule)
-        studied = {} if asked is None else asked.fitting(datamodule)
+        studied: Mapping[str, Variant] = {} if asked is None else asked.fitting(datamodule)
         _check_comparison(methods, ratios, {**(variants or {}), **studied})
         rows = self._rows(methods, ratios, variants or {}, studied, model.recovery)
         for row in rows:
@@ -360,7 +360,7 @@ def _draws(row: Row, model: PrunedLM, data: EvaluationData) -> bool:
     """Whether a seed has a part in a row: in the order of its batches, or in what its method calibrates on."""
     if not isinstance(data, LanguageModelling) or data.protocol != "contiguous":
         return True
-    return row.method is not None and (model.reads_calibration(row.method) or "allocation" in row.model)
+    return row.method is not None and ("allocation" in row.model or model.reads_calibration(model.settled(row.method)))
 
 
 @contextmanager
