@@ -21,8 +21,8 @@ Prefill = PrefillName | int
 
 # Tokens (rows x length) of a prompt from which on a probe is faster than a dense run, where it was not measured on the
 # model at hand. CPU: between 128, where 8 rows took 1.02 times as long, and 256, where they took 0.86 (docs/speed.md).
-# CUDA: LLaMA-2-7B's shape in bfloat16 on one NVIDIA H200, eager, 20 rows: between 4100, where it took 1.34 times as long, and
-# 8200, where it took 0.81 (benchmarks/results). Other accelerators: as CUDA, not measured yet.
+# CUDA: LLaMA-2-7B's shape in bfloat16 on one NVIDIA H200, eager, 20 rows: between 4100, where it took 1.34 times
+# as long, and 8200, where it took 0.81 (benchmarks/results). Other accelerators: as CUDA, not measured yet.
 BREAK_EVEN: Mapping[str, int] = {"cpu": 192, "cuda": 8192}
 _ELSEWHERE = BREAK_EVEN["cuda"]
 

@@ -190,8 +190,6 @@ def test_auto_is_dense_below_a_number_of_tokens_and_a_probe_from_there_on():
 @pytest.mark.parametrize(
     ("prefill", "is_dense"), [("auto", True), (4, True), ("dense", True), ("probe", False), (0, False)]
 )
-    ("prefill", "is_dense"), [("auto", True), (4, True), ("dense", True), ("probe", False), (0, False)]
-)
 def test_a_single_row_runs_dense_whatever_its_length(prefill, is_dense):
     """Its probe is half of it, which never paid."""
     assert [dense_rows(one) for one in ("auto", 192, "dense", "probe", 0)] == [1, 1, 1, 0, 0]

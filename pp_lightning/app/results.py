@@ -155,7 +155,7 @@ class Comparison:
         pairs: list[float] = []
         if first is not None and first.perplexities is not None and evaluation.perplexities is not None:
             pairs = [one - other for one, other in zip(evaluation.perplexities, first.perplexities, strict=True)]
-        difference = _mean(pairs) if pairs else (None, None)
+        difference: tuple[float | None, float | None] = _mean(pairs) if pairs else (None, None)
         degradation = evaluation.perplexity - dense.perplexity
         if evaluation.time is None or dense.time is None:
             return Comparison(evaluation, degradation, None, None, None, *difference)

@@ -102,4 +102,5 @@ def _variant(label: str, changes: Mapping[str, Any] | None = None) -> Variant:
     """A method of this label with other settings, its own or those of the model."""
     method, changes = method_named(label), dict(changes or {})
     model, data = ({name: changes.pop(name) for name in names & changes.keys()} for names in (_OF_MODEL, _OF_DATA))
-    return Variant(type(method)(**{**method.settings(), **changes}) if changes else method, model, data)
+    settings: dict[str, Any] = {**method.settings(), **changes}
+    return Variant(type(method)(**settings) if changes else method, model, data)

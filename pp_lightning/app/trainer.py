@@ -1,9 +1,7 @@
 """The Trainer with two more verbs: compare and export."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import copy
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import lightning as L
 
 from pp_lightning.app.checks import check_ratio, check_seed
+from pp_lightning.app.comparing import Row, changed, draws, side_by_side
 from pp_lightning.app.export_plan import ExportSettings, Quantize
 from pp_lightning.app.exporting import export_pruned
 from pp_lightning.app.module import PrunedLM
@@ -33,9 +32,7 @@ from pp_lightning.export.engines.run import Engine
 from pp_lightning.importances import Importances
 from pp_lightning.methods import (
     METHODS,
-    DynamicMethod,
     FullBatchProbing,
-    LoRAPrune,
     PruningMethod,
     StaticMethod,
     method_named,
@@ -45,34 +42,6 @@ from pp_lightning.recovery import Recovered, Recovery
 # By default what needs no gradients: LoRAPrune's need an extra package, and recovery needs to know its length.
 ALL_METHODS = [label for label, method in METHODS.items() if method.evidence is not Importances]
 RECOVERED = {f"{label}_lora": method for label, method in METHODS.items() if issubclass(method, StaticMethod)}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a comparison still to be evaluated: a method, at a ratio, with or without recovery.
-
-    ``model`` and ``data`` are settings of the module and of the data that are the row's own.
-    """
-
-    label: str
-    method: PruningMethod | None = None
-    pruning_ratio: float = 0.0
-    recovery: Recovery | None = None
-    model: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
-
-    def seeded(self, seed: int) -> "Row":
-        """The same, with probes drawn by another seed."""
-        if not isinstance(self.method, DynamicMethod):
-            return self
-        method = copy(self.method)
-        method.seed = seed
-        return replace(self, method=method)
-
-    @property
-    def chooses_while_trained(self) -> bool:
-        """Whether no evidence is collected before training."""
-        return self.recovery is not None and isinstance(self.method, LoRAPrune)
 
 
 class PruningTrainer(L.Trainer):
@@ -116,7 +85,7 @@ class PruningTrainer(L.Trainer):
         asked = None if study is None else study_named(study)
         methods = methods if methods is not None else [] if asked else ALL_METHODS
         self._suit(model, datamodule)
-        studied = {} if asked is None else asked.fitting(datamodule)
+        studied: Mapping[str, Variant] = {} if asked is None else asked.fitting(datamodule)
         _check_comparison(methods, ratios, {**(variants or {}), **studied})
         rows = self._rows(methods, ratios, variants or {}, studied, model.recovery)
         for row in rows:
@@ -138,7 +107,7 @@ class PruningTrainer(L.Trainer):
                 model.forget_statistics()
             for row, evaluations in zip(rows, found, strict=True):
                 evaluations.append(measure(row if seeds is None else row.seeded(seed), seed))
-        return _side_by_side(rows, [Evaluation.mean_of(evaluations) for evaluations in found])
+        return side_by_side(rows, [Evaluation.mean_of(evaluations) for evaluations in found])
 
     def _measurement(
         self, model: PrunedLM, datamodule: EvaluationData, study: Study | None
@@ -149,12 +118,12 @@ class PruningTrainer(L.Trainer):
         self.callbacks += [] if overlap is None else [overlap]  # type: ignore[attr-defined]
 
         def measured(row: Row, seed: int) -> Evaluation:
-            drawn = seed if _draws(row, model, datamodule) else None
+            drawn = seed if draws(row, model, datamodule) else None
             key = key_of(row.label, row.method, row.pruning_ratio, drawn, {**row.model, **row.data})
             done = finished[key]
             if done is not None:
                 return done
-            with _changed(model, row.model), _changed(datamodule, row.data):
+            with changed(model, row.model), changed(datamodule, row.data):
                 done = self._evaluated(model, datamodule, row)
                 if overlap is not None and row.method is not None:
                     whole = replace(row, label="full_batch", method=FullBatchProbing())
@@ -345,38 +314,6 @@ class PruningTrainer(L.Trainer):
             use_distributed_sampler=False,
             default_root_dir=folder,
         )
-
-
-def _side_by_side(rows: Sequence[Row], means: Sequence[Evaluation]) -> list[Comparison]:
-    """Every row beside the dense model on the same data, and beside the first pruned row at its ratio."""
-    dense = {repr(row.data): mean for row, mean in zip(rows, means, strict=True) if row.method is None}
-    first: dict[float, tuple[Row, Evaluation]] = {}
-    found = []
-    for row, mean in zip(rows, means, strict=True):
-        other, reference = first.setdefault(row.pruning_ratio, (row, mean))
-        paired = row.method is not None and row is not other and row.data == other.data
-        found.append(Comparison.of(mean, dense[repr(row.data)], reference if paired else None))
-    return found
-
-
-def _draws(row: Row, model: PrunedLM, data: EvaluationData) -> bool:
-    """Whether a seed has a part in a row: in the order of its batches, or in what its method calibrates on."""
-    if not isinstance(data, LanguageModelling) or data.protocol != "contiguous":
-        return True
-    return row.method is not None and (model.reads_calibration(row.method) or "allocation" in row.model)
-
-
-@contextmanager
-def _changed(target: object, values: Mapping[str, Any]) -> Iterator[None]:
-    """Other settings for a while."""
-    before = {name: getattr(target, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(target, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)
 
 
 def _trained_on(datamodule: EvaluationData) -> TrainingRows:
