@@ -165,21 +165,10 @@ def test_the_harness_command_refuses_it_too(tmp_path: Path, monkeypatch: pytest.
         harness.main()
 
 
-# ``python -m`` of the module, but for the harness's own 14,000 files of tasks, at which it looks on every start.
-COMMAND = """
-import runpy, lm_eval.tasks as tasks
-class GivenTasks(tasks.TaskManager):
-    def __init__(self, **given):
-        super().__init__(**given, include_defaults=False)
-tasks.TaskManager = GivenTasks
-runpy.run_module("pp_lightning.commonsense.harness", run_name="__main__")
-"""
-
-
 @pytest.mark.slow
 def test_the_harness_command_has_the_model(tmp_path: Path) -> None:
     definitions = write_definitions(tmp_path, write_samples(tmp_path / "data"), limit=3)
-    command = [sys.executable, "-c", COMMAND]
+    command = [sys.executable, "-m", "pp_lightning.commonsense.harness"]
     words = ["run", "--model", "pp", "--tasks", "local_piqa", "--include_path", str(definitions), "--device", "cpu"]
     words += ["--model_args", f"path={write_checkpoint(tmp_path / 'model')},max_length=64", "--batch_size", "4"]
     done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=300, check=False)
