@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from pp_lightning.commonsense import harness
 from pp_lightning.commonsense.harness import PrunedHFLM, run_harness
 from pp_lightning.methods import ProbePruning
 from pp_lightning.pruning import pruning_of
-from tests.commonsense.harness_tasks import write_definitions
+from tests.commonsense.harness_tasks import GivenTasks, write_definitions
 from tests.commonsense.samples import tiny_model, write_samples
 from tests.commonsense.tokenizers import KINDS, TEXT, tokenizer_of
 
@@ -157,8 +156,7 @@ def test_it_loads_calibrates_and_prunes_what_model_args_name(tmp_path: Path) -> 
 
 
 def test_the_harness_command_refuses_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # the harness looks at its own 14,000 files of tasks on every start
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", GivenTasks)
     definitions = write_definitions(tmp_path, write_samples(tmp_path / "data"), limit=3)
     words = ["--tasks", "local_piqa", "--include_path", str(definitions), "--batch_size", "auto"]
     words += ["--model_args", f"path={write_checkpoint(tmp_path / 'model')}", "--device", "cpu"]
@@ -167,19 +165,10 @@ def test_the_harness_command_refuses_it_too(tmp_path: Path, monkeypatch: pytest.
         harness.main()
 
 
-# ``python -m`` of the module, but for the harness's own 14,000 files of tasks, at which it looks on every start.
-COMMAND = """
-import runpy, sys, lm_eval.tasks
-from functools import partial
-lm_eval.tasks.TaskManager = partial(lm_eval.tasks.TaskManager, include_defaults=False)
-runpy.run_module("pp_lightning.commonsense.harness", run_name="__main__")
-"""
-
-
 @pytest.mark.slow
 def test_the_harness_command_has_the_model(tmp_path: Path) -> None:
     definitions = write_definitions(tmp_path, write_samples(tmp_path / "data"), limit=3)
-    command = [sys.executable, "-c", COMMAND]
+    command = [sys.executable, "-m", "pp_lightning.commonsense.harness"]
     words = ["run", "--model", "pp", "--tasks", "local_piqa", "--include_path", str(definitions), "--device", "cpu"]
     words += ["--model_args", f"path={write_checkpoint(tmp_path / 'model')},max_length=64", "--batch_size", "4"]
     done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=300, check=False)
