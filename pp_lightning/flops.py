@@ -1,4 +1,4 @@
-"""FLOPs of dense and pruned models (01-method, section 2).
+"""FLOPs of dense and pruned models.
 
 A multiply-add is 2. Attention counts the full S x S products. Norms, softmax, activations, embeddings, rotary positions
 and top-k are 0. Counts are of one batch of B rows and S tokens, as Python integers.

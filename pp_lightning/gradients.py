@@ -41,7 +41,7 @@ def taylor_importances(
     layers: Sequence[int] | None = None,
     progress: bool = True,
 ) -> Importances:
-    """Taylor importance of every row and column of the projections (02-baselines, section 5.2).
+    """Taylor importance of every row and column of the projections (LLM-Pruner).
 
     The loss is the mean cross-entropy of all predicted tokens of all batches.
 

@@ -311,7 +311,7 @@ class TestHistory:
         assert torch.equal(stats.sums[3, Block.MLP].squares, before)
 
     def test_follows_the_formula(self):
-        """01-method, step 7: kept channels move by 1 percent towards the pruned block's own second moment."""
+        """Kept channels move by 1 percent towards the pruned block's own second moment."""
         model = pruned("llama", ProbePruning)
         before = histories(model)
         states = {}

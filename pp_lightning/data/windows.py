@@ -31,7 +31,7 @@ def contiguous_windows(tokens: Tensor, window: int) -> list[Tensor]:
 
 
 def random_windows(tokens: Tensor, window: int, seed: int) -> list[Tensor]:
-    """``floor(T / window)`` windows at random starts with replacement: the published protocol (03-evaluation)."""
+    """``floor(T / window)`` windows at random starts with replacement: the protocol of Probe Pruning's code."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(tokens) - window, (len(tokens) // window,), generator=generator)
     return [tokens[start : start + window] for start in starts.tolist()]

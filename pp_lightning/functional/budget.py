@@ -8,7 +8,7 @@ from pp_lightning.errors import UserError
 def layer_ratio(pruning_ratio: float, num_layers: int, num_skipped: int) -> float:
     """Fraction to remove in each pruned layer so that the whole model loses ``pruning_ratio``.
 
-    ``round(L / (L - skipped) * ratio, 2)``, as published (01-method, section 2).
+    ``round(L / (L - skipped) * ratio, 2)``, as Probe Pruning's code has it.
 
     Raises:
         UserError: the ratio is outside [0, 1), no layer is left to prune, or the pruned layers would lose everything.

@@ -1,4 +1,4 @@
-"""LoRA-guided importance: gradients of a weight, guessed from its adapter's alone (02-baselines, section 6.1)."""
+"""LoRA-guided importance: gradients of a weight, guessed from its adapter's alone (LoRAPrune, arXiv 2305.18403)."""
 
 import torch
 from torch import Tensor

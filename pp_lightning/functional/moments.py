@@ -1,4 +1,6 @@
-"""Second moments per position and channel: of the probe, of the history, and the two fused (01-method, steps 4, 7).
+"""Second moments per position and channel: of the probe, of the history, and the two fused.
+
+Probe Pruning (arXiv 2502.15618), history-informed pruning: importance-scaled fusion and the history's update.
 
 A *moment* is (P, C) float32: the mean of X^2 over the rows that are real at a position. Without padding, position and
 column are the same and everything is a plain mean over rows. With padding, tokens are gathered at their position
@@ -160,7 +162,7 @@ def fused_energy(
     history: Tensor,
     fusion_weight: float | None,
 ) -> tuple[Tensor, Tensor | int]:
-    """The probe's second moment fused with the history at the probe's positions, summed over them (01-method, step 4).
+    """The probe's second moment fused with the history at the probe's positions, summed over them.
 
     A position that the probe has no real token at is left to the history.
 
@@ -197,7 +199,7 @@ def fused_energy(
 
 
 def update_history_(history: Tensor, moment: Tensor, kept: Tensor, momentum: float, present: Tensor | None) -> None:
-    """Move the history towards a batch's moment, in place: ``H = m H + (1 - m) X^2`` (01-method, step 7).
+    """Move the history towards a batch's moment, in place: ``H = m H + (1 - m) X^2``.
 
     Args:
         history: (P_max, C) float32.

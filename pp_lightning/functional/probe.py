@@ -1,4 +1,4 @@
-"""Which rows and tokens of a batch run ahead as the probe (01-method, section 1, steps 1 and 2)."""
+"""Which rows and tokens of a batch run ahead as the probe (Probe Pruning, residual importance)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

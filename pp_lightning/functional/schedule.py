@@ -1,4 +1,4 @@
-"""The cubic schedule of gradual pruning (02-baselines, section 6.2)."""
+"""The cubic schedule of gradual pruning (LoRAPrune, arXiv 2305.18403)."""
 
 
 def cubic_ratio(step: int, total: int, final: float, warmup: float, cooldown: float) -> float:

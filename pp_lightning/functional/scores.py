@@ -12,7 +12,7 @@ def ppsp_weight_norm(weight: Tensor) -> Tensor:
 
 
 def ppsp_unit_scores(energy: Tensor, weight_norm: Tensor, channels_per_unit: int) -> Tensor:
-    """PP importance score of each unit: the L2 norm of ``C_c W_ic^2`` jointly over the unit's columns (01-method, 5).
+    """PP importance score of each unit: the L2 norm of ``C_c W_ic^2`` jointly over the unit's columns (PPsp).
 
     Args:
         energy: C, (C,) float32, the (fused) second moment summed over positions.
@@ -55,7 +55,7 @@ def energy_about(energy: Tensor, count: Tensor | int, mean: Tensor, centre: Tens
 
 
 def wanda_column_scores(weight: Tensor, energy: Tensor) -> Tensor:
-    """Wanda-sp: ``sum_i |W_ic| * sqrt(E_c)`` (02-baselines, 3.1).
+    """Wanda-sp: ``sum_i |W_ic| * sqrt(E_c)`` (arXiv 2306.11695, whole units as in FLAP's code).
 
     Args:
         weight: output matrix (D, C) of any dtype.
@@ -65,7 +65,7 @@ def wanda_column_scores(weight: Tensor, energy: Tensor) -> Tensor:
 
 
 def flap_column_scores(weight: Tensor, variance: Tensor) -> Tensor:
-    """FLAP's fluctuation metric WIFV: ``Var[x_c] * sum_i W_ic^2`` (02-baselines, 4.1).
+    """FLAP's fluctuation metric WIFV: ``Var[x_c] * sum_i W_ic^2`` (arXiv 2312.11983).
 
     Args:
         weight: output matrix (D, C) of any dtype.

@@ -1,4 +1,4 @@
-"""Taylor importance: how much the loss would change without an element of a weight (02-baselines, section 5.2).
+"""Taylor importance: how much the loss would change without an element of a weight (LLM-Pruner).
 
 All float32, larger means more important. A projection's weight is (out, in); a unit owns rows of the projections into a
 block and columns of the output matrix.

@@ -1,4 +1,4 @@
-"""FLAP: fluctuation metric, one standardised ranking over all layers, bias compensation (02-baselines, section 4)."""
+"""FLAP: fluctuation metric, one standardised ranking over all layers, bias compensation (arXiv 2312.11983)."""
 
 from collections.abc import Iterator, Sequence
 from copy import copy

@@ -1,4 +1,4 @@
-"""LLM-Pruner: Taylor importance of coupled weights from one backward pass (02-baselines, section 5)."""
+"""LLM-Pruner: Taylor importance of coupled weights from one backward pass (arXiv 2305.11627)."""
 
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal

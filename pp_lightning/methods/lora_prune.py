@@ -1,4 +1,4 @@
-"""LoRAPrune: importance from the gradients of low-rank adapters alone (02-baselines, section 6)."""
+"""LoRAPrune: importance from the gradients of low-rank adapters alone (arXiv 2305.18403)."""
 
 from collections.abc import Sequence
 from typing import ClassVar

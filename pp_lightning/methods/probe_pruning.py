@@ -28,7 +28,7 @@ from pp_lightning.prefill import Prefill
 
 
 class ProbePruning(DynamicMethod):
-    """Dynamic: the published method by default, with the decisions of 01-method, section 3, and what goes beyond it.
+    """Dynamic: the published method by default, and what goes beyond it.
 
     :meth:`paper` and :meth:`best` name the two settings that matter. What is not the paper's: ``random`` and
     ``stratified`` probes, ``score``, ``compensation``, ``scattered_mlp`` and ``allocation``.

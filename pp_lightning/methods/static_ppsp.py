@@ -10,7 +10,7 @@ from pp_lightning.statistics import Statistics
 
 
 class StaticPPsp(StaticMethod[Statistics]):
-    """Static: units score ``||E[x_c^2] W_ic^2||_2`` over the calibration set; uniform ratios (01-method, section 1).
+    """Static: units score ``||E[x_c^2] W_ic^2||_2`` over the calibration set; uniform ratios.
 
     Args:
         blocks: which blocks are pruned, ``attention``, ``mlp`` or both.

@@ -1,4 +1,4 @@
-"""Wanda-sp: structured Wanda, weight magnitude times activation norm (02-baselines, section 3.1)."""
+"""Wanda-sp: structured Wanda, weight magnitude times activation norm (arXiv 2306.11695)."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""Pruning while adapters train: moving averages of scores, masks, and a schedule (02-baselines, section 6)."""
+"""Pruning while adapters train: moving averages of scores, masks, and a schedule (LoRAPrune)."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -27,7 +27,7 @@ def lora_importances(
     seed: int = 0,
     progress: bool = True,
 ) -> Importances:
-    """Importances from the first gradient of fresh adapters, accumulated over all batches (02-baselines, 6.1).
+    """Importances from the first gradient of fresh adapters, accumulated over all batches (LoRAPrune).
 
     As B is zero, the estimate is ``gB A``: a random projection of the true gradient to ``rank`` dimensions.
 

@@ -7,7 +7,7 @@ from pp_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class Recovery:
-    """Low-rank adapters on every projection of every layer, and how they are trained (02-baselines, section 5.5).
+    """Low-rank adapters on every projection of every layer, and how they are trained (LLM-Pruner's recovery).
 
     Attributes:
         rank: r, the inner width of an adapter ``B A``.

@@ -35,7 +35,7 @@ OPT_13B = (40, 40, 20480)
     ],
 )
 def test_published_counts(model, ratio, in_layer, heads, channels):
-    """The table of 01-method, section 2."""
+    """What Probe Pruning's code keeps of the published models."""
     layers, all_heads, all_channels = model
     found = layer_ratio(ratio, layers, num_skipped=3)
     assert found == in_layer

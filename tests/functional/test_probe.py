@@ -8,7 +8,7 @@ from pp_lightning.functional.probe import FEW_TOKENS, Probe, select_probe, token
 
 
 def naive_probe(importance, real, row_ratio, token_ratio):
-    """01-method, section 1, step 2, in lists: the rows and columns that are selected, pads left out of everything."""
+    """The rows and columns that are selected, pads left out of everything."""
     n, real = importance.double().tolist(), real.tolist()
     columns = [t for t in range(len(n[0])) if any(row[t] for row in real)]
     rows = [b for b in range(len(n)) if any(real[b])]

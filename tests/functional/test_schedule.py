@@ -4,7 +4,7 @@ from pp_lightning.functional.schedule import cubic_ratio, last_ratio, removed_un
 
 
 def test_cubic_by_hand():
-    """02-baselines, section 6.2, with T = 100 and a tenth at both ends."""
+    """LoRAPrune's schedule, with T = 100 and a tenth at both ends."""
     given = {"total": 100, "final": 0.4, "warmup": 0.1, "cooldown": 0.1}
     assert [cubic_ratio(step, **given) for step in (1, 10)] == [0.0, 0.0]
     assert cubic_ratio(50, **given) == pytest.approx(0.4 * (1 - (1 - 40 / 80) ** 3))

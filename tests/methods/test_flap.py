@@ -70,7 +70,7 @@ def test_at_least_one_head_stays_and_one_multiple_of_channels():
 @pytest.mark.parametrize("name", ["llama", "llama_gqa", "opt"])
 @pytest.mark.parametrize("uniform", [False, True])
 def test_choice_equals_the_naive_loop(name, uniform):
-    """02-baselines, section 4, from the raw sums to the kept units."""
+    """FLAP from the raw sums to the kept units."""
     model, stats = tiny(name), statistics(name)
     prune_(model, FLAP(uniform=uniform), stats, **SETTINGS)
     shape = shape_of(model.config)

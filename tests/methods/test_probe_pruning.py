@@ -11,7 +11,7 @@ from tests.recording import RecordingProbePruning
 
 
 def naive_energy(states, probe, places, history, weight):
-    """01-method, section 1, step 4, in loops: fused moment at the positions of the selected columns, summed."""
+    """In loops: fused moment at the positions of the selected columns, summed."""
     rows, tokens = probe.rows.tolist(), probe.tokens.tolist()
     valid = [True] * len(tokens) if probe.real_tokens is None else probe.real_tokens.tolist()
     num_rows = len(places.real)
