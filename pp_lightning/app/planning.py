@@ -134,6 +134,7 @@ def bytes_moved(job: Job, sizes: Sizes, work: Workload, *, streamed: bool) -> tu
     In memory, slicing reads and writes too, but from memory to memory: nothing beside the rest.
     """
     left = 1 - work.pruning_ratio
+    passes: dict[Job, tuple[float, float]] = {job: (0.0, 0.0) for job in JOBS} | {"export": (left, left)}
     if streamed:
         passes = {
             "calibration": (1.0, 0.0),
@@ -142,8 +143,6 @@ def bytes_moved(job: Job, sizes: Sizes, work: Workload, *, streamed: bool) -> tu
             "evaluation": (1.0, 0.0),
             "export": (3 * left, left),  # asked; read and written; asked again
         }
-    else:
-        passes = {job: (0.0, 0.0) for job in JOBS} | {"export": (left, left)}
     read, written = passes[job]
     return read * sizes.whole, written * sizes.whole
 

@@ -81,6 +81,7 @@ def peak(folder: Path, out: Path, stream: str, allowed: float) -> int | None:
     command = [sys.executable, "-c", _RUN, "prune", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
+        print(done.stderr[-2000:])
         return None
     found = json.loads(done.stdout.splitlines()[-1])
     return found["peak"] - found["before"]
