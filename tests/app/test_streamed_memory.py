@@ -78,6 +78,7 @@ def peak(folder: Path, out: Path, stream: str, allowed: float) -> int | None:
         "--trainer.accelerator": "cpu",
         "--trainer.enable_progress_bar": "false",
         "--stream": stream,
+        "--max_shard_size": "60MB",
         "--out": out,
     }
     words = [str(word) for pair in given.items() for word in pair]
