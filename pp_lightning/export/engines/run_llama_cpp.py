@@ -6,6 +6,7 @@ their beginning and hands them back as they came.
 
 import ctypes
 import math
+import os
 import struct
 import sys
 from importlib.metadata import version
@@ -77,6 +78,8 @@ class Runtime:
         parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = context
         _in_full_precision(parameters)
         self._context = c.llama_init_from_model(ctypes.c_void_p(self._model), parameters)
+        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)  # more would wait for each other
+        c.llama_set_n_threads(ctypes.c_void_p(self._context), threads, threads)
         self._words = c.llama_vocab_n_tokens(ctypes.c_void_p(c.llama_model_get_vocab(ctypes.c_void_p(self._model))))
         self._batch, self._held = c.llama_batch_init(context, 0, 1), 0
 
