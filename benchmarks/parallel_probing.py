@@ -21,8 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from pp_lightning.benchmark.clock import stopwatch_for
+from pp_lightning.benchmark.model import BenchmarkModel
 from pp_lightning.benchmark.settings import BenchmarkSettings, Case, ModelChoice
-from pp_lightning.benchmark.subject import Subject
 from pp_lightning.benchmark.timing import Runner, measured
 from pp_lightning.benchmark.variants import Variant
 from pp_lightning.methods import ProbePruning
@@ -150,21 +150,21 @@ def main() -> None:
         repeats=options.repeats,
         warmup=options.warmup,
     )
-    subject, out = Subject(settings, options.dtype, options.ratio), Path(options.out)
+    benchmarked, out = BenchmarkModel(settings, options.dtype, options.ratio), Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     parallel = Variant(ProbePruning(probe_source="previous"), compiled=False)
     models = {
-        "dense": subject.variant(Variant(None, compiled=False)),
-        "PP": subject.variant(Variant(ProbePruning(), compiled=False)),
-        "previous residual, in line": subject.variant(parallel),
-        "previous residual, side stream": subject.variant(parallel),
+        "dense": benchmarked.variant(Variant(None, compiled=False)),
+        "PP": benchmarked.variant(Variant(ProbePruning(), compiled=False)),
+        "previous residual, in line": benchmarked.variant(parallel),
+        "previous residual, side stream": benchmarked.variant(parallel),
     }
     context = pruning_of(models["previous residual, in line"]).context
     assert context is not None
     context.overlaps = False
-    found: dict[str, Any] = {"options": vars(options), "environment": environment(subject.device, 1), "cases": {}}
+    found: dict[str, Any] = {"options": vars(options), "environment": environment(benchmarked.device, 1), "cases": {}}
     for case in cases:
-        name, batches = f"{case.rows}x{case.tokens}", subject.batches(case)
+        name, batches = f"{case.rows}x{case.tokens}", benchmarked.batches(case)
         times = timed(models, batches, settings)
         traces = {
             which: traced(model, batches[0], out / f"{which.replace(', ', '_').replace(' ', '_')}_{name}.json")

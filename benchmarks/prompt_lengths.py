@@ -22,9 +22,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pp_lightning import compile_, uncompile_
 from pp_lightning.benchmark.clock import stopwatch_for
+from pp_lightning.benchmark.model import BenchmarkModel
 from pp_lightning.benchmark.rows import paired_ratio
 from pp_lightning.benchmark.settings import BenchmarkSettings, Case, ModelChoice
-from pp_lightning.benchmark.subject import Subject
 from pp_lightning.benchmark.timing import Runner, measured
 from pp_lightning.benchmark.variants import Variant
 from pp_lightning.methods import ProbePruning, StaticPPsp
@@ -137,10 +137,10 @@ def main() -> None:
         repeats=options.repeats,
         warmup=options.warmup,
     )
-    subject = Subject(settings, options.dtype, options.ratio)
-    models = {name: subject.variant(variant) for name, variant in VARIANTS.items()}
-    texts = {name: subject.batches(case) for name, case in (cases | recorded).items()}
-    found: dict[str, Any] = {"options": vars(options), "environment": environment(subject.device, 1), "ways": {}}
+    benchmarked = BenchmarkModel(settings, options.dtype, options.ratio)
+    models = {name: benchmarked.variant(variant) for name, variant in VARIANTS.items()}
+    texts = {name: benchmarked.batches(case) for name, case in (cases | recorded).items()}
+    found: dict[str, Any] = {"options": vars(options), "environment": environment(benchmarked.device, 1), "ways": {}}
 
     def note(way: str, rows_of: Mapping[str, Any]) -> None:
         found["ways"].setdefault(way, {}).update(rows_of)

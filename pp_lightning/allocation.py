@@ -24,7 +24,7 @@ FLOORS: tuple[Mapping[Block, float], ...] = (
 
 
 @dataclass(frozen=True)
-class Evidence:
+class AllocationInputs:
     """What an allocation may look at.
 
     Attributes:
@@ -81,19 +81,21 @@ def spread(
         raise UserError(f"allocation must be {', '.join(others)} or {last}, not {name!r}")
     if name != "uniform" and method.allocates:
         raise UserError(f"{type(method).__name__} spreads units over the layers itself: leave allocation out")
-    return ALLOCATIONS[name](plan, Evidence(statistics, output_weights, method.restores_means, floor, losses, over))
+    return ALLOCATIONS[name](
+        plan, AllocationInputs(statistics, output_weights, method.restores_means, floor, losses, over)
+    )
 
 
-Allocation = Callable[[Plan, Evidence], tuple[Plan, dict[BlockKey, int]]]
+Allocation = Callable[[Plan, AllocationInputs], tuple[Plan, dict[BlockKey, int]]]
 
 
-def uniform(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockKey, int]]:
+def uniform(plan: Plan, inputs: AllocationInputs) -> tuple[Plan, dict[BlockKey, int]]:
     """The plan's counts in each layer that is not skipped."""
     keys = ((layer, block) for layer in plan.layers for block in plan.blocks)
-    return plan, {(i, b.block): b.keep for i, b in keys if (i, b.block) in evidence.output_weights}
+    return plan, {(i, b.block): b.keep for i, b in keys if (i, b.block) in inputs.output_weights}
 
 
-def by_global_ranking(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockKey, int]]:
+def by_global_ranking(plan: Plan, inputs: AllocationInputs) -> tuple[Plan, dict[BlockKey, int]]:
     """Counts by what units are worth, over all layers, none skipped, that save as many FLOPs as the plan would.
 
     A unit is worth what its loss adds to its block's output relative to the residual, as the calibration set has it
@@ -102,7 +104,7 @@ def by_global_ranking(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockK
 
     Args:
         plan: the uniform plan whose saving is matched.
-        evidence: statistics of all layers, with means where means are restored.
+        inputs: statistics of all layers, with means where means are restored.
 
     Returns:
         A plan over all layers, and the units that stay in each block.
@@ -111,16 +113,16 @@ def by_global_ranking(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockK
         UserError: statistics are missing, or do not cover what is needed; the floor is out of range, or leaves too
             little to remove.
     """
-    statistics, plans = evidence.statistics, {block.block: block for block in plan.blocks}
+    statistics, plans = inputs.statistics, {block.block: block for block in plan.blocks}
     if statistics is None:
         raise UserError("allocation=global needs calibration statistics: pass the result of calibrate()")
-    weights = evidence.output_weights
-    floors = settled_floors(plan, weights.keys(), evidence.floor, statistics.num_positions)
+    weights = inputs.output_weights
+    floors = settled_floors(plan, weights.keys(), inputs.floor, statistics.num_positions)
     cost = {name: unit_flops(block, statistics.num_positions) for name, block in plans.items()}
     to_save = _flops_to_save(plan, weights.keys(), statistics.num_positions)
     keep = {key: plans[key[1]].keep if plans[key[1]].alike else plans[key[1]].units.number for key in weights}
     keys = [key for key in keep if _is_ranked(plans[key[1]])]
-    removable = [_removable(plans[key[1]], cost[key[1]], floors[key[1]], key, evidence, statistics) for key in keys]
+    removable = [_removable(plans[key[1]], cost[key[1]], floors[key[1]], key, inputs, statistics) for key in keys]
     keep |= dict(zip(keys, allocate(removable, to_save), strict=True))
     return replace(plan, layers=tuple(sorted({layer for layer, _ in keep}))), keep
 
@@ -169,13 +171,13 @@ def unit_flops(plan: BlockPlan, tokens: int) -> int:
 
 
 def _removable(
-    plan: BlockPlan, cost: int, floor: float, key: BlockKey, evidence: Evidence, statistics: Statistics
+    plan: BlockPlan, cost: int, floor: float, key: BlockKey, inputs: AllocationInputs, statistics: Statistics
 ) -> Removable:
     least = floor_count(plan.units.number, floor, plan.round_to)
-    if evidence.losses is not None:
-        return Removable(evidence.losses[key], cost, plan.round_to, least)
-    weight = evidence.output_weights[key]
-    lost = statistics.deviations(*key) if evidence.restores_means else statistics.second_moment(*key)
+    if inputs.losses is not None:
+        return Removable(inputs.losses[key], cost, plan.round_to, least)
+    weight = inputs.output_weights[key]
+    lost = statistics.deviations(*key) if inputs.restores_means else statistics.second_moment(*key)
     losses = relative_output_losses(
         weight,
         lost.to(weight.device),
@@ -183,7 +185,7 @@ def _removable(
         statistics.counts.to(weight.device),
         plan.units.channels,
     )
-    return Removable(evidence.counted(losses), cost, plan.round_to, least)
+    return Removable(inputs.counted(losses), cost, plan.round_to, least)
 
 
 # Of outlier-weighed ratios (OWL, arXiv 2310.05175): a channel is an outlier that is so many times its block's mean, and
@@ -191,32 +193,32 @@ def _removable(
 _OUTLIER, _SPREAD = 5.0, 0.08
 
 
-def by_outliers(plan: Plan, evidence: Evidence) -> tuple[Plan, dict[BlockKey, int]]:
+def by_outliers(plan: Plan, inputs: AllocationInputs) -> tuple[Plan, dict[BlockKey, int]]:
     """Ratios per layer, of the same mean: layers with more of their output's energy in outliers keep more.
 
     Args:
         plan: the uniform plan.
-        evidence: statistics of its layers.
+        inputs: statistics of its layers.
 
     Raises:
         UserError: statistics are missing.
     """
-    statistics = evidence.statistics
+    statistics = inputs.statistics
     if statistics is None:
         raise UserError("allocation=outliers needs calibration statistics: pass the result of calibrate()")
-    plan, keep = uniform(plan, evidence)
+    plan, keep = uniform(plan, inputs)
     for block in (one for one in plan.blocks if _is_ranked(one)):
         keys = [key for key in keep if key[1] is block.block]
-        own = (outlier_share(_output_energy(key, evidence, statistics)) for key in keys)
-        shares = torch.cat([evidence.counted(torch.tensor([share])) for share in own])
+        own = (outlier_share(_output_energy(key, inputs, statistics)) for key in keys)
+        shares = torch.cat([inputs.counted(torch.tensor([share])) for share in own])
         ratios = spread_ratios(block.ratio, shares, _SPREAD)
         for key, ratio in zip(keys, ratios.tolist(), strict=True):
             keep[key] = kept_channels(block.units.number, ratio, block.round_to)  # of heads too
     return plan, keep
 
 
-def _output_energy(key: BlockKey, evidence: Evidence, statistics: Statistics) -> Tensor:
-    weight = evidence.output_weights[key]
+def _output_energy(key: BlockKey, inputs: AllocationInputs, statistics: Statistics) -> Tensor:
+    weight = inputs.output_weights[key]
     return statistics.energy(*key).to(weight.device) * energy_weight_norm(weight)
 
 

@@ -11,7 +11,13 @@ from torch.utils.hooks import RemovableHandle
 from pp_lightning.blocks import BlockKey
 from pp_lightning.families import BlockModules
 from pp_lightning.functional.compensation import channel_mean
-from pp_lightning.functional.moments import Places, placed_count, placed_sum, sum_of_squares, sum_of_squares_about
+from pp_lightning.functional.moments import (
+    TokenPositions,
+    placed_count,
+    placed_sum,
+    sum_of_squares,
+    sum_of_squares_about,
+)
 from pp_lightning.functional.probe import token_norms
 from pp_lightning.interfaces import first_argument
 from pp_lightning.pruned.check import Meeting
@@ -32,7 +38,7 @@ class Collector:
         self.mask: Tensor | None = None
         self.position_ids: Tensor | None = None
         self.shape = torch.Size()
-        self.places: Places | None = None
+        self.places: TokenPositions | None = None
         self.counts = True
 
     def attach(self, blocks: Mapping[BlockKey, BlockModules], met: Mapping[BlockKey, Meeting]) -> list[RemovableHandle]:
@@ -64,7 +70,7 @@ class Collector:
             real = hidden.new_ones(self.shape, dtype=torch.bool) if mask is None else mask.bool().to(device)
             given = self.position_ids
             positions = real.long().cumsum(1) - 1 if given is None else given.to(device).expand(self.shape)
-            self.places = Places(positions, real, 1 + int(positions.masked_fill(~real, 0).max()))
+            self.places = TokenPositions(positions, real, 1 + int(positions.masked_fill(~real, 0).max()))
             count = placed_count(self.places)
         else:
             self.places = None
@@ -100,7 +106,7 @@ class Collector:
         old = self.statistics.residuals.get(key)
         self.statistics.residuals[key] = total if old is None else _add_rows(old.to(total.device), total)
 
-    def _places_on(self, device: torch.device) -> Places | None:
+    def _places_on(self, device: torch.device) -> TokenPositions | None:
         return None if self.places is None else self.places.to(device)
 
 

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pp_lightning.blocks import BlockKey
+from pp_lightning.calibration_data import fingerprint
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import fingerprint
 from pp_lightning.families import OUTPUT, blocks_of, layers_of
 from pp_lightning.functional.taylor import Taylor, taylor_importance
 from pp_lightning.importances import Importances, by_role

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from pp_lightning.blocks import Block, BlockKey
+from pp_lightning.calibration_data import CalibrationData
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import Evidence
 
 Members = Mapping[str, Tensor]
 
@@ -21,7 +21,7 @@ def by_role(roles: str, vector: Tensor) -> dict[str, Tensor]:
 
 
 @dataclass
-class Importances(Evidence):
+class Importances(CalibrationData):
     """Importance of the outputs of every projection into a block, and of the inputs of its output matrix.
 
     Attributes:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from pp_lightning.allocation import settled_floors, spread, unit_flops
 from pp_lightning.blocks import Block, BlockKey
+from pp_lightning.calibration_data import CalibrationData
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import Evidence
 from pp_lightning.families import BlockModules, OutputWeights, blocks_of, layers_of
 from pp_lightning.functional.allocation import floor_count
 from pp_lightning.functional.least_squares import SecondMoments, columns_in_order, losses_in_order, ordered_factor
@@ -72,7 +72,7 @@ def measured_counts(
     model: PreTrainedModel,
     plan: Plan,
     method: StaticMethod,
-    evidence: Evidence | None,
+    calibration_data: CalibrationData | None,
     update: LeastSquares,
     targets: Sequence[BlockToPrune],
     name: AllocationName,
@@ -84,7 +84,7 @@ def measured_counts(
         model: dense.
         plan: uniform.
         method: scores units.
-        evidence: calibration statistics.
+        calibration_data: calibration statistics.
         update: brings the batches.
         targets: every block of the model that loses units.
         name: ``global`` or ``searched``. A search keeps second moments of all blocks.
@@ -95,10 +95,11 @@ def measured_counts(
     """
     if name == "searched" and is_settled(layers_of(model)[0]):
         raise UserError("allocation=searched runs the model again and again, which cannot be streamed: use global")
-    if not isinstance(evidence, Statistics):
+    if not isinstance(calibration_data, Statistics):
         raise UserError(f"allocation={name} needs calibration statistics: pass the result of calibrate()")
     blocks = {
-        target.key: method.unit_scores(target, evidence).argsort(descending=True, stable=True) for target in targets
+        target.key: method.unit_scores(target, calibration_data).argsort(descending=True, stable=True)
+        for target in targets
     }
     if update.loss_tokens < 0:
         raise UserError(f"loss_tokens must not be negative, not {update.loss_tokens}")
@@ -108,10 +109,10 @@ def measured_counts(
     modules = blocks_of(model)
     weights = OutputWeights(modules)
     losses = losses_by_rise(model, update, targets, found)
-    whole, keep = spread(plan, method, weights, evidence, "global", floor, losses)
+    whole, keep = spread(plan, method, weights, calibration_data, "global", floor, losses)
     if name != "searched":
         return Counts(whole, keep, [])
-    tokens = evidence.num_positions
+    tokens = calibration_data.num_positions
     floors = settled_floors(plan, weights.keys(), floor, tokens)
     heads = [t.plan for t in targets if t.plan.block is Block.ATTENTION and not t.plan.alike]
     head = unit_flops(heads[0], tokens) * heads[0].round_to if heads else 0

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from pp_lightning.allocation import spread
 from pp_lightning.blocks import AttentionUnit, Block, BlockKey, BlockPlan, ModelShape
+from pp_lightning.calibration_data import CalibrationData
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import Evidence
 from pp_lightning.families import (
     BlockModules,
     OutputWeights,
@@ -39,7 +39,7 @@ from pp_lightning.pruned.check import Meeting, check_block, kinds_of, meetings
 from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.context import ModelContext
 from pp_lightning.pruned.conversations import HeldSlices
-from pp_lightning.pruned.lots import Lots
+from pp_lightning.pruned.random_samples import RandomSamples
 from pp_lightning.pruned.recomputing import Recomputing
 from pp_lightning.pruned.runner import BlockRunner
 from pp_lightning.pruned.static import SlicedBlock, check_sliceable, restore_block, slice_block
@@ -112,7 +112,7 @@ class Pruning:
 def prune_(
     model: PreTrainedModel,
     method: PruningMethod,
-    evidence: Evidence | None = None,
+    calibration_data: CalibrationData | None = None,
     *,
     pruning_ratio: float,
     skip_layers: Sequence[int] = (0, 1, 2),
@@ -141,7 +141,7 @@ def prune_(
             transformers has spread it over processes (``tp_plan``), each of them must call this, and has units of its
             own: counts, indices and statistics are a process's.
         method: one of :mod:`pp_lightning.methods`.
-        evidence: what ``method.evidence`` says: statistics from :func:`calibrate` for most methods, importances for
+        calibration_data: of the kind that the method says: statistics from :func:`calibrate` for most, importances for
             LLM-Pruner and LoRAPrune; may be None where the method needs none.
         pruning_ratio: fraction of units removed over the whole model, in [0, 1).
         skip_layers: layers left dense; the others lose more to make up for them. With ``allocation="global"`` they
@@ -176,8 +176,8 @@ def prune_(
         tell: told of each layer that is left there.
 
     Raises:
-        UserError: the model is not supported or already pruned, the ratios leave nothing, or ``evidence`` is missing,
-            of another kind or model, or does not cover what is needed.
+        UserError: the model is not supported or already pruned, the ratios leave nothing, or calibration data is
+            missing, of another kind or model, or does not cover what is needed.
     """
     if hasattr(model, _ATTRIBUTE):
         raise UserError("the model is pruned already: unprune_ it first")
@@ -199,15 +199,15 @@ def prune_(
             tensor_parallel=tensor_parallel,
             uniform_heads=uniform_heads,
         )
-        _check_evidence(model, method, evidence)
+        _check_calibration_data(model, method, calibration_data)
         if isinstance(method, StaticMethod) and (prefill, refresh) != (None, None):
             raise UserError(f"{type(method).__name__} has chosen before any prompt: leave prefill and refresh out")
-        stats = evidence if isinstance(evidence, Statistics) else None
+        stats = calibration_data if isinstance(calibration_data, Statistics) else None
         weights, counted_by = OutputWeights(blocks), None if share is None else share.counted_by
         name, path = method.allocation if allocation is None else allocation, []
         if update is not None and isinstance(method, StaticMethod) and name in ("global", "searched"):
             targets = blocks_to_prune(model, replace(plan, layers=tuple(range(len(layers_of(model))))))
-            counts = measured_counts(model, plan, method, evidence, update, targets, name, floor)
+            counts = measured_counts(model, plan, method, calibration_data, update, targets, name, floor)
             plan, keep, path = counts.plan, counts.keep, counts.path
         else:
             plan, keep = spread(plan, method, weights, stats, allocation, floor, over=counted_by)
@@ -222,7 +222,7 @@ def prune_(
             pruning = _prune_dynamic(surgery, method, stats, release_stats, serving)
         else:
             assert isinstance(method, StaticMethod)
-            found = Statistics(model="") if evidence is None else evidence
+            found = Statistics(model="") if calibration_data is None else calibration_data
             pruning = _prune_static(surgery, method, found, keep_dense, update, partial(Turns, model, folder, tell))
         heads = {key for key in pruning.keep if key[1] is Block.ATTENTION} - surgery.whole().keys()
         if not pruning._can_undo:
@@ -270,8 +270,8 @@ def _check_shared(method: PruningMethod, update: LeastSquares | None) -> None:
     name = type(method).__name__
     if update is not None or method.updates:
         raise UserError(f"{name} with an update needs whole blocks: prune in one process, not under tensor parallelism")
-    if method.needs_statistics and method.evidence is not Statistics:
-        raise UserError(f"{name} chooses from {method.evidence.called} of whole blocks: prune in one process")
+    if method.needs_statistics and method.calibration_data is not Statistics:
+        raise UserError(f"{name} chooses from {method.calibration_data.called} of whole blocks: prune in one process")
 
 
 def _check_not_compiled(model: PreTrainedModel) -> None:
@@ -366,14 +366,16 @@ def blocks_to_prune(
     ]
 
 
-def _check_evidence(model: PreTrainedModel, method: PruningMethod, evidence: Evidence | None) -> None:
-    """Refuse evidence that is missing, or of another kind or model."""
+def _check_calibration_data(
+    model: PreTrainedModel, method: PruningMethod, calibration_data: CalibrationData | None
+) -> None:
+    """Refuse calibration data that is missing, or of another kind or model."""
     if not method.needs_statistics:
         return
-    if not isinstance(evidence, method.evidence):
-        name, wanted = type(method).__name__, method.evidence
+    if not isinstance(calibration_data, method.calibration_data):
+        name, wanted = type(method).__name__, method.calibration_data
         raise UserError(f"{name} needs {_SOURCES.get(wanted, wanted.called)}")
-    evidence.check_model(model)
+    calibration_data.check_model(model)
 
 
 def check_family(model: PreTrainedModel, method: PruningMethod) -> None:
@@ -469,7 +471,7 @@ def _prune_dynamic(
         argument_names(layers[0]),
         bool(getattr(model.config, "use_cache", False)),
         *serving,
-        Lots(method, len(layers)),
+        RandomSamples(method, len(layers)),
     )
     whole = surgery.whole()
     keys = [key for key in surgery.keep if key not in whole]
@@ -546,7 +548,7 @@ def _pruned_block(
 def _prune_static(
     surgery: _Surgery,
     method: StaticMethod,
-    evidence: Evidence,
+    calibration_data: CalibrationData,
     keep_dense: bool,
     update: LeastSquares | None,
     turns_of: Callable[[], Turns],
@@ -564,7 +566,7 @@ def _prune_static(
     with torch.no_grad(), _undone_on_mistakes(pruning), ExitStack() as stack:
         updating = None if update is None else Updating(surgery.model, update, method.restores_means)
         turns = stack.enter_context(turns_of())
-        for target, choice in turns.of(method.choose(targets, evidence)):
+        for target, choice in turns.of(method.choose(targets, calibration_data)):
             if updating is not None:
                 choice = updating(target, surgery.blocks[target.key], choice)
             turns.note(target.key, choice)

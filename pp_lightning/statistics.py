@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pp_lightning.blocks import Block, BlockKey
+from pp_lightning.calibration_data import CalibrationData, fingerprint
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import Evidence, fingerprint
 from pp_lightning.stored import at, places_of, values_of, write_whole
 
 __all__ = ["BlockKey", "BlockSums", "Statistics", "fingerprint"]
@@ -44,7 +44,7 @@ class BlockSums:
 
 
 @dataclass(repr=False)  # in a notebook, all tensors would be shown
-class Statistics(Evidence):
+class Statistics(CalibrationData):
     """What one dense pass over a calibration set leaves behind.
 
     Attributes:

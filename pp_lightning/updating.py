@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pp_lightning.blocks import BlockKey
+from pp_lightning.calibration_data import fingerprint
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import fingerprint
 from pp_lightning.families import BlockModules, layers_of
 from pp_lightning.functional.least_squares import SecondMoments, solve_kept, squared_error
 from pp_lightning.functional.selection import unit_channels

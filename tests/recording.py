@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pp_lightning.functional.probe import Probe
 from pp_lightning.methods import FullBatchProbing, ProbePruning, WandaSP
-from pp_lightning.methods.dynamic import Sight
+from pp_lightning.methods.dynamic import ProbeObservation
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Recording:
         self.records.append(Record(probe=super().select(*args, **more)))  # type: ignore[misc]
         return self.records[-1].probe
 
-    def observe(self, states: Tensor, *args: Any) -> Sight:
+    def observe(self, states: Tensor, *args: Any) -> ProbeObservation:
         record, found = self.records[-1], super().observe(states, *args)  # type: ignore[misc]
         record.states, record.energy = states.clone(), found.energy
         return found

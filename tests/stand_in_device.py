@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 from pp_lightning import calibrate, compile_, prune_
 from pp_lightning.blocks import Block
 from pp_lightning.families import layers_of, stack_of
-from pp_lightning.functional.moments import Places
+from pp_lightning.functional.moments import TokenPositions
 from pp_lightning.methods import DynamicMethod, FullBatchProbing, ProbePruning
 from pp_lightning.pruned.context import ModelContext
 from pp_lightning.pruning import pruning_of
@@ -171,9 +171,9 @@ class _Moves(AlignDevicesHook):
         return module
 
 
-def _as_if_padded(context: ModelContext, shape: torch.Size, *_: object) -> Places:
+def _as_if_padded(context: ModelContext, shape: torch.Size, *_: object) -> TokenPositions:
     positions = torch.zeros(shape, dtype=torch.long, device=DEVICE)
-    return Places(positions, positions > 0, shape[1])
+    return TokenPositions(positions, positions > 0, shape[1])
 
 
 def spread(name: str, method: DynamicMethod) -> Findings:

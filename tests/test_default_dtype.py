@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from pp_lightning import calibrate, kept_units, prune_, taylor_importances
-from pp_lightning.functional.draws import draw_lots
+from pp_lightning.functional.draws import draw_samples
 from pp_lightning.functional.lora import lora_importance
-from pp_lightning.functional.moments import Places, placed_count, placed_sum, sum_of_squares
+from pp_lightning.functional.moments import TokenPositions, placed_count, placed_sum, sum_of_squares
 from pp_lightning.functional.scores import wanda_column_scores
 from pp_lightning.functional.taylor import Taylor
 from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, StaticPPsp, WandaSP
@@ -29,7 +29,7 @@ def test_counts_beyond_what_half_precision_counts_to(other):
     assert found.dtype == torch.float32
     assert found.tolist() == [2002.0, 2002.0, 2001.0]
     real = torch.ones(2000, 2, dtype=torch.bool)
-    count = placed_count(Places(real.long().cumsum(1) - 1, real, 2))
+    count = placed_count(TokenPositions(real.long().cumsum(1) - 1, real, 2))
     assert count.dtype == torch.float32 and count.tolist() == [2000.0, 2000.0]
 
 
@@ -50,7 +50,7 @@ def test_sums_and_scores_are_float32(other):
     states, weight = torch.randn(3, 4, 8), torch.randn(5, 8)
     down, up = torch.randn(2, 8), torch.randn(5, 2)
     real = torch.ones(3, 4, dtype=torch.bool)
-    places = Places(real.long().cumsum(1) - 1, real, 4)
+    places = TokenPositions(real.long().cumsum(1) - 1, real, 4)
 
     def results():
         return [
@@ -58,7 +58,7 @@ def test_sums_and_scores_are_float32(other):
             placed_sum(states, places),
             wanda_column_scores(weight, torch.ones(8, dtype=torch.float32)),
             lora_importance(weight, down, up, down, up, 2.0, of_outputs=False),
-            draw_lots((20,), 0, 1),
+            draw_samples((20,), 0, 1),
         ]
 
     expected = results()

@@ -34,18 +34,18 @@ def kept(name, **settings):
     """Units that stay in attention and in MLPs, by layer."""
     method, asked = CHOICES[name]
     model, batches = tiny("llama"), calibration_batches(4)
-    evidence = importances() if name == "llm_pruner" else statistics("llama")
+    calibration_data = importances() if name == "llm_pruner" else statistics("llama")
     if name == "static_ppsp, outliers":
         with torch.no_grad():  # random models have none
             model.model.layers[3].self_attn.o_proj.weight[:, :4] *= 10
             model.model.layers[3].mlp.down_proj.weight[:, :4] *= 10
-        evidence = calibrate(model, batches, progress=False)
+        calibration_data = calibrate(model, batches, progress=False)
     if method.updates:
-        evidence, asked = (
+        calibration_data, asked = (
             calibrate(model, batches, progress=False),
             {**asked, "update": LeastSquares(batches, passes=40)},
         )
-    prune_(model, method, evidence, **{**ASKED, **asked, **settings})
+    prune_(model, method, calibration_data, **{**ASKED, **asked, **settings})
     keep = pruning_of(model).keep
     found = [[keep.get((layer, block), 0) for layer in range(LAYERS)] for block in (Block.ATTENTION, Block.MLP)]
     return model, *found

@@ -170,7 +170,7 @@ def test_adapters_act_and_learn(when):
     stats = statistics("llama")
     wrapped = adapted(model) if when == "before" else None
     if when == "before":
-        from pp_lightning.evidence import fingerprint
+        from pp_lightning.calibration_data import fingerprint
 
         stats.model = fingerprint(model)
     prune_(model, ProbePruning(), stats, **SETTINGS)

@@ -18,7 +18,7 @@ LAYERS = [
     {"stored", "hidden"},
     {"checkpoint_files", "records", "resume", "tables", "functional"},
     {"blocks"},
-    {"families", "evidence"},
+    {"families", "calibration_data"},
     {"statistics", "calls", "layerwise", "sensitivity", "searching", "shares"},
     {"importances"},
     {"methods"},

@@ -25,7 +25,7 @@ from pp_lightning.functional.scores import standardised, sum_over_units
 from pp_lightning.functional.selection import keep_best
 from pp_lightning.methods import FLAP, LLMPruner, ProbePruning, StaticBest, StaticPPsp, WandaSP
 from pp_lightning.methods.base import StaticChoice
-from pp_lightning.methods.dynamic import Sight
+from pp_lightning.methods.dynamic import ProbeObservation
 from pp_lightning.methods.flap import global_counts
 from pp_lightning.parallel import own_part
 from pp_lightning.pruning import is_pruned, pruning_of
@@ -179,13 +179,13 @@ def by_halves(method: Any) -> Any:
         def unit_scores(self, *arguments: Any) -> Tensor:
             return halves(super().unit_scores(*arguments))
 
-        def observe(self, states: Tensor, probe: Any, places: Any, history: Any, mean: Any) -> Sight:
+        def observe(self, states: Tensor, probe: Any, places: Any, history: Any, mean: Any) -> ProbeObservation:
             parts = [
                 super(ByHalves, self).observe(own, probe, places, *past)
                 for own, *past in zip(states.chunk(2, -1), *(chunks(one) for one in (history, mean)), strict=True)
             ]
             restored = None if parts[0].restored is None else torch.cat([one.restored for one in parts])
-            return Sight(torch.cat([one.energy for one in parts]), restored)
+            return ProbeObservation(torch.cat([one.energy for one in parts]), restored)
 
     found = copy(method)
     found.__class__ = ByHalves
@@ -199,12 +199,12 @@ def chunks(whole: Tensor | None) -> Any:
 class FlapByHalves(FLAP):
     """Standardised in each half; counts by the mean of what is k-th best in both."""
 
-    def choose(self, blocks: Any, evidence: Any) -> Any:
+    def choose(self, blocks: Any, calibration_data: Any) -> Any:
         halved, together, scores = [], [], []
         for block in blocks:
             units = replace(block.units, number=block.units.number // PROCESSES)
             halved.append(replace(block, plan=replace(block.plan, units=units, round_to=block.plan.round_to // 2)))
-            columns = evidence.variance(*block.key) * block.weight.float().square().sum(0)
+            columns = calibration_data.variance(*block.key) * block.weight.float().square().sum(0)
             if block.plan.block is Block.ATTENTION:
                 columns = columns.square()
             width = block.units.channels
@@ -212,7 +212,7 @@ class FlapByHalves(FLAP):
             together.append(torch.stack([half.sort().values for half in scores[-1]]).mean(0))
         for block, own, count in zip(blocks, scores, global_counts(halved, together), strict=True):
             kept = torch.cat([keep_best(half, count) + i * len(half) for i, half in enumerate(own)])
-            yield block, StaticChoice(kept, self._bias(block, kept, evidence))
+            yield block, StaticChoice(kept, self._bias(block, kept, calibration_data))
 
 
 def counted_in_pairs(losses: Tensor) -> Tensor:

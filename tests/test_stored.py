@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pp_lightning import LeastSquares, calibrate, prune_, unprune_
+from pp_lightning.calibration_data import fingerprint
 from pp_lightning.checkpoints import load_model, load_streamed
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import fingerprint
 from pp_lightning.families import layers_of
 from pp_lightning.methods import FLAP, StaticBest, WandaSP
 from pp_lightning.pruning import kept_units

@@ -104,7 +104,7 @@ def test_copies_of_channels_and_heads_are_lost_for_nothing(name):
     dense = logits(model, text)
 
     class FirstHalf(StaticPPsp):
-        def unit_scores(self, block, evidence):
+        def unit_scores(self, block, calibration_data):
             return -torch.arange(float(block.units.number))
 
     asked = {"pruning_ratio": 0.5, "skip_layers": (), "round_to": 16}

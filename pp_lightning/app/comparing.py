@@ -38,7 +38,7 @@ class Row:
 
     @property
     def chooses_while_trained(self) -> bool:
-        """Whether no evidence is collected before training."""
+        """Whether no calibration data is collected before training."""
         return self.recovery is not None and isinstance(self.method, LoRAPrune)
 
 

@@ -349,7 +349,7 @@ class PrunedLM(PrunableModule):
             dict(self.amounts(self.pruning_ratio)),
             dict(self.allocating),
             recovery,
-            partial(self.evidence_for, data=self.data),
+            partial(self.calibration_data_for, data=self.data),
             partial(self.update_for, data=self.data),
             self.out,
             total_steps=self.trainer.max_steps,

@@ -9,14 +9,14 @@ import lightning as L
 from transformers import PreTrainedModel
 
 from pp_lightning.allocation import settled_floors
-from pp_lightning.app.evidence import importances_for
+from pp_lightning.app.calibration_data import importances_for
 from pp_lightning.app.forecast import Forecast
 from pp_lightning.app.stopping import UntilTerminated
 from pp_lightning.calibration import calibrate
+from pp_lightning.calibration_data import CalibrationData
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import first_batch
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import Evidence
 from pp_lightning.families import layers_of, shape_of
 from pp_lightning.freezing import choice_for
 from pp_lightning.importances import Importances
@@ -190,14 +190,14 @@ class PrunableModule(L.LightningModule):
             return not _exists(self.importances_file)
         return method.needs_statistics or method.updates or self._ranks_globally(method)
 
-    def prune(self, data: EvaluationData) -> Evidence | None:
+    def prune(self, data: EvaluationData) -> CalibrationData | None:
         """Prune, with adapters merged where there are some; returns what was chosen from, collected on ``data``."""
         assert self.method is not None
         method, amounts = self.settled(self.method), self.amounts(self.pruning_ratio)
-        evidence = self.evidence_for(method, data)
+        calibration_data = self.calibration_data_for(method, data)
         allocation = self.allocating
         if self.frozen_on == "text" and isinstance(method, DynamicMethod):
-            prune_(self.model, method, evidence, **amounts, **allocation)
+            prune_(self.model, method, calibration_data, **amounts, **allocation)
             method = choice_for(self.model, first_batch(data))
             unprune_(self.model)
         serving: dict[str, Any] = {}
@@ -205,11 +205,11 @@ class PrunableModule(L.LightningModule):
             serving = {"prefill": self._prefill(method), "refresh": self.refresh}
         serving |= {"keep_dense": self.reuse, "release_stats": not self.reuse, "update": self.update_for(method, data)}
         serving |= {"folder": self.place, "tell": self.tell} if self.is_streamed else {}
-        prune_(self.model, method, evidence, **amounts, **allocation, **serving)
+        prune_(self.model, method, calibration_data, **amounts, **allocation, **serving)
         if self.recovered is not None:
             self._adapters = self.recovered.attach(self.model)
             self._adapters.merge()
-        return evidence
+        return calibration_data
 
     def update_for(self, method: PruningMethod, data: EvaluationData) -> LeastSquares | None:
         """How the weights that stay are updated, on the calibration text; None for methods that leave them."""
@@ -234,7 +234,7 @@ class PrunableModule(L.LightningModule):
                 return None
             self._importances[method] = found
             return self.importances_file
-        if method is None or method.evidence is not Statistics or not _exists(self.statistics_file):
+        if method is None or method.calibration_data is not Statistics or not _exists(self.statistics_file):
             return None
         assert self.statistics_file is not None
         self._statistics = Statistics.load(self.statistics_file)
@@ -271,7 +271,7 @@ class PrunableModule(L.LightningModule):
             amounts["uniform_heads"] = True
         return amounts
 
-    def evidence_for(self, method: PruningMethod, data: EvaluationData) -> Evidence | None:
+    def calibration_data_for(self, method: PruningMethod, data: EvaluationData) -> CalibrationData | None:
         """What the method chooses from: the same in every process."""
         if self.recovered is not None:
             return self.recovered.choices

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from pp_lightning.app.curve import write_curve
 from pp_lightning.blocks import BlockKey
+from pp_lightning.calibration_data import CalibrationData, fingerprint
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import Evidence, fingerprint
 from pp_lightning.families import layers_of, shape_of
 from pp_lightning.methods import LoRAPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.base import StaticChoice
@@ -44,7 +44,7 @@ class RecoveryRun:
         amounts: ratios and layers, as :func:`~pp_lightning.prune_` takes them.
         allocating: ``allocation`` and ``floor``, likewise; LoRAPrune takes no part in them.
         recovery: the adapters' settings.
-        evidence: collects what the method chooses from.
+        calibration_data: collects what the method chooses from.
         update: how the weights that stay are updated, if they are.
         folder: where the result goes.
         total_steps: optimiser steps.
@@ -67,7 +67,7 @@ class RecoveryRun:
         amounts: dict[str, Any],
         allocating: dict[str, Any],
         recovery: Recovery,
-        evidence: Callable[[PruningMethod], Evidence | None],
+        calibration_data: Callable[[PruningMethod], CalibrationData | None],
         update: Callable[[PruningMethod], LeastSquares | None],
         folder: Path,
         total_steps: int,
@@ -89,7 +89,7 @@ class RecoveryRun:
             self.adapters = self._adapters(seed)
             self.gradual = GradualPruning(self.adapters, blocks, method, total_steps)
         else:
-            prune_(model, method, evidence(method), **amounts, **allocating, update=update(method))
+            prune_(model, method, calibration_data(method), **amounts, **allocating, update=update(method))
             self.adapters = self._adapters(seed)
         if recovery.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -40,7 +40,7 @@ from pp_lightning.methods import (
 from pp_lightning.recovery import Recovered, Recovery
 
 # By default what needs no gradients: LoRAPrune's need an extra package, and recovery needs to know its length.
-ALL_METHODS = [label for label, method in METHODS.items() if method.evidence is not Importances]
+ALL_METHODS = [label for label, method in METHODS.items() if method.calibration_data is not Importances]
 RECOVERED = {f"{label}_lora": method for label, method in METHODS.items() if issubclass(method, StaticMethod)}
 
 

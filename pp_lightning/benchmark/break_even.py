@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pp_lightning.benchmark.clock import stopwatch_for
+from pp_lightning.benchmark.model import BenchmarkModel
 from pp_lightning.benchmark.settings import BenchmarkSettings, Case
-from pp_lightning.benchmark.subject import Subject
 from pp_lightning.benchmark.timing import Runner, measured
 from pp_lightning.benchmark.variants import VARIANTS, Variant
 from pp_lightning.errors import UserError
@@ -66,12 +66,12 @@ def measure_break_even(settings: BenchmarkSettings, tell: Tell = print) -> Break
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     dtype, ratio = settings.dtypes[0], settings.ratios[0]
-    subject = Subject(settings, dtype, ratio)
-    probing = subject.variant(Variant(ProbePruning(), compiled=False, prefill="probe"))
-    models = {"dense": subject.variant(VARIANTS["dense"]), "probe": probing}
+    benchmarked = BenchmarkModel(settings, dtype, ratio)
+    probing = benchmarked.variant(Variant(ProbePruning(), compiled=False, prefill="probe"))
+    models = {"dense": benchmarked.variant(VARIANTS["dense"]), "probe": probing}
     found: dict[int, dict[str, float]] = {}
     for tokens in [size for size in _SIZES if 2 * case.rows <= size <= case.rows * case.tokens]:
-        prompts = subject.batches(Case(case.rows, tokens // case.rows))
+        prompts = benchmarked.batches(Case(case.rows, tokens // case.rows))
         runners = {name: _prompt_runner(model, prompts) for name, model in models.items()}
         samples = measured(f"prompts of {tokens} tokens", runners, {}, settings, tell)
         found[tokens] = {name: statistics.median(samples[name].seconds["prompt"]) for name in models}
@@ -80,7 +80,7 @@ def measure_break_even(settings: BenchmarkSettings, tell: Tell = print) -> Break
         seconds=found,
         pruning_ratio=ratio,
         dtype=dtype,
-        environment=environment(subject.device, 1),
+        environment=environment(benchmarked.device, 1),
     )
 
 

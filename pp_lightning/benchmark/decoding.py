@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from pp_lightning.benchmark.clock import stopwatch_for
+from pp_lightning.benchmark.model import BenchmarkModel
 from pp_lightning.benchmark.rows import Row
 from pp_lightning.benchmark.settings import Case, MeasuredDtype
-from pp_lightning.benchmark.subject import Subject
 from pp_lightning.benchmark.timing import Runner, measured
 from pp_lightning.benchmark.variants import Variant, reference_of
 from pp_lightning.blocks import ModelShape
@@ -22,7 +22,7 @@ from pp_lightning.pruning import Pruning, is_pruned, pruning_of
 
 
 def decoding_rows(
-    subject: Subject,
+    benchmarked: BenchmarkModel,
     models: Mapping[str, PreTrainedModel],
     variants: Mapping[str, Variant],
     dtype: MeasuredDtype,
@@ -32,7 +32,7 @@ def decoding_rows(
     """A prompt and the tokens after it. Prompts are eager here, so that compiled variants have no row for them.
 
     Args:
-        subject: what is measured.
+        benchmarked: what is measured.
         models: by variant.
         variants: by name.
         dtype: of the weights.
@@ -40,8 +40,8 @@ def decoding_rows(
         tell: told what is going on.
     """
     batch, prompt = case.rows, case.tokens
-    settings, shape = subject.settings, shape_of(subject.model.config)
-    prompts = subject.batches(case)
+    settings, shape = benchmarked.settings, shape_of(benchmarked.model.config)
+    prompts = benchmarked.batches(case)
     names = [
         n for n, variant in variants.items() if variant.decodes and (settings.decode_compiled or not variant.compiled)
     ]
@@ -69,7 +69,7 @@ def decoding_rows(
             dtype=dtype,
             rows=batch,
             tokens=prompt,
-            pruning_ratio=subject.ratio,
+            pruning_ratio=benchmarked.ratio,
             flops_ratio=flops[name] / flops["dense"],
         )
         for part, (tokens_a_row, flops) in parts.items()

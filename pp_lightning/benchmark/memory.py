@@ -35,17 +35,17 @@ def peak_megabytes(settings: BenchmarkSettings, variant: str, dtype: str, ratio:
 
 def main() -> None:
     """The process itself: a request on standard input, megabytes on standard output."""
-    from pp_lightning.benchmark.subject import Subject  # the parent needs none of it
+    from pp_lightning.benchmark.model import BenchmarkModel  # the parent needs none of it
     from pp_lightning.benchmark.variants import variant_named
     from pp_lightning.compilation import compile_
 
     request = json.load(sys.stdin)
     settings = BenchmarkSettings.from_plain(request["settings"])
-    subject = Subject(settings, request["dtype"], request["ratio"])
+    benchmarked = BenchmarkModel(settings, request["dtype"], request["ratio"])
     case = Case(**request["case"])
     variant = variant_named(request["variant"])
-    model = subject.only(variant)
-    batches = subject.batches(case)
+    model = benchmarked.only(variant)
+    batches = benchmarked.batches(case)
     if variant.compiled:
         compile_(model, mode=settings.mode)
     with torch.inference_mode():

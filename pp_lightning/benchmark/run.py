@@ -11,9 +11,9 @@ from pp_lightning.benchmark.blocks import block_function, meetings
 from pp_lightning.benchmark.clock import stopwatch_for
 from pp_lightning.benchmark.decoding import decoding_rows
 from pp_lightning.benchmark.memory import peak_megabytes
+from pp_lightning.benchmark.model import BenchmarkModel, chosen_device
 from pp_lightning.benchmark.rows import Row
 from pp_lightning.benchmark.settings import BenchmarkSettings, Case, MeasuredDtype
-from pp_lightning.benchmark.subject import Subject, chosen_device
 from pp_lightning.benchmark.timing import Runner, Samples, measured, model_runner, part_runner
 from pp_lightning.benchmark.variants import Variant, chosen_variants, reference_of, variant_named
 from pp_lightning.blocks import Block
@@ -61,13 +61,13 @@ def _of_ratio(
     settings: BenchmarkSettings, variants: Mapping[str, Variant], dtype: MeasuredDtype, ratio: float, tell: Tell
 ) -> Iterator[list[Row]]:
     """Rows of one dtype and ratio, case by case. Its models are gone afterwards."""
-    subject = Subject(settings, dtype, ratio)
-    models = {name: subject.variant(variant) for name, variant in variants.items()}
+    benchmarked = BenchmarkModel(settings, dtype, ratio)
+    models = {name: benchmarked.variant(variant) for name, variant in variants.items()}
     whole = {name: model for name, model in models.items() if variants[name].whole}
     for case in settings.cases:
-        yield from _Case(subject, whole, {name: variants[name] for name in whole}, dtype, case, tell).rows()
+        yield from _Case(benchmarked, whole, {name: variants[name] for name in whole}, dtype, case, tell).rows()
     for case in [Case(rows, tokens) for rows in settings.decode for tokens in settings.prompts]:
-        yield decoding_rows(subject, models, variants, dtype, case, tell)
+        yield decoding_rows(benchmarked, models, variants, dtype, case, tell)
 
 
 def _measurable(settings: BenchmarkSettings, tell: Tell) -> list[MeasuredDtype]:
@@ -86,18 +86,18 @@ class _Case:
 
     def __init__(
         self,
-        subject: Subject,
+        benchmarked: BenchmarkModel,
         models: Mapping[str, PreTrainedModel],
         variants: Mapping[str, Variant],
         dtype: MeasuredDtype,
         case: Case,
         tell: Tell,
     ) -> None:
-        self.subject, self.models, self.variants, self.dtype, self.case = subject, models, variants, dtype, case
-        self.settings = subject.settings
-        self.shape = shape_of(subject.model.config)
-        self.batches = subject.batches(case)
-        self.where = f"{dtype}, batch {case.rows} x {case.tokens}, ratio {subject.ratio:g}"
+        self.benchmarked, self.models, self.variants, self.dtype, self.case = benchmarked, models, variants, dtype, case
+        self.settings = benchmarked.settings
+        self.shape = shape_of(benchmarked.model.config)
+        self.batches = benchmarked.batches(case)
+        self.where = f"{dtype}, batch {case.rows} x {case.tokens}, ratio {benchmarked.ratio:g}"
         self.tell = tell
 
     def rows(self) -> Iterator[list[Row]]:
@@ -111,7 +111,9 @@ class _Case:
         runners = {name: model_runner(model, self.batches) for name, model in self.models.items()}
         samples = self._measure("whole model", runners, self.models)
         graphs = {name: (one.seconds, len(one.graphs)) for name, one in compilations.items()}
-        texts = {name: _perplexity(m, self.batches) for name, m in self.models.items()} if self.subject.is_text else {}
+        texts = (
+            {name: _perplexity(m, self.batches) for name, m in self.models.items()} if self.benchmarked.is_text else {}
+        )
         for name in compilations:
             uncompile_(self.models[name])
         peaks = {name: self._peak(name) for name in self.models}
@@ -137,7 +139,7 @@ class _Case:
             if key not in pruning_of(self.models[eager]).pruners:
                 continue
             met = meetings(self.models[eager], key, self.batches)
-            clock = stopwatch_for(self.subject.device)
+            clock = stopwatch_for(self.benchmarked.device)
             runners: dict[str, Runner] = {}
             ratios: dict[str, float] = {}
             for name, variant in self.variants.items():
@@ -169,7 +171,7 @@ class _Case:
             dtype=self.dtype,
             rows=self.case.rows,
             tokens=self.case.tokens,
-            pruning_ratio=self.subject.ratio,
+            pruning_ratio=self.benchmarked.ratio,
             flops_ratio=flops_ratio,
             changed=sum(changed) / len(changed) if changed and self._chooses(name) else None,
             **extra,
@@ -180,14 +182,14 @@ class _Case:
             return None
         self.tell(f"{self.where}: peak memory of {name}")
         try:
-            return peak_megabytes(self.settings, name, self.dtype, self.subject.ratio, self.case)
+            return peak_megabytes(self.settings, name, self.dtype, self.benchmarked.ratio, self.case)
         except RuntimeError as error:  # the models that are timed leave it less room than it would have alone
             self.tell(f"no peak memory of {name}: {error}")
             return None
 
     def _probes_what_it_meets(self, method: DynamicMethod) -> bool:
-        """Whether a block needs nothing but its input: alone, it has no earlier residual, and no lots to draw with."""
-        return method.probe_source == "current" and not method.lots_needed(self.case.rows, self.case.tokens)
+        """Whether a block needs nothing but its input: alone, it has no earlier residual, nor samples to draw by."""
+        return method.probe_source == "current" and not method.samples_needed(self.case.rows, self.case.tokens)
 
     def _compiled(self, name: str) -> bool:
         return self.variants[name].compiled

@@ -78,7 +78,7 @@ def variant_named(name: str) -> Variant:
     if label not in method_labels():
         raise unknown("variant", label, ["all", *method_labels(), *VARIANTS])
     method = method_named(label)
-    if method.evidence is Importances:
+    if method.calibration_data is Importances:
         raise UserError(f"{label} chooses from importances, which benchmark does not collect: leave it out")
     return Variant(method, compiled=name != label)
 

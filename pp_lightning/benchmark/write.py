@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from pp_lightning.benchmark.model import chosen_device
 from pp_lightning.benchmark.rows import Row, grids
 from pp_lightning.benchmark.settings import BenchmarkSettings
-from pp_lightning.benchmark.subject import chosen_device
 from pp_lightning.records import environment
 from pp_lightning.tables import markdown, write_report
 

@@ -30,6 +30,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pp_lightning.calibration import calibrate
+from pp_lightning.calibration_data import CalibrationData
 from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer
 from pp_lightning.commonsense.batching import collate_rows
 from pp_lightning.commonsense.encoding import EncodedRow, encoded_row
@@ -37,7 +38,6 @@ from pp_lightning.commonsense.scoring import score_tokens, sum_rows
 from pp_lightning.data.base import PAPER_SAMPLES, samples_for
 from pp_lightning.data.windows import batched, document_windows
 from pp_lightning.errors import UserError, unknown
-from pp_lightning.evidence import Evidence
 from pp_lightning.importances import Importances
 from pp_lightning.methods import PruningMethod, method_named
 from pp_lightning.methods.gradient import GradientMethod
@@ -135,7 +135,7 @@ class PrunedHFLM(HFLM):
                 prune_(pretrained, trained.method, trained.choices, **trained.amounts)
                 trained.attach(pretrained).merge()
             elif policy is not None:
-                found: Evidence
+                found: CalibrationData
                 if isinstance(policy, GradientMethod):
                     assert importances is not None
                     found = Importances.load(importances)

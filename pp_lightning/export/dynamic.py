@@ -37,7 +37,7 @@ def trace_dynamic(model: PreTrainedModel, rows: int, tokens: int) -> Graph:
         raise UserError("the choice is static: export the graph of a static choice")
     if context.num_positions is not None and tokens > context.num_positions:
         raise UserError(f"batches of {tokens} tokens are longer than the {context.num_positions} calibrated positions")
-    if pruning.method.lots_needed(rows, tokens):
+    if pruning.method.samples_needed(rows, tokens):
         raise UserError("a probe that is drawn anew for every batch fits no graph: rank it by residual or input")
     if pruning.method.weighs_tokens:
         raise UserError(

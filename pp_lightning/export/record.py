@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from pp_lightning.evidence import Evidence
+from pp_lightning.calibration_data import CalibrationData
 from pp_lightning.export.costs import Costs, in_words
 from pp_lightning.export.folder import RECORD
 from pp_lightning.export.graph import Graph
@@ -45,14 +45,14 @@ def pruning_record(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def calibration_record(evidence: Evidence) -> dict[str, Any]:
+def calibration_record(calibration_data: CalibrationData) -> dict[str, Any]:
     """What tells one calibration from another."""
-    record: dict[str, Any] = {"evidence": evidence.called, "model": evidence.model}
-    if isinstance(evidence, Statistics):
+    record: dict[str, Any] = {"calibration_data": calibration_data.called, "model": calibration_data.model}
+    if isinstance(calibration_data, Statistics):
         record |= {
-            "batches": evidence.num_batches,
-            "batches_digest": evidence.batches_digest,
-            "positions": evidence.num_positions,
+            "batches": calibration_data.num_batches,
+            "batches_digest": calibration_data.batches_digest,
+            "positions": calibration_data.num_positions,
         }
     return record
 

@@ -19,7 +19,7 @@ from pp_lightning.functional.tracing import is_traced
 
 
 @dataclass(frozen=True)
-class Places:
+class TokenPositions:
     """Where the tokens of a padded (or explicitly positioned) tensor belong.
 
     Attributes:
@@ -32,11 +32,11 @@ class Places:
     real: Tensor
     num_positions: int
 
-    def to(self, device: torch.device) -> "Places":
+    def to(self, device: torch.device) -> "TokenPositions":
         """The same for a layer on another device; itself where it is there."""
         if self.real.device == device:
             return self
-        return Places(self.positions.to(device), self.real.to(device), self.num_positions)
+        return TokenPositions(self.positions.to(device), self.real.to(device), self.num_positions)
 
 
 def second_moment(states: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def _at_once(states: Tensor) -> Tensor:
     return torch.linalg.vector_norm(exact, dim=0, dtype=torch.float32).square()
 
 
-def placed_second_moment(states: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+def placed_second_moment(states: Tensor, places: TokenPositions) -> tuple[Tensor, Tensor]:
     """Mean of X^2 over the real tokens at each position.
 
     Args:
@@ -92,26 +92,26 @@ def placed_second_moment(states: Tensor, places: Places) -> tuple[Tensor, Tensor
     return placed_sum(states.float().square(), places) / count.clamp(min=1.0)[:, None], count
 
 
-def placed_sum(values: Tensor, places: Places) -> Tensor:
+def placed_sum(values: Tensor, places: TokenPositions) -> Tensor:
     """Sum over the real tokens at each position: (B, S, C) to (P, C) float32."""
     real, index = _flat(places)
     summands = torch.where(real[:, None], values.flatten(0, 1).float(), 0.0)
     return summands.new_zeros(places.num_positions, values.shape[-1]).index_add(0, index, summands)
 
 
-def placed_count(places: Places) -> Tensor:
+def placed_count(places: TokenPositions) -> Tensor:
     """Number of real tokens at each position: (P,) float32."""
     real, index = _flat(places)
     summands = real.float()
     return summands.new_zeros(places.num_positions).index_add(0, index, summands)
 
 
-def _flat(places: Places) -> tuple[Tensor, Tensor]:
+def _flat(places: TokenPositions) -> tuple[Tensor, Tensor]:
     real = places.real.flatten()
     return real, torch.where(real, places.positions.flatten(), 0)
 
 
-def positions_held(places: Places, columns: Tensor, column_valid: Tensor) -> Tensor:
+def positions_held(places: TokenPositions, columns: Tensor, column_valid: Tensor) -> Tensor:
     """Positions that the given columns hold in any real row of the batch: (P,) bool.
 
     Args:
@@ -119,7 +119,7 @@ def positions_held(places: Places, columns: Tensor, column_valid: Tensor) -> Ten
         columns: (s,) int64.
         column_valid: (s,) bool; other columns are left out.
     """
-    held = Places(places.positions[:, columns], places.real[:, columns] & column_valid, places.num_positions)
+    held = TokenPositions(places.positions[:, columns], places.real[:, columns] & column_valid, places.num_positions)
     return placed_count(held) > 0
 
 
@@ -158,7 +158,7 @@ def _fused_sum(states: Tensor, history: Tensor, fusion_weight: float | None) -> 
 def fused_energy(
     states: Tensor,
     probe: Probe | ScatteredProbe | None,
-    places: Places | None,
+    places: TokenPositions | None,
     history: Tensor,
     fusion_weight: float | None,
 ) -> tuple[Tensor, Tensor | int]:
@@ -191,7 +191,7 @@ def fused_energy(
         fused = fuse(states[0].float().square(), history[torch.where(real, positions[0], 0)], fusion_weight)
         return torch.where(real[:, None], fused, 0.0).sum(0), real.sum()
     assert probe.real_tokens is not None
-    moment, count = placed_second_moment(states, Places(positions, probe.real, places.num_positions))
+    moment, count = placed_second_moment(states, TokenPositions(positions, probe.real, places.num_positions))
     selected = positions_held(places, probe.tokens, probe.real_tokens)
     here = history[: places.num_positions]
     fused = torch.where(count[:, None] > 0, fuse(moment, here, fusion_weight), here)

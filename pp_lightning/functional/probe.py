@@ -113,7 +113,7 @@ def largest_valid(scores: Tensor, eligible: Tensor, count: int, valid_count: Ten
 
 
 def real_count(eligible: Tensor, ratio: float, minimum: int) -> Tensor:
-    """Places the probe would have without the padding, as a 0-d int64 tensor (no host synchronisation)."""
+    """TokenPositions the probe would have without the padding, as a 0-d int64 tensor (no host synchronisation)."""
     number = eligible.sum()
     wanted = torch.ceil(number.double() * ratio - 1e-9).long().clamp(min=minimum)
     return torch.minimum(wanted, number)

@@ -9,10 +9,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from pp_lightning.functional.budget import probe_rows, probe_tokens
-from pp_lightning.functional.moments import Places, fused_energy
+from pp_lightning.functional.moments import TokenPositions, fused_energy
 from pp_lightning.functional.probe import select_probe, token_norms
 from pp_lightning.methods.base import BOTH_BLOCKS, AllocationName, BlockName, UnitName
-from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod, Sight
+from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod, ProbeObservation
 from pp_lightning.methods.options import checked_part, checked_weight
 from pp_lightning.prefill import Prefill
 
@@ -74,7 +74,7 @@ class AfterOCP(DynamicMethod):
         real: Tensor | None,
         sizes: tuple[int, int] | None = None,
         *,
-        lots: Tensor | None = None,
+        samples: Tensor | None = None,
         importance: Tensor | None = None,
         mixes_tokens: bool = True,
     ) -> AnyProbe:
@@ -86,10 +86,10 @@ class AfterOCP(DynamicMethod):
         self,
         states: Tensor,
         probe: AnyProbe | None,
-        places: Places | None,
+        places: TokenPositions | None,
         history: Tensor | None,
         running_mean: Tensor | None,
-    ) -> Sight:
+    ) -> ProbeObservation:
         """The probe's moment fused with the history by importance, as in Probe Pruning."""
         assert history is not None
-        return Sight(fused_energy(states, probe, places, history, None)[0])
+        return ProbeObservation(fused_energy(states, probe, places, history, None)[0])

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pp_lightning.blocks import AttentionUnit, Block, BlockKey, BlockPlan, Units
+from pp_lightning.calibration_data import CalibrationData
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import Evidence
 from pp_lightning.functional.budget import rounded_up
 from pp_lightning.functional.selection import keep_best
 from pp_lightning.statistics import Statistics
@@ -21,7 +21,7 @@ BlockName = Literal["attention", "mlp"]
 UnitName = Literal["query_head", "kv_group"]
 AllocationName = Literal["uniform", "global", "outliers", "searched"]
 BOTH_BLOCKS: tuple[BlockName, ...] = ("attention", "mlp")
-E = TypeVar("E", bound=Evidence)
+E = TypeVar("E", bound=CalibrationData)
 
 
 class PruningMethod(ABC):
@@ -34,7 +34,7 @@ class PruningMethod(ABC):
     Attributes:
         label: short name for tables and the command line.
         needs_statistics: whether :func:`~pp_lightning.prune_` must be given something to choose from.
-        evidence: what that is: calibration statistics, or gradient importances.
+        calibration_data: what that is: calibration statistics, or gradient importances.
         updates: whether the weights that stay are meant to take over what goes (``update`` of ``prune_``).
         splits_groups: whether it can choose single query heads where several share a key/value head.
         allocation: how the removed units are spread over the layers, unless :func:`~pp_lightning.prune_` is told.
@@ -42,7 +42,7 @@ class PruningMethod(ABC):
 
     label: ClassVar[str]
     needs_statistics: ClassVar[bool] = True
-    evidence: ClassVar[type[Evidence]] = Statistics
+    calibration_data: ClassVar[type[CalibrationData]] = Statistics
     allocation: AllocationName = "uniform"
     splits_groups: ClassVar[bool] = True
     updates: ClassVar[bool] = False
@@ -167,16 +167,20 @@ class StaticChoice:
 
 
 class StaticMethod(PruningMethod, Generic[E]):
-    """Chooses once, from evidence of one kind: calibration statistics, or gradient importances."""
+    """Chooses once, from calibration data of one kind: calibration statistics, or gradient importances."""
 
-    def choose(self, blocks: Sequence[BlockToPrune], evidence: E) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
+    def choose(
+        self, blocks: Sequence[BlockToPrune], calibration_data: E
+    ) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
         """Choose for every block; all are scored before the first choice is given, so that a mistake changes nothing.
 
         The default scores each block with :meth:`unit_scores` and keeps the best ``keep`` of each.
         """
-        choices = [StaticChoice(keep_best(self.unit_scores(block, evidence), block.plan.keep)) for block in blocks]
+        choices = [
+            StaticChoice(keep_best(self.unit_scores(block, calibration_data), block.plan.keep)) for block in blocks
+        ]
         yield from zip(blocks, choices, strict=True)
 
     @abstractmethod
-    def unit_scores(self, block: BlockToPrune, evidence: E) -> Tensor:
+    def unit_scores(self, block: BlockToPrune, calibration_data: E) -> Tensor:
         """Scores (U,) float32 of a block's units; larger stays."""

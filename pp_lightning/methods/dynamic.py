@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pp_lightning.errors import UserError
 from pp_lightning.functional.draws import ScatteredProbe
-from pp_lightning.functional.moments import Places
+from pp_lightning.functional.moments import TokenPositions
 from pp_lightning.functional.probe import Probe
 from pp_lightning.functional.scores import ppsp_unit_scores, ppsp_weight_norm
 from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, PruningMethod, UnitName
@@ -18,7 +18,7 @@ ProbeSource = Literal["current", "previous"]
 AnyProbe = Probe | ScatteredProbe
 
 
-class Sight(NamedTuple):
+class ProbeObservation(NamedTuple):
     """What a method makes of a probe's states.
 
     Attributes:
@@ -43,7 +43,7 @@ class DynamicMethod(PruningMethod):
         weighs_tokens: whether :meth:`select` is told of each token's importance: what an MLP's input projections make
             of it, and the attention that it got in the layer in front.
         momentum: m of the history's update ``H = m H + (1 - m) X^2``.
-        seed: of the probes that are drawn by lot.
+        seed: of the probes that are drawn at random.
         prefill: how a prompt runs, unless :func:`~pp_lightning.prune_` is told.
     """
 
@@ -83,8 +83,8 @@ class DynamicMethod(PruningMethod):
     def probe_sizes(self, num_rows: int, num_tokens: int) -> tuple[int, int]:
         """Rows and tokens of the probe of a (B, S) batch: what FLOPs are counted from."""
 
-    def lots_needed(self, num_rows: int, num_tokens: int) -> int:
-        """How many lots (uniform numbers) :meth:`select` draws the probe of a (B, S) batch with."""
+    def samples_needed(self, num_rows: int, num_tokens: int) -> int:
+        """How many samples (uniform numbers) :meth:`select` draws the probe of a (B, S) batch with."""
         return 0
 
     @abstractmethod
@@ -95,7 +95,7 @@ class DynamicMethod(PruningMethod):
         real: Tensor | None,
         sizes: tuple[int, int] | None = None,
         *,
-        lots: Tensor | None = None,
+        samples: Tensor | None = None,
         importance: Tensor | None = None,
         mixes_tokens: bool = True,
     ) -> AnyProbe | None:
@@ -106,7 +106,7 @@ class DynamicMethod(PruningMethod):
             normed: (B, S, D), after it.
             real: (B, S) bool, None where there is no padding.
             sizes: what :meth:`probe_sizes` gives for this batch, where the caller has it.
-            lots: as many uniform numbers (float32) as :meth:`lots_needed` says, new ones for every choice.
+            samples: as many uniform numbers (float32) as :meth:`samples_needed` says, new ones for every choice.
             importance: (B, S) float32, of each token, where the method weighs tokens and it is known.
             mixes_tokens: whether the block's front half lets tokens see each other, as attention does.
         """
@@ -116,10 +116,10 @@ class DynamicMethod(PruningMethod):
         self,
         states: Tensor,
         probe: AnyProbe | None,
-        places: Places | None,
+        places: TokenPositions | None,
         history: Tensor | None,
         running_mean: Tensor | None,
-    ) -> Sight:
+    ) -> ProbeObservation:
         """What units are scored by, and the means to put back.
 
         Args:
@@ -164,7 +164,7 @@ class WholeBatchMethod(DynamicMethod):
         real: Tensor | None,
         sizes: tuple[int, int] | None = None,
         *,
-        lots: Tensor | None = None,
+        samples: Tensor | None = None,
         importance: Tensor | None = None,
         mixes_tokens: bool = True,
     ) -> AnyProbe | None:

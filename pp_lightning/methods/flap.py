@@ -68,19 +68,19 @@ class FLAP(StaticMethod[Statistics]):
         return method
 
     def choose(
-        self, blocks: Sequence[BlockToPrune], evidence: Statistics
+        self, blocks: Sequence[BlockToPrune], calibration_data: Statistics
     ) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
         """Scores and counts for all blocks first, then one choice at a time."""
-        scores = [self.unit_scores(block, evidence) for block in blocks]
+        scores = [self.unit_scores(block, calibration_data) for block in blocks]
         keeps = [block.plan.keep for block in blocks] if self.uniform else global_counts(blocks, scores)
         for block, unit_scores, keep in zip(blocks, scores, keeps, strict=True):
             kept = keep_best(unit_scores, keep)
-            yield block, StaticChoice(kept, self._bias(block, kept, evidence) if self.bias else None)
+            yield block, StaticChoice(kept, self._bias(block, kept, calibration_data) if self.bias else None)
 
-    def unit_scores(self, block: BlockToPrune, evidence: Statistics) -> Tensor:
+    def unit_scores(self, block: BlockToPrune, calibration_data: Statistics) -> Tensor:
         """Standardised scores (U,) float32, comparable between blocks."""
         weight = block.weight
-        columns = flap_column_scores(weight, evidence.variance(*block.key).to(weight.device))
+        columns = flap_column_scores(weight, calibration_data.variance(*block.key).to(weight.device))
         if block.plan.block is Block.ATTENTION:
             columns = columns.square()
         width = block.units.channels

@@ -4,8 +4,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pp_lightning.functional.moments import Places, placed_second_moment, second_moment
-from pp_lightning.methods.dynamic import AnyProbe, Sight, WholeBatchMethod
+from pp_lightning.functional.moments import TokenPositions, placed_second_moment, second_moment
+from pp_lightning.methods.dynamic import AnyProbe, ProbeObservation, WholeBatchMethod
 
 
 class FullBatchProbing(WholeBatchMethod):
@@ -24,10 +24,10 @@ class FullBatchProbing(WholeBatchMethod):
         self,
         states: Tensor,
         probe: AnyProbe | None,
-        places: Places | None,
+        places: TokenPositions | None,
         history: Tensor | None,
         running_mean: Tensor | None,
-    ) -> Sight:
+    ) -> ProbeObservation:
         """The batch's own second moment, summed over positions."""
         moment = second_moment(states) if places is None else placed_second_moment(states, places)[0]
-        return Sight(moment.sum(0))
+        return ProbeObservation(moment.sum(0))

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from typing import ClassVar
 
-from pp_lightning.evidence import Evidence
+from pp_lightning.calibration_data import CalibrationData
 from pp_lightning.importances import Importances
 from pp_lightning.methods.base import StaticMethod
 
@@ -11,7 +11,7 @@ from pp_lightning.methods.base import StaticMethod
 class GradientMethod(StaticMethod[Importances]):
     """Static: chooses once, from importances."""
 
-    evidence: ClassVar[type[Evidence]] = Importances
+    calibration_data: ClassVar[type[CalibrationData]] = Importances
     splits_groups: ClassVar[bool] = False  # gradients of a shared key would count for each of its query heads
 
     @property

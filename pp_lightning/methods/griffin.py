@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pp_lightning.functional.moments import Places, sum_of_squares
+from pp_lightning.functional.moments import TokenPositions, sum_of_squares
 from pp_lightning.functional.scores import sum_over_units
 from pp_lightning.methods.base import BlockName, UnitName
-from pp_lightning.methods.dynamic import Sight, WholeBatchMethod
+from pp_lightning.methods.dynamic import ProbeObservation, WholeBatchMethod
 from pp_lightning.prefill import Prefill
 
 
@@ -34,17 +34,17 @@ class Griffin(WholeBatchMethod):
         self,
         states: Tensor,
         probe: object,
-        places: Places | None,
+        places: TokenPositions | None,
         history: Tensor | None,
         running_mean: Tensor | None,
-    ) -> Sight:
+    ) -> ProbeObservation:
         """``sum_t (z_tc / ||z_t||)^2`` over the real tokens of all rows: what the published norm squares to."""
         wide = states.float()
         if places is not None:
             wide = torch.where(places.real[..., None], wide, 0.0)
         norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         relative = torch.where(norms > 0, wide / norms, 0.0)
-        return Sight(sum_of_squares(relative).sum(0))
+        return ProbeObservation(sum_of_squares(relative).sum(0))
 
     def weight_norm(self, weight: Tensor) -> Tensor:
         """The output matrix has no part in it: ones (C,) float32."""

@@ -77,13 +77,13 @@ class LLMPruner(GradientMethod):
         return self.global_ranking or self.attention_layers is not None or self.mlp_layers is not None
 
     def choose(
-        self, blocks: Sequence[BlockToPrune], evidence: Importances
+        self, blocks: Sequence[BlockToPrune], calibration_data: Importances
     ) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
         """Keep the best of each block, or of all blocks together; a block out of range keeps everything."""
         within = [block for block in blocks if self._within(block)]
         if any(block.plan.alike and not self._within(block) for block in blocks):
             raise UserError("uniform_heads wants every layer alike: leave out attention_layers")
-        scores = {block.key: self.unit_scores(block, evidence) for block in within}
+        scores = {block.key: self.unit_scores(block, calibration_data) for block in within}
         counts = {block.key: block.plan.keep for block in within}
         if self.global_ranking:
             counts |= _pooled_counts([block for block in within if not block.plan.alike], scores)
@@ -93,9 +93,9 @@ class LLMPruner(GradientMethod):
             else:
                 yield block, StaticChoice(torch.arange(block.units.number, device=block.weight.device))
 
-    def unit_scores(self, block: BlockToPrune, evidence: Importances) -> Tensor:
+    def unit_scores(self, block: BlockToPrune, calibration_data: Importances) -> Tensor:
         """Scores (U,) float32 of a block's units."""
-        members = [vector.to(block.weight.device) for vector in evidence.of(block.key, self.kind)]
+        members = [vector.to(block.weight.device) for vector in calibration_data.of(block.key, self.kind)]
         return block.informative(reduced_unit_scores(members, block.units.number, self.reduction))
 
     def _within(self, block: BlockToPrune) -> bool:

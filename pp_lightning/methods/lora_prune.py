@@ -65,7 +65,7 @@ class LoRAPrune(GradientMethod):
         """By the gradients of adapters."""
         return LORA
 
-    def unit_scores(self, block: BlockToPrune, evidence: Importances) -> Tensor:
+    def unit_scores(self, block: BlockToPrune, calibration_data: Importances) -> Tensor:
         """Scores (U,) float32 of a block's units."""
-        members = [vector.to(block.weight.device) for vector in evidence.of(block.key, self.kind)]
+        members = [vector.to(block.weight.device) for vector in calibration_data.of(block.key, self.kind)]
         return block.informative(normalised_unit_scores(members, block.units.number))

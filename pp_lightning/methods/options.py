@@ -43,7 +43,7 @@ COMPENSATIONS: Mapping[str, Callable[[Tensor, Tensor | None], Tensor | None]] = 
     "history": lambda _, running: running,
 }
 
-# Probes that are drawn by lot; the other rankings are by norm.
+# Probes that are drawn at random; the other rankings are by norm.
 DRAWS: Mapping[str, Draw] = {"random": at_random, "stratified": one_a_stratum}
 
 

@@ -8,11 +8,11 @@ from torch import Tensor
 from pp_lightning.functional import draws
 from pp_lightning.functional.budget import probe_rows, probe_tokens
 from pp_lightning.functional.compensation import channel_mean
-from pp_lightning.functional.moments import Places, fused_energy
+from pp_lightning.functional.moments import TokenPositions, fused_energy
 from pp_lightning.functional.probe import select_probe, token_norms
 from pp_lightning.functional.scores import energy_about
 from pp_lightning.methods.base import BOTH_BLOCKS, AllocationName, BlockName, UnitName
-from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod, ProbeSource, Sight
+from pp_lightning.methods.dynamic import AnyProbe, DynamicMethod, ProbeObservation, ProbeSource
 from pp_lightning.methods.options import (
     COMPENSATIONS,
     DRAWS,
@@ -137,11 +137,11 @@ class ProbePruning(DynamicMethod):
         """Rows and tokens of the probe of a (B, S) batch."""
         return probe_rows(num_rows, self.row_ratio), probe_tokens(num_tokens, self.token_ratio)
 
-    def lots_needed(self, num_rows: int, num_tokens: int) -> int:
+    def samples_needed(self, num_rows: int, num_tokens: int) -> int:
         """None for a probe that is ranked."""
         if not (self.rank_by in DRAWS or self.scattered_mlp):
             return 0
-        return draws.lots_needed(num_rows, num_tokens, *self.probe_sizes(num_rows, num_tokens))
+        return draws.samples_needed(num_rows, num_tokens, *self.probe_sizes(num_rows, num_tokens))
 
     @property
     def ranks_by_input(self) -> bool:
@@ -155,19 +155,19 @@ class ProbePruning(DynamicMethod):
         real: Tensor | None,
         sizes: tuple[int, int] | None = None,
         *,
-        lots: Tensor | None = None,
+        samples: Tensor | None = None,
         importance: Tensor | None = None,
         mixes_tokens: bool = True,
     ) -> AnyProbe:
         """The tokens, then the rows, with the largest norms (steps 1 and 2), or a draw."""
         shape = residual.shape[:2]
         if self.scattered_mlp and not mixes_tokens:
-            assert lots is not None
+            assert samples is not None
             rows, tokens = sizes or self.probe_sizes(*shape)
-            return draws.scattered_probe(lots, shape, real, rows * tokens)
+            return draws.scattered_probe(samples, shape, real, rows * tokens)
         if self.rank_by in DRAWS:
-            assert lots is not None
-            return draws.drawn_probe(lots, shape, real, self.row_ratio, self.token_ratio, DRAWS[self.rank_by], sizes)
+            assert samples is not None
+            return draws.drawn_probe(samples, shape, real, self.row_ratio, self.token_ratio, DRAWS[self.rank_by], sizes)
         ranked = residual if self.rank_by == "residual" else normed
         return select_probe(token_norms(ranked), real, self.row_ratio, self.token_ratio, sizes)
 
@@ -175,22 +175,22 @@ class ProbePruning(DynamicMethod):
         self,
         states: Tensor,
         probe: AnyProbe | None,
-        places: Places | None,
+        places: TokenPositions | None,
         history: Tensor | None,
         running_mean: Tensor | None,
-    ) -> Sight:
+    ) -> ProbeObservation:
         """The probe's moment fused with the history at the selected positions (step 4), and the means to restore."""
         assert history is not None
         energy, count = fused_energy(states, probe, places, history, self.fusion_weight)
         centred = SCORES[self.score].centred
         if self.compensation is None and not centred:
-            return Sight(energy)
+            return ProbeObservation(energy)
         real = None if places is None else places.real
         mean = channel_mean(states, real if probe is None else probe.real)
         restored = None if self.compensation is None else COMPENSATIONS[self.compensation](mean, running_mean)
         if centred:
             energy = energy_about(energy, count, mean, mean if restored is None else restored)
-        return Sight(energy, restored)
+        return ProbeObservation(energy, restored)
 
     def weight_norm(self, weight: Tensor) -> Tensor:
         """The constant part of the score."""

@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pp_lightning.blocks import Block, BlockKey
+from pp_lightning.calibration_data import CalibrationData, fingerprint
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import Evidence, fingerprint
 from pp_lightning.methods.base import BlockName, BlockToPrune, StaticChoice, StaticMethod, UnitName
 
 
 @dataclass
-class Choices(Evidence):
+class Choices(CalibrationData):
     """The units that a static method kept.
 
     Attributes:
@@ -83,7 +83,7 @@ class Recorded(StaticMethod[Choices]):
     """
 
     label: ClassVar[str] = "recorded"
-    evidence: ClassVar[type[Evidence]] = Choices
+    calibration_data: ClassVar[type[CalibrationData]] = Choices
 
     def __init__(self, blocks: Sequence[BlockName], attention_unit: UnitName | None = None) -> None:
         super().__init__(blocks, attention_unit)
@@ -93,22 +93,24 @@ class Recorded(StaticMethod[Choices]):
         """The counts are recorded."""
         return True
 
-    def choose(self, blocks: Sequence[BlockToPrune], evidence: Choices) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
+    def choose(
+        self, blocks: Sequence[BlockToPrune], calibration_data: Choices
+    ) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
         """The recorded choices.
 
         Raises:
             UserError: a block has none.
         """
-        missing = [block.key for block in blocks if block.key not in evidence.choices]
+        missing = [block.key for block in blocks if block.key not in calibration_data.choices]
         if missing:
             layer, kind = missing[0]
             raise UserError(f"these choices do not cover the {kind.value} block of layer {layer}: prune it again")
         for block in blocks:
-            choice, device = evidence.choices[block.key], block.weight.device
+            choice, device = calibration_data.choices[block.key], block.weight.device
             parts = (None if part is None else part.to(device) for part in (choice.bias, choice.columns))
             yield block, StaticChoice(choice.kept.to(device), *parts)
 
-    def unit_scores(self, block: BlockToPrune, evidence: Choices) -> Tensor:
+    def unit_scores(self, block: BlockToPrune, calibration_data: Choices) -> Tensor:
         """1 for kept units (U,) float32, 0 for the others."""
-        kept = evidence.choices[block.key].kept.to(block.weight.device)
+        kept = calibration_data.choices[block.key].kept.to(block.weight.device)
         return block.weight.new_zeros(block.units.number).float().index_fill(0, kept, 1.0)

@@ -48,6 +48,6 @@ class StaticBest(StaticMethod[Statistics]):
         """A ranking over layers looks at deviations from what is restored."""
         return self.bias
 
-    def unit_scores(self, block: BlockToPrune, evidence: Statistics) -> Tensor:
+    def unit_scores(self, block: BlockToPrune, calibration_data: Statistics) -> Tensor:
         """Static PPsp's scores (U,) float32 of a block's units."""
-        return StaticPPsp().unit_scores(block, evidence)
+        return StaticPPsp().unit_scores(block, calibration_data)

@@ -19,8 +19,8 @@ class StaticPPsp(StaticMethod[Statistics]):
 
     label: ClassVar[str] = "ppsp"
 
-    def unit_scores(self, block: BlockToPrune, evidence: Statistics) -> Tensor:
+    def unit_scores(self, block: BlockToPrune, calibration_data: Statistics) -> Tensor:
         """Scores (U,) float32 of a block's units."""
         weight = block.weight
-        energy = evidence.energy(*block.key).to(weight.device)
+        energy = calibration_data.energy(*block.key).to(weight.device)
         return block.checked(ppsp_unit_scores(energy, ppsp_weight_norm(weight), block.units.channels))

@@ -6,11 +6,11 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from pp_lightning.evidence import Evidence
+from pp_lightning.calibration_data import CalibrationData
 from pp_lightning.methods.base import BlockToPrune, StaticChoice, StaticMethod
 
 
-class Updated(StaticMethod[Evidence]):
+class Updated(StaticMethod[CalibrationData]):
     """Static: another method's choice, whose kept weights then take over what the removed ones did.
 
     Args:
@@ -23,7 +23,7 @@ class Updated(StaticMethod[Evidence]):
         super().__init__([block.value for block in origin.blocks], origin.attention_unit)  # type: ignore[arg-type]
         self.origin = origin
         self.label = f"{origin.label}_updated"  # type: ignore[misc]
-        self.evidence = origin.evidence  # type: ignore[misc]
+        self.calibration_data = origin.calibration_data  # type: ignore[misc]
         self.needs_statistics = origin.needs_statistics  # type: ignore[misc]
         self.splits_groups = origin.splits_groups  # type: ignore[misc]
         self.allocation = origin.allocation
@@ -54,10 +54,12 @@ class Updated(StaticMethod[Evidence]):
         """The origin's."""
         return {**self.origin.settings(), "update": "least_squares"}
 
-    def choose(self, blocks: Sequence[BlockToPrune], evidence: Evidence) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
+    def choose(
+        self, blocks: Sequence[BlockToPrune], calibration_data: CalibrationData
+    ) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
         """The origin's choice."""
-        return self.origin.choose(blocks, evidence)
+        return self.origin.choose(blocks, calibration_data)
 
-    def unit_scores(self, block: BlockToPrune, evidence: Evidence) -> Tensor:
+    def unit_scores(self, block: BlockToPrune, calibration_data: CalibrationData) -> Tensor:
         """The origin's scores (U,) float32."""
-        return self.origin.unit_scores(block, evidence)
+        return self.origin.unit_scores(block, calibration_data)

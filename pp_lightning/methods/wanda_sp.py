@@ -19,8 +19,8 @@ class WandaSP(StaticMethod[Statistics]):
 
     label: ClassVar[str] = "wanda_sp"
 
-    def unit_scores(self, block: BlockToPrune, evidence: Statistics) -> Tensor:
+    def unit_scores(self, block: BlockToPrune, calibration_data: Statistics) -> Tensor:
         """Scores (U,) float32 of a block's units."""
         weight = block.weight
-        columns = wanda_column_scores(weight, evidence.energy(*block.key).to(weight.device))
+        columns = wanda_column_scores(weight, calibration_data.energy(*block.key).to(weight.device))
         return block.checked(sum_over_units(columns, block.units.channels))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pp_lightning.blocks import Block, BlockKey
 from pp_lightning.functional.compensation import channel_mean, update_mean_
 from pp_lightning.functional.linear import wants_rows
-from pp_lightning.functional.moments import Places, placed_second_moment, second_moment, update_history_
+from pp_lightning.functional.moments import TokenPositions, placed_second_moment, second_moment, update_history_
 from pp_lightning.functional.probe import Arguments, probe_arguments, token_sensitivity
 from pp_lightning.functional.scores import energy_weight_norm
 from pp_lightning.functional.selection import keep_best, unit_channels
@@ -317,11 +317,21 @@ class PrunedBlock(nn.Module):
         """The part of the batch that runs ahead; None is all of it."""
         places = inputs.places if inputs.places is None else inputs.places_on(source.device)
         real = None if places is None else places.real
-        lots = inputs.lots if inputs.lots is None else inputs.lots_of(self.index, self._mixes_tokens, source.device)
+        samples = (
+            inputs.samples
+            if inputs.samples is None
+            else inputs.samples_of(self.index, self._mixes_tokens, source.device)
+        )
         weight = self.input_norm
         importance = inputs.attended if weight is None else token_sensitivity(source, weight)
         return self.method.select(
-            residual, source, real, plan.probe_sizes, lots=lots, importance=importance, mixes_tokens=self._mixes_tokens
+            residual,
+            source,
+            real,
+            plan.probe_sizes,
+            samples=samples,
+            importance=importance,
+            mixes_tokens=self._mixes_tokens,
         )
 
     def _choice(self, states: Tensor, probe: AnyProbe | None, inputs: BatchInputs, *, shared: bool = False) -> Choice:
@@ -340,7 +350,7 @@ class PrunedBlock(nn.Module):
         self.recomputing.note(self.block, Known(choice, shared))
         return choice
 
-    def _best(self, states: Tensor, probe: AnyProbe | None, places: Places | None, state: State) -> Choice:
+    def _best(self, states: Tensor, probe: AnyProbe | None, places: TokenPositions | None, state: State) -> Choice:
         """The units with the best scores."""
         energy, means = self.method.observe(states, probe, places, *state)
         scores = self.method.unit_scores(energy, self.weight_norm, self.units.channels)

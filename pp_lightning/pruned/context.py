@@ -10,9 +10,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from pp_lightning.calibration_data import fingerprint
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import fingerprint
-from pp_lightning.functional.moments import Places, all_finite
+from pp_lightning.functional.moments import TokenPositions, all_finite
 from pp_lightning.functional.tracing import is_traced
 from pp_lightning.interfaces import keep_addresses
 from pp_lightning.pruned.cached_heads import check_can_narrow
@@ -27,8 +27,8 @@ from pp_lightning.pruned.conversations import (
 )
 from pp_lightning.pruned.inputs import BatchInputs, Earlier
 from pp_lightning.pruned.locks import Lock
-from pp_lightning.pruned.lots import Lots
 from pp_lightning.pruned.projection import Product
+from pp_lightning.pruned.random_samples import RandomSamples
 from pp_lightning.pruned.refreshing import RecentInputs
 from pp_lightning.pruned.skipped import SkippedBatches
 from pp_lightning.pruned.slices import SliceMemory
@@ -53,7 +53,7 @@ class ModelContext:
         dense_below: tokens of a prompt below which it runs dense.
         refresh: decoded tokens after which channels are chosen again; None holds the prompt's choice.
         dense_rows: rows up to which a prompt runs dense, whatever its length.
-        lots: what probes are drawn with; None where none are.
+        samples: what probes are drawn with; None where none are.
 
     Attributes:
         memory: for one block's slice.
@@ -79,7 +79,7 @@ class ModelContext:
         dense_below: float = 0.0,
         refresh: int | None = None,
         dense_rows: int = 0,
-        lots: Lots | None = None,
+        samples: RandomSamples | None = None,
     ) -> None:
         self.num_positions = num_positions
         self.memory = SliceMemory()
@@ -99,7 +99,7 @@ class ModelContext:
         self._layer_names = layer_names
         self._uses_cache = uses_cache
         self._side: SideStream | None = None
-        self._lots = lots
+        self._samples = samples
         self._name = uuid4().hex  # tells this pruning's caches from those of another one of the same model
         self._maker = uuid4().hex  # and those of this model from its copies'
         self._kin: set[str] = set()  # copies with the same weights
@@ -225,18 +225,18 @@ class ModelContext:
         # Without padding no mask is made for the layers, which needed a look at the data: no second one here.
         mask = None if given.get("attention_mask") is None and positions is None else told.get("attention_mask")
         batch.shape, batch.places = shape, self._places(shape, _real_tokens(mask, shape), positions)
-        if batch.lots is None and self._lots is not None and self._lots.are_drawn(*shape):
-            batch.lots = self._late_lots(shape[0], shape[1], hidden.device)
+        if batch.samples is None and self._samples is not None and self._samples.are_drawn(*shape):
+            batch.samples = self._late_samples(shape[0], shape[1], hidden.device)
 
-    @torch.compiler.disable(reason="lots are drawn outside of graphs: compile layer by layer, with compile_")
-    def _late_lots(self, rows: int, tokens: int, device: torch.device) -> Tensor | None:
+    @torch.compiler.disable(reason="samples are drawn outside of graphs: compile layer by layer, with compile_")
+    def _late_samples(self, rows: int, tokens: int, device: torch.device) -> Tensor | None:
         """Of a graph of the whole model, which would hold those of one batch; and of images."""
-        assert self._lots is not None
+        assert self._samples is not None
         batch = self.batch
         number = 0 if batch is None else self._number_of(batch)
         if batch is not None and batch.remember and batch not in self._running:  # a graph's are counted here alone
             self.num_batches += 1
-        return self._lots.of_batch(rows, tokens, number, device)
+        return self._samples.of_batch(rows, tokens, number, device)
 
     def _number_of(self, batch: BatchInputs) -> int:
         """What its random samples are drawn by. Batches that leave no trace are not counted."""
@@ -248,8 +248,8 @@ class ModelContext:
         with self._lock.taken():
             number = self._number_of(batch)
             self._running.add(batch)
-        if hidden is not None and self._lots is not None:
-            batch.lots = self._lots.of_batch(hidden.shape[0], hidden.shape[1], number, hidden.device)
+        if hidden is not None and self._samples is not None:
+            batch.samples = self._samples.of_batch(hidden.shape[0], hidden.shape[1], number, hidden.device)
         weights = (block.runner.slices.like for block in self.blocks)
         like = next((weight for weight in weights if weight is not None), None)
         batch.buffer = None if like is None else self.memory.take(like)
@@ -417,19 +417,19 @@ class ModelContext:
         side = self.side_stream(residual.device)
         return Earlier(residual, None if side is None else side.moment())
 
-    def _places(self, shape: torch.Size, real: Tensor | None, position_ids: Tensor | None) -> Places | None:
+    def _places(self, shape: torch.Size, real: Tensor | None, position_ids: Tensor | None) -> TokenPositions | None:
         tokens = shape[1]
         if position_ids is not None:
             if real is None:
                 real = torch.ones(shape, dtype=torch.bool, device=position_ids.device)
             positions = position_ids.expand(shape)
             needed = int(torch.where(real, positions, 0).max()) + 1
-            return Places(positions, real, self._room_for(needed, tokens))
+            return TokenPositions(positions, real, self._room_for(needed, tokens))
         if real is not None:
             positions, needed = real.long().cumsum(1) - 1, tokens
             if self.num_positions is not None and tokens > self.num_positions:
                 needed = int(positions.max()) + 1  # padding may account for the excess; worth a look only here
-            return Places(positions, real, self._room_for(needed, tokens))
+            return TokenPositions(positions, real, self._room_for(needed, tokens))
         self._checked(tokens)
         return None
 

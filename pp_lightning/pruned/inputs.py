@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pp_lightning.blocks import Block
 from pp_lightning.functional.budget import one_projection_is_cheaper
-from pp_lightning.functional.moments import Places
+from pp_lightning.functional.moments import TokenPositions
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.pruned.choice import Choice, ExecutionPlan
 from pp_lightning.pruned.conversations import Conversation
@@ -68,7 +68,7 @@ class BatchInputs:
     Args:
         shape: (B, S); of a prompt known when it enters the layers.
         places: positions of the batch; None where columns are positions and nothing is padding.
-        lots: (L, 2, M) float32, uniform numbers to draw the probes of attention and MLP with; None draws none.
+        samples: (L, 2, M) float32, uniform numbers to draw the probes of attention and MLP with; None draws none.
         conversation: of the cache that is being filled; None without one.
         decoding: the batch continues a filled cache, so the choice is held.
         remember: whether histories move.
@@ -91,8 +91,8 @@ class BatchInputs:
     def __init__(
         self,
         shape: torch.Size | None = None,
-        places: Places | None = None,
-        lots: Tensor | None = None,
+        places: TokenPositions | None = None,
+        samples: Tensor | None = None,
         *,
         conversation: Conversation | None = None,
         decoding: bool = False,
@@ -100,7 +100,7 @@ class BatchInputs:
     ) -> None:
         self.shape = torch.Size() if shape is None else shape
         self.places = places
-        self.lots = lots
+        self.samples = samples
         self.conversation = conversation
         self.decoding = decoding
         self.remember = remember
@@ -119,8 +119,8 @@ class BatchInputs:
 
     def of_layer(self, index: int, plans: Mapping[Block, ExecutionPlan]) -> "BatchInputs":
         """The same for one layer, without its number: layers of one shape then share a graph."""
-        lots = None if self.lots is None else self.lots[index]
-        one = BatchInputs(self.shape, self.places, lots, decoding=self.decoding, remember=self.remember)
+        samples = None if self.samples is None else self.samples[index]
+        one = BatchInputs(self.shape, self.places, samples, decoding=self.decoding, remember=self.remember)
         one.entered, one.middle, one.plans, one.buffer = self.entered, self.middle, plans, self.buffer
         one.dense, one.attended = self.dense, self.attended
         one.states = {block: self.states[index, block] for block in plans}
@@ -142,13 +142,13 @@ class BatchInputs:
         found = self.known_plans[keep, number, leaves] = ExecutionPlan(sizes, shares, leaves and not shares)
         return found
 
-    def lots_of(self, index: int, attention: bool, device: torch.device) -> Tensor:
-        """The lots (M,) of one block's probe, where the block is."""
-        assert self.lots is not None
-        own = self.lots if self.lots.dim() == 2 else self.lots[index]
+    def samples_of(self, index: int, attention: bool, device: torch.device) -> Tensor:
+        """The samples (M,) of one block's probe, where the block is."""
+        assert self.samples is not None
+        own = self.samples if self.samples.dim() == 2 else self.samples[index]
         return own[0 if attention else 1].to(device)
 
-    def places_on(self, device: torch.device) -> Places | None:
+    def places_on(self, device: torch.device) -> TokenPositions | None:
         """Positions of the batch, where a block is."""
         if self.places is None or self.places.real.device == device:
             return self.places

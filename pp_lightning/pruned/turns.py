@@ -10,7 +10,7 @@ from typing import Self
 from transformers import PreTrainedModel
 
 from pp_lightning.blocks import BlockKey
-from pp_lightning.evidence import fingerprint
+from pp_lightning.calibration_data import fingerprint
 from pp_lightning.families import layers_of
 from pp_lightning.interfaces import give_memory_back
 from pp_lightning.methods.base import BlockToPrune, StaticChoice

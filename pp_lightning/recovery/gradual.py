@@ -60,10 +60,10 @@ class GradualPruning:
             UserError: the scores of a block are all zero or not finite.
         """
         found = adapter_members(self.adapters, sorted({block.layer for block in self.blocks}))
-        evidence = Importances("", LORA, found)
+        calibration_data = Importances("", LORA, found)
         momentum = self.method.momentum
         for block in self.blocks:
-            scores = self.method.unit_scores(block, evidence)
+            scores = self.method.unit_scores(block, calibration_data)
             self.averages[block.key].mul_(momentum).add_(scores, alpha=1 - momentum)
         if step % self.method.every == 0:
             self._remove(step)

@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pp_lightning.blocks import BlockKey
+from pp_lightning.calibration_data import fingerprint
 from pp_lightning.errors import UserError
-from pp_lightning.evidence import fingerprint
 from pp_lightning.families import OUTPUT
 from pp_lightning.functional.lora import lora_importance
 from pp_lightning.gradients import IGNORED, Batch, frozen_except, labels_of, next_token_loss, recomputed

@@ -10,8 +10,8 @@ import torch
 
 from pp_lightning import UserError
 from pp_lightning.benchmark import BenchmarkSettings, Case, ModelChoice, run_benchmark
+from pp_lightning.benchmark.model import BenchmarkModel
 from pp_lightning.benchmark.rows import Row, grids, paired_ratio
-from pp_lightning.benchmark.subject import Subject
 from pp_lightning.benchmark.timing import interleaved
 from pp_lightning.benchmark.variants import VARIANTS, chosen_variants, pruned_copy, reference_of
 from pp_lightning.benchmark.write import write_results
@@ -91,18 +91,18 @@ def test_variants_share_weights_and_leave_the_dense_model_alone():
 
 def test_variants_share_what_they_can_with_each_other(measured):
     """Dynamic ones the output matrices by columns, the compiled static one its slices; histories are everyone's own."""
-    subject = Subject(measured, "float32", 0.4)
+    benchmarked = BenchmarkModel(measured, "float32", 0.4)
     names = ("PP", "PP, compiled", "Full-Batch Probing", "static PPsp", "static PPsp, compiled")
-    models = {name: subject.variant(VARIANTS[name]) for name in names}
+    models = {name: benchmarked.variant(VARIANTS[name]) for name in names}
     layer = {name: model.model.layers[1] for name, model in models.items()}
     weights = [layer[name].mlp.down_proj.weight.data_ptr() for name in names]
-    assert weights[0] == weights[1] == weights[2] != subject.model.model.layers[1].mlp.down_proj.weight.data_ptr()
+    assert weights[0] == weights[1] == weights[2] != benchmarked.model.model.layers[1].mlp.down_proj.weight.data_ptr()
     assert weights[3] == weights[4] != weights[0]
     assert not layer["PP"].mlp.down_proj.weight.is_contiguous()
     histories = {layer[name].mlp.pruner.history.data_ptr() for name in ("PP", "PP, compiled")}
     assert len(histories) == 2
     expected = pruned_copy(
-        subject.model, VARIANTS["PP"], subject.statistics, pruning_ratio=0.4, skip_layers=(), round_to=16
+        benchmarked.model, VARIANTS["PP"], benchmarked.statistics, pruning_ratio=0.4, skip_layers=(), round_to=16
     )
     assert torch.equal(logits(models["PP, compiled"], ids()), logits(expected, ids()))
 
@@ -119,9 +119,9 @@ def test_the_embedded_model_on_text(measured, monkeypatch):
     decoded = {row.variant for row in rows if row.part == "decoding"}
     assert decoded == {name for name, one in VARIANTS.items() if one.decodes and not one.compiled}
     assert all(value > perplexity["dense"] for name, value in perplexity.items() if name != "dense")
-    subject = Subject(measured, "float32", 0.4)
-    copied = subject.variant(VARIANTS["PP"])
-    assert copied.lm_head.weight is copied.model.embed_tokens.weight is subject.model.lm_head.weight
+    benchmarked = BenchmarkModel(measured, "float32", 0.4)
+    copied = benchmarked.variant(VARIANTS["PP"])
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight is benchmarked.model.lm_head.weight
 
 
 def test_what_was_measured_stays_if_a_later_case_fails(measured, monkeypatch):

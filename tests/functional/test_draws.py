@@ -3,10 +3,10 @@ import torch
 
 from pp_lightning.functional.draws import (
     at_random,
-    draw_lots,
+    draw_samples,
     drawn_probe,
-    lots_needed,
     one_a_stratum,
+    samples_needed,
     scattered_probe,
 )
 
@@ -14,24 +14,24 @@ DRAWS = {"at_random": at_random, "one_a_stratum": one_a_stratum}
 SHAPE = torch.Size((20, 64))
 
 
-def lots(seed, count=32):
-    return draw_lots((lots_needed(*SHAPE, 1, count),), seed, 0)
+def samples(seed, count=32):
+    return draw_samples((samples_needed(*SHAPE, 1, count),), seed, 0)
 
 
 def test_lots_depend_on_seed_and_batch_and_on_nothing_else():
     torch.manual_seed(1)
-    first = draw_lots((50,), 3, 7)
+    first = draw_samples((50,), 3, 7)
     torch.rand(3)
-    assert torch.equal(first, draw_lots((50,), 3, 7))
-    assert not torch.equal(first, draw_lots((50,), 3, 8))
-    assert not torch.equal(first, draw_lots((50,), 4, 7))
+    assert torch.equal(first, draw_samples((50,), 3, 7))
+    assert not torch.equal(first, draw_samples((50,), 3, 8))
+    assert not torch.equal(first, draw_samples((50,), 4, 7))
     assert first.min() >= 0 and first.max() < 1
 
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_sizes_order_and_range(draw):
     for seed in range(20):
-        probe = drawn_probe(lots(seed), SHAPE, None, 0.1, 0.25, DRAWS[draw])
+        probe = drawn_probe(samples(seed), SHAPE, None, 0.1, 0.25, DRAWS[draw])
         assert (len(probe.rows), len(probe.tokens)) == (2, 16)
         assert probe.rows.diff().min() > 0 and probe.tokens.diff().min() > 0
         assert probe.rows.max() < 20 and probe.tokens.max() < 64
@@ -43,7 +43,7 @@ def test_every_place_is_as_likely_as_any_other(draw):
     """2000 draws of 16 from 64: a place comes up 500 times, give or take 19 (one standard deviation)."""
     times = torch.zeros(64)
     for seed in range(2000):
-        times[drawn_probe(lots(seed), SHAPE, None, 0.1, 0.25, DRAWS[draw]).tokens] += 1
+        times[drawn_probe(samples(seed), SHAPE, None, 0.1, 0.25, DRAWS[draw]).tokens] += 1
     assert times.sum() == 2000 * 16
     assert (times - 500).abs().max() < 5 * 19.4
 
@@ -53,7 +53,7 @@ def test_strata_leave_no_part_out_and_chance_does():
     gaps = {name: 0 for name in DRAWS}
     for seed in range(50):
         for name, draw in DRAWS.items():
-            drawn, _ = draw(draw_lots((30,), seed, 0), 10, None, None)
+            drawn, _ = draw(draw_samples((30,), seed, 0), 10, None, None)
             gaps[name] += len(set((drawn // 3).tolist())) < 10
     assert gaps == {"at_random": 50, "one_a_stratum": 0}
 
@@ -62,7 +62,7 @@ def test_strata_leave_no_part_out_and_chance_does():
 @pytest.mark.parametrize("draw", DRAWS)
 def test_any_number_of_any_number(places, count, draw):
     for seed in range(20):
-        drawn, valid = DRAWS[draw](draw_lots((places,), seed, 1), count, None, None)
+        drawn, valid = DRAWS[draw](draw_samples((places,), seed, 1), count, None, None)
         assert valid is None
         assert len(set(drawn.tolist())) == count and drawn.max() < places
 
@@ -78,7 +78,7 @@ def padded_batch():
 def test_padding_is_never_drawn(draw):
     real = padded_batch()
     for seed in range(50):
-        probe = drawn_probe(lots(seed), SHAPE, real, 0.4, 0.25, DRAWS[draw])
+        probe = drawn_probe(samples(seed), SHAPE, real, 0.4, 0.25, DRAWS[draw])
         # as many as the batch without its padding would have: 2 of 5 rows, 10 of 40 columns
         assert probe.real_tokens.sum() == 10
         assert probe.tokens[probe.real_tokens].min() >= 24
@@ -91,19 +91,19 @@ def test_padding_is_never_drawn(draw):
 def test_scattered_places_are_real_distinct_and_spread():
     real = padded_batch()
     for seed in range(20):
-        whole = scattered_probe(lots(seed), SHAPE, None, 32)
+        whole = scattered_probe(samples(seed), SHAPE, None, 32)
         assert ((whole.rows * 64 + whole.tokens) // 40).tolist() == list(range(32))
-        part = scattered_probe(lots(seed), SHAPE, real, 32)
+        part = scattered_probe(samples(seed), SHAPE, real, 32)
         assert part.real.all()
         places = set(zip(part.rows.tolist(), part.tokens.tolist(), strict=True))
         assert len(places) == 32 and all(real[place] for place in places)
-        few = scattered_probe(lots(seed, 110), SHAPE, real, 110)  # there are 103
+        few = scattered_probe(samples(seed, 110), SHAPE, real, 110)  # there are 103
         assert few.real.sum() == 103
 
 
 def test_scattered_probe_takes_what_it_names():
     states = torch.randn(*SHAPE, 3)
-    probe = scattered_probe(lots(0), SHAPE, None, 8)
+    probe = scattered_probe(samples(0), SHAPE, None, 8)
     taken = probe.take(states)
     assert taken.shape == (1, 8, 3)
     for i, (row, token) in enumerate(zip(probe.rows.tolist(), probe.tokens.tolist(), strict=True)):
@@ -113,12 +113,12 @@ def test_scattered_probe_takes_what_it_names():
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("real", [None, padded_batch()], ids=["whole", "padded"])
 def test_traces_into_one_graph(draw, real):
-    def both(lots):
-        probe = drawn_probe(lots, SHAPE, real, 0.1, 0.25, DRAWS[draw])
-        return probe.rows, probe.tokens, scattered_probe(lots, SHAPE, real, 32).rows
+    def both(samples):
+        probe = drawn_probe(samples, SHAPE, real, 0.1, 0.25, DRAWS[draw])
+        return probe.rows, probe.tokens, scattered_probe(samples, SHAPE, real, 32).rows
 
     compiled = torch.compile(both, fullgraph=True, backend="eager")
-    assert all(torch.equal(a, b) for a, b in zip(both(lots(0)), compiled(lots(0)), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(both(samples(0)), compiled(samples(0)), strict=True))
 
 
 @pytest.mark.parametrize(("places", "count"), [(7, 2), (10, 3), (10, 7), (64, 60), (20, 3)])
@@ -130,9 +130,9 @@ def test_every_place_is_as_likely_as_any_other_where_stretches_are_uneven(places
         real[[0, 5]] = False
     times = torch.zeros(len(real))
     for seed in range(4000):
-        lot = draw_lots((len(real),), seed, 0)
+        sample = draw_samples((len(real),), seed, 0)
         given = (real, torch.tensor(count)) if padded else (None, None)
-        drawn, _ = one_a_stratum(lot, count, *given)
+        drawn, _ = one_a_stratum(sample, count, *given)
         assert (drawn.diff() > 0).all()
         times[drawn] += 1
     share = count / places
@@ -143,7 +143,7 @@ def test_every_place_is_as_likely_as_any_other_where_stretches_are_uneven(places
 def test_every_scattered_token_is_as_likely_as_any_other():
     times = torch.zeros(5, 7)
     for seed in range(4000):
-        probe = scattered_probe(draw_lots((12,), seed, 0), torch.Size((5, 7)), None, 12)
+        probe = scattered_probe(draw_samples((12,), seed, 0), torch.Size((5, 7)), None, 12)
         times[probe.rows, probe.tokens] += 1
     share = 12 / 35
     assert (times - 4000 * share).abs().max() < 5 * (4000 * share * (1 - share)) ** 0.5

@@ -5,7 +5,7 @@ import torch
 
 from pp_lightning.functional import moments
 from pp_lightning.functional.moments import (
-    Places,
+    TokenPositions,
     fuse,
     fused_energy,
     placed_count,
@@ -19,8 +19,8 @@ from pp_lightning.functional.moments import (
 from pp_lightning.functional.probe import Probe
 
 
-def places_of(real: torch.Tensor, num_positions: int) -> Places:
-    return Places(real.long().cumsum(1) - 1, real, num_positions)
+def places_of(real: torch.Tensor, num_positions: int) -> TokenPositions:
+    return TokenPositions(real.long().cumsum(1) - 1, real, num_positions)
 
 
 def naive_moment(states, places):
@@ -42,7 +42,7 @@ def naive_moment(states, places):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_second_moment_equals_the_naive_loop(dtype):
     states = torch.randn(3, 4, 5).to(dtype)
-    everywhere = Places(torch.arange(4).repeat(3, 1), torch.ones(3, 4, dtype=torch.bool), 4)
+    everywhere = TokenPositions(torch.arange(4).repeat(3, 1), torch.ones(3, 4, dtype=torch.bool), 4)
     expected, _ = naive_moment(states, everywhere)
     assert second_moment(states).dtype == torch.float32
     torch.testing.assert_close(second_moment(states), expected, rtol=1e-5, atol=1e-7)

@@ -6,7 +6,7 @@ import torch
 from pp_lightning import UserError, kept_units, prune_, unprune_
 from pp_lightning.allocation import outlier_share, spread_ratios
 from pp_lightning.blocks import Block
-from pp_lightning.evidence import fingerprint
+from pp_lightning.calibration_data import fingerprint
 from pp_lightning.functional.probe import token_sensitivity
 from pp_lightning.methods import AfterOCP, WandaSP
 from pp_lightning.pruning import pruning_of

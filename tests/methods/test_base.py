@@ -31,7 +31,7 @@ class TestEveryMethod:
         assert made.attention_unit is None
         assert made.settings()["blocks"] == pruned
         assert made.needs_statistics == (method not in (FullBatchProbing, Griffin))
-        assert made.evidence is (Importances if method in (LLMPruner, LoRAPrune) else Statistics)
+        assert made.calibration_data is (Importances if method in (LLMPruner, LoRAPrune) else Statistics)
 
     def test_settings_are_plain_and_complete(self, method):
         settings = method(blocks=["mlp"], attention_unit="kv_group").settings()

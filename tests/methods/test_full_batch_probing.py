@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pp_lightning import kept_units, prune_
-from pp_lightning.functional.moments import Places
+from pp_lightning.functional.moments import TokenPositions
 from pp_lightning.methods import FullBatchProbing, ProbePruning
 from tests.models import MODELS, SETTINGS, choices, ids, logits, padded, ragged, statistics, tiny
 
@@ -45,7 +45,7 @@ def test_energy_counts_real_rows_at_each_position():
     states = torch.ones(2, 3, 1)
     states[1, 2] = float("nan")
     real = torch.tensor([[True, True, True], [True, True, False]])
-    places = Places(torch.arange(3).repeat(2, 1), real, 3)
+    places = TokenPositions(torch.arange(3).repeat(2, 1), real, 3)
     assert FullBatchProbing().observe(states, None, places, None, None).energy.tolist() == [3.0]
 
 

@@ -36,15 +36,15 @@ def naive_scores(members, units, reduction, head_size):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("reduction", Reduction)
 def test_keeps_the_best_of_each_block(name, reduction):
-    model, evidence = tiny(name), importances(name)
-    prune_(model, LLMPruner(reduction=reduction.value), evidence, **SETTINGS)
+    model, calibration_data = tiny(name), importances(name)
+    prune_(model, LLMPruner(reduction=reduction.value), calibration_data, **SETTINGS)
     units = GROUPS if MODELS[name].grouped else HEADS
-    head_size = len(evidence.members[2, Block.ATTENTION]["key"]) // units
+    head_size = len(calibration_data.members[2, Block.ATTENTION]["key"]) // units
     keep = 2 if MODELS[name].grouped else 3
     for layer in PRUNED:
         kept = kept_units(model)[layer]
-        heads = naive_scores(evidence.members[layer, Block.ATTENTION], units, reduction, head_size)
-        channels = naive_scores(evidence.members[layer, Block.MLP], MLP_WIDTH, reduction, 1)
+        heads = naive_scores(calibration_data.members[layer, Block.ATTENTION], units, reduction, head_size)
+        channels = naive_scores(calibration_data.members[layer, Block.MLP], MLP_WIDTH, reduction, 1)
         assert kept.attention.tolist() == sorted(sorted(range(units), key=lambda u: -heads[u])[:keep])
         assert kept.mlp.tolist() == sorted(sorted(range(MLP_WIDTH), key=lambda u: -channels[u])[:64])
 
@@ -74,8 +74,10 @@ def test_a_unit_that_the_loss_does_not_feel_goes_first():
     silent = [5, 77]
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight[:, silent] = 0.0
-    evidence = taylor_importances(model, [BATCH], progress=False)
-    prune_(model, LLMPruner(blocks=("mlp",)), evidence, pruning_ratio=0.02, skip_layers=(0, 1, 2, 4), round_to=1)
+    calibration_data = taylor_importances(model, [BATCH], progress=False)
+    prune_(
+        model, LLMPruner(blocks=("mlp",)), calibration_data, pruning_ratio=0.02, skip_layers=(0, 1, 2, 4), round_to=1
+    )
     kept = kept_units(model)[3].mlp.tolist()
     assert len(kept) == MLP_WIDTH - 16
     assert not set(silent) & set(kept)
@@ -83,12 +85,12 @@ def test_a_unit_that_the_loss_does_not_feel_goes_first():
 
 def test_global_ranking_pools_raw_scores():
     """The smallest scores of all blocks go, whatever a unit costs; a head is a sum of many weights."""
-    model, evidence = tiny("llama"), importances("llama")
-    prune_(model, LLMPruner(global_ranking=True), evidence, **{**SETTINGS, "round_to": 1})
+    model, calibration_data = tiny("llama"), importances("llama")
+    prune_(model, LLMPruner(global_ranking=True), calibration_data, **{**SETTINGS, "round_to": 1})
     pooled = []
     for layer in PRUNED:
         for kind, units, size in ((Block.ATTENTION, HEADS, 8), (Block.MLP, MLP_WIDTH, 1)):
-            scores = naive_scores(evidence.members[layer, kind], units, Reduction.SUM, size)
+            scores = naive_scores(calibration_data.members[layer, kind], units, Reduction.SUM, size)
             pooled += [(score, layer, kind, unit) for unit, score in enumerate(scores)]
     removed = sorted(pooled)[: int(0.67 * len(pooled))]
     for layer in PRUNED:
@@ -109,13 +111,13 @@ def test_ranges_of_layers():
 
 
 def test_all_zero_scores_are_an_error():
-    evidence, model = importances("llama"), tiny("llama")
-    for vector in evidence.members[4, Block.MLP].values():
+    calibration_data, model = importances("llama"), tiny("llama")
+    for vector in calibration_data.members[4, Block.MLP].values():
         vector.zero_()
     with pytest.raises(
         UserError, match="scores of the mlp block of layer 4 are all zero, any choice would be arbitrary"
     ):
-        prune_(model, LLMPruner(), evidence, **SETTINGS)
+        prune_(model, LLMPruner(), calibration_data, **SETTINGS)
     assert model.model.layers[2].mlp.up_proj.out_features == MLP_WIDTH
 
 

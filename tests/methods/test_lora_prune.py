@@ -14,8 +14,8 @@ BATCHES = [{"input_ids": ids(2, 16, seed)} for seed in range(3)]
 @pytest.mark.parametrize("name", ["llama", "llama_gqa", "opt"])
 def test_keeps_the_best_of_each_block(name):
     model = tiny(name)
-    evidence = lora_importances(model, BATCHES, progress=False)
-    prune_(model, LoRAPrune(), evidence, **SETTINGS)
+    calibration_data = lora_importances(model, BATCHES, progress=False)
+    prune_(model, LoRAPrune(), calibration_data, **SETTINGS)
     grouped = MODELS[name].grouped
     for layer in PRUNED:
         kept = kept_units(model)[layer]
@@ -24,7 +24,7 @@ def test_keeps_the_best_of_each_block(name):
             (Block.MLP, kept.mlp, MLP_WIDTH, 64),
         ):
             scores = [0.0] * units
-            for vector in evidence.members[layer, kind].values():
+            for vector in calibration_data.members[layer, kind].values():
                 width = len(vector) // units
                 sums = [float(vector[u * width : (u + 1) * width].sum()) for u in range(units)]
                 length = math.sqrt(sum(s * s for s in sums))
@@ -34,26 +34,26 @@ def test_keeps_the_best_of_each_block(name):
 
 def test_all_zero_scores_are_an_error():
     model = tiny("llama")
-    evidence = lora_importances(model, BATCHES, progress=False)
-    for vector in evidence.members[4, Block.ATTENTION].values():
+    calibration_data = lora_importances(model, BATCHES, progress=False)
+    for vector in calibration_data.members[4, Block.ATTENTION].values():
         vector.zero_()
     with pytest.raises(UserError, match="scores of the attention block of layer 4 are all zero"):
-        prune_(model, LoRAPrune(), evidence, **SETTINGS)
+        prune_(model, LoRAPrune(), calibration_data, **SETTINGS)
 
 
 def test_not_a_number_is_an_error():
     model = tiny("llama")
-    evidence = lora_importances(model, BATCHES, progress=False)
-    evidence.members[3, Block.MLP]["up"][7] = float("nan")
+    calibration_data = lora_importances(model, BATCHES, progress=False)
+    calibration_data.members[3, Block.MLP]["up"][7] = float("nan")
     with pytest.raises(UserError, match="scores of the mlp block of layer 3 are not finite"):
-        prune_(model, LoRAPrune(), evidence, **SETTINGS)
+        prune_(model, LoRAPrune(), calibration_data, **SETTINGS)
 
 
 def test_taylor_importances_are_another_kind():
     model = tiny("llama")
-    evidence = lora_importances(model, BATCHES, progress=False)
+    calibration_data = lora_importances(model, BATCHES, progress=False)
     with pytest.raises(UserError, match="are lora, but the method asks for param_first"):
-        prune_(model, LLMPruner(), evidence, **SETTINGS)
+        prune_(model, LLMPruner(), calibration_data, **SETTINGS)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pp_lightning import UserError, calibrate, kept_units, prune_, unprune_
-from pp_lightning.functional.moments import Places
+from pp_lightning.functional.moments import TokenPositions
 from pp_lightning.methods import ProbePruning, StaticPPsp, WandaSP
 from tests.models import PRUNED, SETTINGS, histories, ids, logits, output_weights, ragged, run_frozen, statistics, tiny
 from tests.recording import RecordingProbePruning
@@ -48,10 +48,10 @@ def test_energy_equals_the_naive_loop(weight, lengths, side):
     history[3, 2] = 0.0
     if lengths is None:
         real, places = None, None
-        everywhere = Places(torch.arange(12).repeat(5, 1), torch.ones(5, 12, dtype=torch.bool), 12)
+        everywhere = TokenPositions(torch.arange(12).repeat(5, 1), torch.ones(5, 12, dtype=torch.bool), 12)
     else:
         real = ragged(lengths, side)["attention_mask"].bool()
-        everywhere = places = Places(real.long().cumsum(1) - 1, real, 12)
+        everywhere = places = TokenPositions(real.long().cumsum(1) - 1, real, 12)
     probe = method.select(residual, residual, real)
     states = torch.randn(len(probe.rows), len(probe.tokens), 6)
     found = method.observe(states, probe, places, history, None).energy
@@ -74,7 +74,7 @@ def test_scores_and_choice_of_a_whole_batch():
     prune_(model, method, stats, **SETTINGS)
     before = histories(model)
     logits(model, ids())
-    everywhere = Places(torch.arange(24).repeat(4, 1), torch.ones(4, 24, dtype=torch.bool), 24)
+    everywhere = TokenPositions(torch.arange(24).repeat(4, 1), torch.ones(4, 24, dtype=torch.bool), 24)
     kept = kept_units(model)
     for (layer, block), record in method.taken(PRUNED).items():
         energy = naive_energy(record.states, record.probe, everywhere, before[layer, block], None)

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pp_lightning import UserError, prune_
-from pp_lightning.evidence import fingerprint
+from pp_lightning.calibration_data import fingerprint
 from pp_lightning.methods import WandaSP
 from pp_lightning.methods.base import StaticChoice
 from pp_lightning.methods.recorded import Choices

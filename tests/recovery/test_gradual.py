@@ -3,7 +3,7 @@ import torch
 
 from pp_lightning import UserError, prune_
 from pp_lightning.blocks import Block
-from pp_lightning.evidence import fingerprint
+from pp_lightning.calibration_data import fingerprint
 from pp_lightning.families import shape_of
 from pp_lightning.functional.members import normalised_unit_scores
 from pp_lightning.methods import LoRAPrune

@@ -16,7 +16,7 @@ from pp_lightning.stored import sample_of, write_whole
 _SAMPLES_PER_WEIGHT = 64
 
 
-class Evidence:
+class CalibrationData:
     """Something measured on a dense model. It fits that model only.
 
     Attributes:

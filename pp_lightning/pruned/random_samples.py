@@ -1,13 +1,13 @@
-"""The lots that probes are drawn with, new ones for every batch."""
+"""The samples that probes are drawn with, new ones for every batch."""
 
 import torch
 from torch import Tensor
 
-from pp_lightning.functional.draws import draw_lots
+from pp_lightning.functional.draws import draw_samples
 from pp_lightning.methods.dynamic import DynamicMethod
 
 
-class Lots:
+class RandomSamples:
     """Draws for one model under one method.
 
     The number of a batch must not be seen by a graph, which would hold for that batch alone: drawing stays outside.
@@ -23,17 +23,17 @@ class Lots:
 
     def are_drawn(self, num_rows: int, num_tokens: int) -> bool:
         """Whether a (B, S) batch needs any."""
-        return self._method.lots_needed(num_rows, num_tokens) > 0
+        return self._method.samples_needed(num_rows, num_tokens) > 0
 
     def of_batch(self, num_rows: int, num_tokens: int, batch: int, device: torch.device) -> Tensor | None:
-        """Lots for the attention and the MLP probe of every layer in the next (B, S) batch, (L, 2, M) float32.
+        """Random samples for the attention and the MLP probe of every layer in the next (B, S) batch, (L, 2, M).
 
         They depend on the seed and the batch's number alone. None where probes are not drawn.
         """
-        number = self._method.lots_needed(num_rows, num_tokens)
+        number = self._method.samples_needed(num_rows, num_tokens)
         if not number:
             return None
-        lots = draw_lots((self._num_layers, 2, number), self._method.seed, batch)
+        samples = draw_samples((self._num_layers, 2, number), self._method.seed, batch)
         if device.type == "cuda":
-            lots = lots.pin_memory()
-        return lots.to(device, non_blocking=True)  # the host does not wait for them to arrive
+            samples = samples.pin_memory()
+        return samples.to(device, non_blocking=True)  # the host does not wait for them to arrive

@@ -1,4 +1,4 @@
-"""How the evidence of each kind of gradient method is collected from a data module: the seam between the two."""
+"""How calibration data of each kind of gradient method is collected from a data module: the seam between the two."""
 
 from collections.abc import Sequence
 from functools import singledispatch

@@ -19,7 +19,7 @@ from pp_lightning.texts import source_named
 _CALIBRATION_ROWS = 4
 
 
-class Subject:
+class BenchmarkModel:
     """A dense model with the statistics and batches that all its variants share.
 
     Args:
