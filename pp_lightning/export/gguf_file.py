@@ -138,11 +138,6 @@ def export_gguf(
     return costs, check
 
 
-def wider_in_q8_0(plan: GgufPlan) -> tuple[str, ...]:
-    """Matrices whose rows q8_0's blocks do not divide: they are written in float16."""
-    return tuple(one.name for one in plan.tensors if len(one.shape) > 1 and one.shape[-1] % _BLOCK)
-
-
 def _type_of(tensor: GgufTensor, chosen: GgufType) -> GgufType:
     if len(tensor.shape) == 1:
         return "float32"
