@@ -18,7 +18,7 @@ SOUND = [case for case in CASES if case not in FAULTY and case not in SPREAD]
 # The batch itself, and what depends on it: everything else stays where it is.
 MAY_MOVE = {
     "hidden",
-    "batch_lots",
+    "batch_samples",
     "batch_entered_residual",
     "batch_middle_residual",
     "kwargs_attention_mask",

@@ -204,7 +204,7 @@ def test_a_whole_model_compiles_once_for_all_batches(name):
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_lots_are_drawn_outside_of_graphs():
+def test_random_samples_are_drawn_outside_of_graphs():
     """Within a graph all batches would have those of the first."""
     eager, model = tiny("llama"), tiny("llama")
     for one in (eager, model):

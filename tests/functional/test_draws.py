@@ -18,7 +18,7 @@ def samples(seed, count=32):
     return draw_samples((samples_needed(*SHAPE, 1, count),), seed, 0)
 
 
-def test_lots_depend_on_seed_and_batch_and_on_nothing_else():
+def test_random_samples_depend_on_seed_and_batch_and_on_nothing_else():
     torch.manual_seed(1)
     first = draw_samples((50,), 3, 7)
     torch.rand(3)
