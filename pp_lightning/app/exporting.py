@@ -45,7 +45,7 @@ def export_pruned(
     settings = settled(module, out, settings)
     assert module.method is not None
     module.check_plan(module.method, module.pruning_ratio, data.window)
-    _read_evidence(module, data)
+    _read_calibration_data(module, data)
     module.model.to(device)
     statistics = module.prune(data)
     provenance: dict[str, Any] = {"base_model": base_model_name(module.path), "asked": _asked(module)}
@@ -79,9 +79,9 @@ def export_pruned(
         _check_in_engines(out, expected, settings.check_with, exact=exact)
 
 
-def _read_evidence(module: PrunedLM, data: EvaluationData) -> None:
+def _read_calibration_data(module: PrunedLM, data: EvaluationData) -> None:
     """Take what was calibrated before, and get the data ready where anything is to be read of it."""
-    file = module.read_evidence()
+    file = module.read_calibration_data()
     method = module.method
     updates = method is not None and module.settled(method).updates
     if file is not None:

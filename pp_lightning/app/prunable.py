@@ -218,7 +218,7 @@ class PrunableModule(L.LightningModule):
         batches = list(UntilTerminated(data.calibration_batches(), self.trainer))
         return LeastSquares(batches, folder=self.place, tell=self.tell)
 
-    def read_evidence(self) -> str | None:
+    def read_calibration_data(self) -> str | None:
         """Take the method's file as it stands, if there is one: what needs no calibration text at hand.
 
         Returns:
