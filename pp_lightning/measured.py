@@ -219,7 +219,7 @@ def losses_by_rise(
             alone[target.key] = PrunedAlone(modules[target.key], kept, block.columns)
     folder = None if update.folder is None else Path(update.folder) / "alone"
     rises = loss_rises(model, batches, alone, folder, about.hexdigest(), update.tell)
-    return losses | {key: scaled(losses[key], found[key].count, rise) for key, rise in rises.items()}
+    return losses | scaled({key: losses[key] for key in rises}, {key: found[key].count for key in rises}, rises)
 
 
 def _count_alone(target: BlockToPrune, share: float) -> int:

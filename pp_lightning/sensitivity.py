@@ -4,6 +4,7 @@ What a block loses of its own output says little about what the model loses: som
 token, others decide it. Each block is pruned alone, its weights updated, and the loss is read on a few tokens.
 """
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pp_lightning.progress import Steps, Tell
 from pp_lightning.stored import described, places_of, resident, write_whole
 
 _IGNORED = -100
-_SMALLEST_RISE = 1e-6  # nats a token: a block whose loss makes no difference, or helps by chance, goes first
+_SMALLEST_RATIO = 1e-6  # where no block makes a difference, all count as they were predicted
 
 Batches = Sequence[Mapping[str, Any]]
 
@@ -166,7 +167,19 @@ def some_rows(batches: Batches, tokens: int) -> list[dict[str, Any]]:
     return [{name: batch[name][:rows] for name in INPUTS if name in batch} for batch in batches[:number]]
 
 
-def scaled(losses: Tensor, count: int, rise: float) -> Tensor:
-    """A block's losses (U,) float32, so that what goes if ``count`` units stay comes to ``rise``, or a hair above 0."""
-    predicted = float(losses[count:].sum())
-    return losses * (max(rise, _SMALLEST_RISE) / predicted) if predicted > 0.0 else losses
+def scaled(
+    losses: Mapping[BlockKey, Tensor], counts: Mapping[BlockKey, int], rises: Mapping[BlockKey, float]
+) -> dict[BlockKey, Tensor]:
+    """Blocks' losses (U,) float32 in nats: half by what was measured on the block, half by the median over all of them.
+
+    A rise is read on few tokens, so that by itself it would trust its noise (docs/static.md).
+
+    Args:
+        losses: of each block's units, as the ranking predicts them.
+        counts: units that stay where a block was pruned alone.
+        rises: of the loss then; a negative one counts as none.
+    """
+    predicted = {key: float(losses[key][counts[key] :].sum()) for key in rises}
+    ratios = {key: max(rise, 0.0) / predicted[key] for key, rise in rises.items() if predicted[key] > 0.0}
+    middle = max(statistics.median(ratios.values()), _SMALLEST_RATIO) if ratios else 1.0
+    return {key: one * ((ratios.get(key, middle) + middle) / 2) for key, one in losses.items()}
