@@ -90,7 +90,8 @@ def loss_rises(
     file = None if folder is None else folder / "rises.safetensors"
     if file is not None and described(file) == about:
         return dict(zip(blocks, places_of(file)["rises"].read().tolist(), strict=True))
-    carried = _carried(model, batches, blocks, folder, about, tell)
+    carried = LayerByLayer(model, batches, folder, about)
+    _carry_all(carried, layers_of(model), blocks, tell)
     steps, losses = Steps("reading losses", "block", len(blocks)), []
     for copy in range(len(blocks) + 1):
 
@@ -108,22 +109,15 @@ def loss_rises(
     return dict(zip(blocks, rises.tolist(), strict=True))
 
 
-def _carried(
-    model: PreTrainedModel,
-    batches: Batches,
-    blocks: Mapping[BlockKey, PrunedAlone],
-    folder: Path | None,
-    about: str,
-    tell: Tell,
-) -> LayerByLayer:
-    """The batches behind the last layer: copy 0 dense, copy 1 with the first block pruned, and so on."""
-    layers = layers_of(model)
+def _carry_all(
+    carried: LayerByLayer, layers: Sequence[nn.Module], blocks: Mapping[BlockKey, PrunedAlone], tell: Tell
+) -> None:
+    """Bring the batches behind the last layer: copy 0 dense, copy 1 with the first block pruned, and so on."""
     starting = [[block for key, block in blocks.items() if key[0] == layer] for layer in range(len(layers))]
     runs, copies = [0], 1
     for found in starting:
         copies += len(found)
         runs.append(runs[-1] + copies)
-    carried = LayerByLayer(model, batches, folder, about)
     steps = Steps("pruning blocks alone", "run", runs[-1])
     steps.skip(runs[carried.layer])
     for layer in range(carried.layer, len(layers)):
@@ -133,7 +127,6 @@ def _carried(
                     carried.fork()
             carried.advance()
         tell(steps.line(runs[layer + 1]))
-    return carried
 
 
 def mean_loss(batches: Batches, loss_of: Callable[[int, Tensor], Tensor]) -> float:

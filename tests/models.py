@@ -5,6 +5,7 @@ parametrised over the few in ``MODELS``.
 """
 
 import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import (
 
 from pp_lightning import KeptUnits, Statistics, calibrate, frozen_history
 from pp_lightning.blocks import Block
+from pp_lightning.errors import UserError
 from pp_lightning.families import blocks_of
 from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruning import pruning_of
@@ -410,3 +412,14 @@ def run_frozen(model: PreTrainedModel, text: Tensor, **arguments: Any) -> Tensor
     """Logits, with the histories left alone."""
     with frozen_history(model):
         return logits(model, text, **arguments)
+
+
+def refusals(asked: Iterable[Callable[[], object]]) -> list[str]:
+    """What is said about each of these, where it is refused."""
+    said = []
+    for one in asked:
+        try:
+            one()
+        except UserError as error:
+            said.append(str(error))
+    return said

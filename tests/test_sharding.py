@@ -10,13 +10,12 @@ from torch.multiprocessing import spawn
 
 from pp_lightning import calibrate, prune_, unprune_
 from pp_lightning.compilation import compile_
-from pp_lightning.errors import UserError
 from pp_lightning.export import export_checkpoint
 from pp_lightning.gradients import taylor_importances
 from pp_lightning.methods import FLAP, ProbePruning, WandaSP
 from pp_lightning.parallel import is_spread
 from pp_lightning.sharding import shard_
-from tests.models import SETTINGS, calibration_batches, ids, padded, tiny
+from tests.models import SETTINGS, calibration_batches, ids, padded, refusals, tiny
 
 KINDS = ("llama_gqa", "opt")
 DYNAMIC = {
@@ -80,13 +79,7 @@ def refused() -> list[str]:
         lambda: export_checkpoint(model, Path("nowhere")),
         lambda: prune_(model, FLAP(), stats, **SETTINGS),
     ]
-    said = []
-    for one in asked:
-        try:
-            one()
-        except UserError as error:
-            said.append(str(error))
-    return said
+    return refusals(asked)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from transformers.distributed import DistributedConfig
 from pp_lightning import allocation, calibrate, kept_units, prune_, pruning, unprune_
 from pp_lightning.blocks import Block
 from pp_lightning.compilation import compile_
-from pp_lightning.errors import UserError
 from pp_lightning.functional.scores import standardised, sum_over_units
 from pp_lightning.functional.selection import keep_best
 from pp_lightning.methods import FLAP, LLMPruner, ProbePruning, StaticBest, StaticPPsp, WandaSP
@@ -30,6 +29,7 @@ from pp_lightning.methods.flap import global_counts
 from pp_lightning.parallel import own_part
 from pp_lightning.pruning import is_pruned, pruning_of
 from pp_lightning.updating import LeastSquares
+from tests.models import refusals
 
 pytestmark = pytest.mark.slow
 
@@ -133,19 +133,9 @@ def refused(model: PreTrainedModel, stats: Any, uneven: PreTrainedModel) -> list
         lambda: prune_(model, LLMPruner(), stats, **RATIO),
         lambda: compile_(model),
     ]
-    said = []
-    for one in asked:
-        try:
-            one()
-        except UserError as error:
-            said.append(str(error))
+    said = refusals(asked)
     prune_(model, WandaSP(), stats, **RATIO, round_to=8)
-    for one in [lambda: model(**batches()[0]), lambda: calibrate(uneven, batches()[:2])]:
-        try:
-            one()
-        except UserError as error:
-            said.append(str(error))
-    return said
+    return said + refusals([lambda: model(**batches()[0]), lambda: calibrate(uneven, batches()[:2])])
 
 
 @pytest.fixture(scope="module")
