@@ -18,7 +18,7 @@ from pp_lightning.families import shape_of
 from pp_lightning.functional.taylor import Taylor
 from pp_lightning.gradients import frozen_except, next_token_loss, projections_of, recomputed
 from pp_lightning.methods import LoRAPrune
-from pp_lightning.plan import make_plan
+from pp_lightning.plan import Amounts, make_plan
 from pp_lightning.pruning import blocks_to_prune
 from pp_lightning.recovery import Adapters, GradualPruning, lora_importances
 
@@ -59,7 +59,7 @@ def lora_one_shot(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Non
 
 def train(model: PreTrainedModel, batch: dict[str, torch.Tensor], *, gradual: bool) -> None:
     method = LoRAPrune(every=1, warmup=0.0, cooldown=0.4)
-    plan = make_plan(shape_of(model.config), method, pruning_ratio=0.4, skip_layers=())
+    plan = make_plan(shape_of(model.config), method, Amounts(pruning_ratio=0.4, skip_layers=()))
     blocks = blocks_to_prune(model, plan)
     adapters = Adapters(model, rank=8, alpha=16)
     pruning = GradualPruning(adapters, blocks, method, STEPS) if gradual else None

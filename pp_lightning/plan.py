@@ -3,11 +3,53 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, ModelShape, units_of
 from pp_lightning.errors import UserError
 from pp_lightning.functional.budget import kept_channels, kept_heads, layer_ratio, rounded_up
-from pp_lightning.methods.base import PruningMethod
+from pp_lightning.methods.base import AllocationName, PruningMethod
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much is pruned, and how it is spread over the layers.
+
+    Attributes:
+        pruning_ratio: fraction of heads and MLP channels removed over the whole model, in [0, 1).
+        attention_ratio: the same for attention alone; none takes ``pruning_ratio``.
+        mlp_ratio: the same for MLPs alone; none takes ``pruning_ratio``.
+        skip_layers: layers left dense. The others lose more, so that the model as a whole loses the ratio: of heads in
+            the layers that have heads, of channels in those that have an MLP. Under ``global`` they only say, through
+            the uniform plan, how much is saved: no layer is skipped by rule.
+        round_to: MLP channels are kept in multiples of this.
+        tensor_parallel: devices that are to share every block evenly: heads (key/value heads, where these go as a
+            whole) and MLP channels are kept in multiples of this too.
+        uniform_heads: keep the same number of heads in every layer, none skipped; MLPs differ as the method or
+            ``allocation`` has it.
+        allocation: ``uniform``, the same ratio in every layer that is not skipped; ``outliers``, ratios of the same
+            mean, lower in layers with more outliers (after OCP); ``global``, where one ranking over the units of all
+            layers decides at the same FLOPs; or ``searched``, which starts from that and moves units between blocks
+            while the loss on held-out batches falls, for methods that update; none takes the method's own.
+        floor: fraction of its units that every block keeps under ``global``; none takes 0.35 in attention and 0.25 in
+            MLPs, or 0.25 in both where that would leave too little to remove.
+    """
+
+    pruning_ratio: float
+    attention_ratio: float | None = None
+    mlp_ratio: float | None = None
+    skip_layers: Sequence[int] = (0, 1, 2)
+    round_to: int = 64
+    tensor_parallel: int = 1
+    uniform_heads: bool = False
+    allocation: AllocationName | None = None
+    floor: float | None = None
+
+    def recorded(self) -> dict[str, Any]:
+        """What a file keeps of the amounts; what came later than the first files only where it is not the default."""
+        names = ["pruning_ratio", "attention_ratio", "mlp_ratio", "skip_layers", "round_to"]
+        names += ["tensor_parallel"] * (self.tensor_parallel != 1) + ["uniform_heads"] * self.uniform_heads
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -25,48 +67,30 @@ class Plan:
     unit: AttentionUnit
 
 
-def make_plan(
-    shape: ModelShape,
-    method: PruningMethod,
-    *,
-    pruning_ratio: float,
-    attention_ratio: float | None = None,
-    mlp_ratio: float | None = None,
-    skip_layers: Sequence[int] = (0, 1, 2),
-    round_to: int = 64,
-    tensor_parallel: int = 1,
-    uniform_heads: bool = False,
-) -> Plan:
-    """Counts for a model of this shape.
+def make_plan(shape: ModelShape, method: PruningMethod, amounts: Amounts) -> Plan:
+    """Counts for a model of this shape, the same in every layer that is pruned.
 
     Args:
         shape: the dense model's sizes.
         method: says which blocks are pruned and by which units.
-        pruning_ratio: fraction of units to remove over the whole model, in [0, 1).
-        attention_ratio: the same for attention alone; None takes ``pruning_ratio``.
-        mlp_ratio: the same for MLPs alone; None takes ``pruning_ratio``.
-        skip_layers: layers left dense. The others lose more, so that the model as a whole loses the ratio: of heads in
-            the layers that have heads, of channels in those that have an MLP.
-        round_to: MLP channels are kept in multiples of this.
-        tensor_parallel: devices that are to share every block evenly: heads (key/value heads, where these go as a
-            whole) and MLP channels are kept in multiples of this too.
-        uniform_heads: the same number of heads in every layer under any allocation. No layer is skipped then.
+        amounts: ratios, layers and multiples.
 
     Raises:
         UserError: no such layers, ratios that leave nothing, or multiples that do not divide the heads or under which
             nothing could go.
     """
-    skipped = set(skip_layers)
+    skipped = set(amounts.skip_layers)
     strangers = sorted(layer for layer in skipped if not 0 <= layer < shape.num_layers)
     if strangers:
         raise UserError(f"skip_layers names layer {strangers[0]}, but the model has layers 0 to {shape.num_layers - 1}")
-    if uniform_heads:
+    if amounts.uniform_heads:
         skipped = set()
+    devices, round_to = amounts.tensor_parallel, amounts.round_to
     unit = method.attention_unit or AttentionUnit.default_for(shape)
-    asked = {Block.ATTENTION: attention_ratio, Block.MLP: mlp_ratio}
+    asked = {Block.ATTENTION: amounts.attention_ratio, Block.MLP: amounts.mlp_ratio}
     plans = []
     for block, own_ratio in asked.items():
-        nominal = pruning_ratio if own_ratio is None else own_ratio
+        nominal = amounts.pruning_ratio if own_ratio is None else own_ratio
         pruned = block in method.blocks
         having = {layer for layer in range(shape.num_layers) if shape.has(layer, block) or not pruned}
         ratio = layer_ratio(nominal, len(having), len(having & skipped))
@@ -74,11 +98,11 @@ def make_plan(
             ratio = 0.0
         units = units_of(shape, block, unit)
         if block is Block.ATTENTION:
-            _check_sharing(shape, units.number, ratio, tensor_parallel)
-            keep = rounded_up(kept_heads(units.number, ratio), units.number, tensor_parallel) if ratio else units.number
-            plans.append(BlockPlan(block, units, ratio, keep, tensor_parallel, alike=uniform_heads))
+            _check_sharing(shape, units.number, ratio, devices)
+            keep = rounded_up(kept_heads(units.number, ratio), units.number, devices) if ratio else units.number
+            plans.append(BlockPlan(block, units, ratio, keep, devices, alike=amounts.uniform_heads))
         else:
-            multiple = math.lcm(round_to, tensor_parallel) if round_to > 0 else round_to
+            multiple = math.lcm(round_to, devices) if round_to > 0 else round_to
             _check_rounding(units.number, ratio, multiple)
             keep = kept_channels(units.number, ratio, multiple)
             plans.append(BlockPlan(block, units, ratio, keep, multiple))

@@ -31,7 +31,7 @@ from pp_lightning.interfaces import argument_names
 from pp_lightning.measured import measured_counts
 from pp_lightning.methods.base import AllocationName, BlockToPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
-from pp_lightning.plan import Plan, make_plan
+from pp_lightning.plan import Amounts, Plan, make_plan
 from pp_lightning.prefill import Prefill, checked_refresh, dense_below, dense_rows
 from pp_lightning.progress import Tell, ignore_line
 from pp_lightning.pruned.block import PrunedBlock
@@ -143,21 +143,17 @@ def prune_(
         method: one of :mod:`pp_lightning.methods`.
         calibration_data: of the kind that the method says: statistics from :func:`calibrate` for most, importances for
             LLM-Pruner and LoRAPrune; may be None where the method needs none.
-        pruning_ratio: fraction of units removed over the whole model, in [0, 1).
-        skip_layers: layers left dense; the others lose more to make up for them. With ``allocation="global"`` they
-            only say, through the uniform plan, how much is saved: no layer is skipped by rule.
+        pruning_ratio: fraction of units removed over the whole model, in [0, 1). This and the next eight are explained
+            at :class:`~pp_lightning.plan.Amounts`.
+        skip_layers: layers left dense; the others lose more to make up for them.
         round_to: MLP channels are kept in multiples of this.
         attention_ratio: ratio for attention alone; None takes ``pruning_ratio``.
         mlp_ratio: ratio for MLPs alone; None takes ``pruning_ratio``.
-        allocation: ``uniform``, the same ratio in every layer that is not skipped; ``outliers``, ratios of the same
-            mean, lower in layers with more outliers; or ``global``, where one ranking over the units of all layers
-            decides at the same FLOPs; or ``searched``, which starts from that and moves units between blocks while the
-            loss on held-out batches of ``update`` falls; None takes the method's own.
-        floor: fraction of its units that every block keeps under ``global``; None takes 0.35 in attention and 0.25 in
-            MLPs, or 0.25 in both where that would leave too little to remove.
-        tensor_parallel: devices that are to share every block evenly: heads (key/value heads, where these go as a
-            whole) and MLP channels are kept in multiples of this too.
-        uniform_heads: the same number of heads in every layer, none skipped; MLPs differ as ``allocation`` has it.
+        allocation: how units are spread over layers: ``uniform``, ``outliers``, ``global`` or ``searched``; None takes
+            the method's own.
+        floor: fraction of its units that every block keeps under ``global``.
+        tensor_parallel: devices that are to share every block evenly.
+        uniform_heads: the same number of heads in every layer, none skipped.
         keep_dense: keep a static method's dense weights for :func:`unprune_`. False saves their memory.
         release_stats: empty a dynamic method's statistics while pruning, so that a history never exists twice.
         held_slices: conversations (key/value caches) whose sliced weights a dynamic method holds while decoding, or
@@ -179,6 +175,8 @@ def prune_(
         UserError: the model is not supported or already pruned, the ratios leave nothing, or calibration data is
             missing, of another kind or model, or does not cover what is needed.
     """
+    ratios = (pruning_ratio, attention_ratio, mlp_ratio)
+    amounts = Amounts(*ratios, skip_layers, round_to, tensor_parallel, uniform_heads, allocation, floor)
     if hasattr(model, _ATTRIBUTE):
         raise UserError("the model is pruned already: unprune_ it first")
     _check_not_compiled(model)
@@ -188,29 +186,19 @@ def prune_(
         if share is not None:
             _check_shared(method, update)
         blocks, shape = blocks_of(model), shape_of_model(model)
-        plan = make_plan(
-            shape,
-            method,
-            pruning_ratio=pruning_ratio,
-            attention_ratio=attention_ratio,
-            mlp_ratio=mlp_ratio,
-            skip_layers=skip_layers,
-            round_to=round_to,
-            tensor_parallel=tensor_parallel,
-            uniform_heads=uniform_heads,
-        )
+        plan = make_plan(shape, method, amounts)
         _check_calibration_data(model, method, calibration_data)
         if isinstance(method, StaticMethod) and (prefill, refresh) != (None, None):
             raise UserError(f"{type(method).__name__} has chosen before any prompt: leave prefill and refresh out")
         stats = calibration_data if isinstance(calibration_data, Statistics) else None
         weights, counted_by = OutputWeights(blocks), None if share is None else share.counted_by
-        name, path = method.allocation if allocation is None else allocation, []
+        name, path = amounts.allocation or method.allocation, []
         if update is not None and isinstance(method, StaticMethod) and name in ("global", "searched"):
             targets = blocks_to_prune(model, replace(plan, layers=tuple(range(len(layers_of(model))))))
-            counts = measured_counts(model, plan, method, calibration_data, update, targets, name, floor)
+            counts = measured_counts(model, plan, method, calibration_data, update, targets, name, amounts.floor)
             plan, keep, path = counts.plan, counts.keep, counts.path
         else:
-            plan, keep = spread(plan, method, weights, stats, allocation, floor, over=counted_by)
+            plan, keep = spread(plan, method, weights, stats, amounts.allocation, amounts.floor, over=counted_by)
         met = _checked(model, blocks, shape, plan, keep)
         surgery = _Surgery(model, blocks, shape, plan, keep, met, counted_by)
         if isinstance(method, DynamicMethod):

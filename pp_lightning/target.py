@@ -1,14 +1,14 @@
 """From what is to be left of a model to the ratio that leaves it."""
 
 import re
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 from pp_lightning.allocation import unit_flops
 from pp_lightning.blocks import BlockPlan, ModelShape
 from pp_lightning.errors import UserError
 from pp_lightning.methods.base import PruningMethod
-from pp_lightning.plan import make_plan
+from pp_lightning.plan import Amounts, make_plan
 
 Measure = Literal["params", "flops", "memory"]
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -48,14 +48,14 @@ class Target:
         raise UserError(f"target must be params=0.6, flops=0.6 (what stays, above 0) or memory=8GB, not {text!r}")
 
     def ratio(
-        self, shape: ModelShape, method: PruningMethod, amounts: dict[str, Any], tokens: int, weights: int, size: int
+        self, shape: ModelShape, method: PruningMethod, amounts: Amounts, tokens: int, weights: int, size: int
     ) -> float:
         """The smallest pruning ratio, in thousandths, that leaves no more.
 
         Args:
             shape: of the dense model.
             method: says which blocks are pruned and by which units.
-            amounts: ``skip_layers``, ``round_to`` and ratios of ``make_plan``.
+            amounts: all but the ratio.
             tokens: length of a text, for FLOPs.
             weights: number of the model's weights.
             size: bytes of each.
@@ -68,7 +68,7 @@ class Target:
             return unit_flops(block, tokens) if self.measure == "flops" else block.units.cost
 
         def left(ratio: float) -> float:
-            plan = make_plan(shape, method, **{**amounts, "pruning_ratio": ratio})
+            plan = make_plan(shape, method, replace(amounts, pruning_ratio=ratio))
             blocks = [(layer, block) for block in plan.blocks for layer in range(shape.num_layers)]
             blocks = [(layer, block) for layer, block in blocks if shape.has(layer, block.block)]
             whole = sum(block.units.number * cost(block) for _, block in blocks)
@@ -88,11 +88,11 @@ class Target:
         return low / _STEPS
 
 
-def _most(shape: ModelShape, method: PruningMethod, amounts: dict[str, Any]) -> int:
+def _most(shape: ModelShape, method: PruningMethod, amounts: Amounts) -> int:
     """The largest ratio, in thousandths, that leaves something in every layer."""
     for step in range(_STEPS - 1, 0, -1):
         try:
-            make_plan(shape, method, **{**amounts, "pruning_ratio": step / _STEPS})
+            make_plan(shape, method, replace(amounts, pruning_ratio=step / _STEPS))
         except UserError:
             continue
         return step

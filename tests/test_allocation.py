@@ -7,7 +7,7 @@ from pp_lightning.blocks import Block
 from pp_lightning.families import shape_of
 from pp_lightning.flops import attention_flops, mlp_flops, pruned_flops
 from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, StaticPPsp
-from pp_lightning.plan import make_plan
+from pp_lightning.plan import Amounts, make_plan
 from pp_lightning.pruning import pruning_of
 from tests.models import (
     CALIBRATED,
@@ -34,7 +34,7 @@ def counts(name, method, **settings):
 @pytest.mark.parametrize("unit", ["query_head", "kv_group"])
 def test_flops_of_a_unit_are_those_that_the_block_counts(name, unit):
     shape = shape_of(tiny(name).config)
-    attention, mlp = make_plan(shape, ProbePruning(attention_unit=unit), **SETTINGS).blocks
+    attention, mlp = make_plan(shape, ProbePruning(attention_unit=unit), Amounts(**SETTINGS)).blocks
     assert unit_flops(mlp, 24) * 24 == mlp_flops(shape, 1, 24, 7) - mlp_flops(shape, 1, 24, 6)
     if not shape.grouped:
         heads, keys = (1, 1)

@@ -6,17 +6,17 @@ from pp_lightning.allocation import unit_flops
 from pp_lightning.errors import UserError
 from pp_lightning.families import shape_of
 from pp_lightning.methods import WandaSP
-from pp_lightning.plan import make_plan
+from pp_lightning.plan import Amounts, make_plan
 from pp_lightning.target import Target
 from tests.models import config
 
-AMOUNTS = {"skip_layers": (), "round_to": 1, "attention_ratio": None, "mlp_ratio": None}
+AMOUNTS = Amounts(0.0, skip_layers=(), round_to=1)
 SHAPE = shape_of(config("llama"))
 WEIGHTS = 10**6
 
 
 def left(ratio, cost):
-    plan = make_plan(SHAPE, WandaSP(), pruning_ratio=ratio, skip_layers=(), round_to=1)
+    plan = make_plan(SHAPE, WandaSP(), Amounts(pruning_ratio=ratio, skip_layers=(), round_to=1))
     return sum(b.keep * cost(b) for b in plan.blocks) / sum(b.units.number * cost(b) for b in plan.blocks)
 
 
@@ -31,7 +31,7 @@ def test_the_smallest_ratio_that_leaves_no_more(text, cost):
 
 def test_memory_counts_all_weights():
     ratio = Target.parse("memory=3.9MB").ratio(SHAPE, WandaSP(), AMOUNTS, 64, WEIGHTS, 4)
-    plan = make_plan(SHAPE, WandaSP(), pruning_ratio=ratio, skip_layers=(), round_to=1)
+    plan = make_plan(SHAPE, WandaSP(), Amounts(pruning_ratio=ratio, skip_layers=(), round_to=1))
     gone = SHAPE.num_layers * sum((b.units.number - b.keep) * b.units.cost for b in plan.blocks)
     assert 4 * (WEIGHTS - gone) <= 3.9e6
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pp_lightning.app.module import PrunedLM
+from pp_lightning.app.prunable import PruningSettings
 from pp_lightning.app.results import Comparison, Evaluation
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import LanguageModelling
@@ -18,7 +19,13 @@ from pp_lightning.recovery import Recovery
 class Row:
     """One row of a comparison still to be evaluated: a method, at a ratio, with or without recovery.
 
-    ``model`` and ``data`` are settings of the module and of the data that are the row's own.
+    Attributes:
+        label: its name.
+        method: with its settings; None is the dense model.
+        pruning_ratio: fraction removed.
+        recovery: how it is trained, where it is.
+        model: settings of the module that are the row's own: ``allocation``, ``skip_layers``, ``refresh``.
+        data: settings of the data that it is measured on: ``prefix``, ``batch_size``, ``distances``.
     """
 
     label: str
@@ -27,6 +34,10 @@ class Row:
     recovery: Recovery | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings(self, module: PrunedLM) -> PruningSettings:
+        """The module's settings as this row has them."""
+        return replace(module.settings, pruning_ratio=self.pruning_ratio, **self.model)
 
     def seeded(self, seed: int) -> "Row":
         """The same, with probes drawn by another seed."""

@@ -63,7 +63,7 @@ def settled(module: PrunedLM, out: Path, settings: ExportSettings) -> ExportSett
         UserError: nothing to prune, a choice per batch for a checkpoint, or whatever else stands in the way.
     """
     settings = _for_engine(module, settings)
-    if module.uniform_heads and settings.layout is None and not settings.graph and _differs(module):
+    if module.settings.uniform_heads and settings.layout is None and not settings.graph and _differs(module):
         settings = replace(settings, layout="per-layer")
     _check(module, out, settings)
     if settings.uniform:
@@ -73,7 +73,7 @@ def settled(module: PrunedLM, out: Path, settings: ExportSettings) -> ExportSett
 
 def chooses_per_batch(module: PrunedLM) -> bool:
     """Whether the choice is not frozen."""
-    return isinstance(module.method, DynamicMethod) and module.frozen_on is None
+    return isinstance(module.method, DynamicMethod) and module.settings.frozen_on is None
 
 
 def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> None:
@@ -117,7 +117,7 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> None:
 def _biased(module: PrunedLM) -> list[Block]:
     """Blocks whose outputs are going to get biases."""
     assert module.method is not None
-    ratios = {Block.ATTENTION: module.attention_ratio, Block.MLP: module.mlp_ratio}
+    ratios = {Block.ATTENTION: module.settings.attention_ratio, Block.MLP: module.settings.mlp_ratio}
     return [block for block in module.method.blocks if module.method.restores_means and ratios[block] != 0]
 
 
@@ -149,9 +149,10 @@ def _for_engine(module: PrunedLM, settings: ExportSettings) -> ExportSettings:
 def _differs(module: PrunedLM) -> bool:
     """Whether the choice as it is asked for leaves layers different numbers of units."""
     assert module.method is not None
-    if module.uniform or module.recovered is not None:
+    if module.settings.uniform or module.recovered is not None:
         return module.recovered is not None and not module.recovered.uniform
-    spread = module.allocation not in (None, "uniform") or (bool(module.skip_layers) and not module.uniform_heads)
+    amounts = module.amounts
+    spread = amounts.allocation not in (None, "uniform") or (bool(amounts.skip_layers) and not amounts.uniform_heads)
     return spread or module.method.with_uniform_counts() is not module.method
 
 
@@ -164,10 +165,10 @@ def _choose_uniformly(module: PrunedLM) -> None:
             )
         return
     assert module.method is not None
-    if module.skip_layers or module.method.with_uniform_counts() is not module.method:
+    if module.settings.skip_layers or module.method.with_uniform_counts() is not module.method:
         say(
-            f"layout uniform: chosen anew with the same counts in every layer, {module.pruning_ratio:.0%} over the "
-            "whole model, no layer skipped. test and compare evaluate this choice with --model.uniform true "
-            "--model.skip_layers null."
+            "layout uniform: chosen anew with the same counts in every layer, "
+            f"{module.settings.pruning_ratio:.0%} over the whole model, no layer skipped. test and compare evaluate "
+            "this choice with --model.uniform true --model.skip_layers null."
         )
-    module.uniform = True
+    module.change(uniform=True)

@@ -27,7 +27,7 @@ def say_what_layouts_cost(module: PrunedLM, layout: Layout) -> None:
 def _say_what_suits(module: PrunedLM, layout: Layout) -> None:
     """Quantisers that these widths do not suit, and how many devices can share them."""
     layers, shape = target_for(layout, module.model).layers, shape_of(module.model.config)
-    if module.uniform_heads:
+    if module.settings.uniform_heads:
         heads, channels = layers[0].heads, [widths.channels for widths in layers]
         say(f"uniform heads: {heads} in every layer; MLPs keep {min(channels)} to {max(channels)} channels")
     counted = suits(layers, shape.head_size, shape.hidden_size)

@@ -44,7 +44,7 @@ def export_pruned(
     """
     settings = settled(module, out, settings)
     assert module.method is not None
-    module.check_plan(module.method, module.pruning_ratio, data.window)
+    module.check_plan(module.method, data.window)
     _read_calibration_data(module, data)
     module.model.to(device)
     statistics = module.prune(data)
@@ -87,7 +87,7 @@ def _read_calibration_data(module: PrunedLM, data: EvaluationData) -> None:
     if file is not None:
         unread = "" if updates else ", no calibration text is read"
         say(f"calibrated before: {file} is taken as it stands{unread}")
-    if file is None or module.frozen_on == "text" or updates:
+    if file is None or module.settings.frozen_on == "text" or updates:
         module.prepare(data)
 
 
@@ -142,9 +142,9 @@ def _check_in_engines(out: Path, expected: Expected, engines: tuple[Engine, ...]
 
 
 def _asked(module: PrunedLM) -> dict[str, Any]:
-    amounts = module.amounts(module.pruning_ratio)
-    asked = {**amounts, "skip_layers": list(amounts["skip_layers"])}
-    return asked | {"uniform": module.uniform, "frozen_on": module.frozen_on}
+    asked = module.amounts.recorded()
+    more = {"uniform": module.settings.uniform, "frozen_on": module.settings.frozen_on}
+    return asked | {"skip_layers": list(asked["skip_layers"])} | more
 
 
 class _Shared(TypedDict):

@@ -12,7 +12,11 @@ from pathlib import Path
 from pp_lightning.app.descriptions import COMMANDS, EXAMPLES
 
 _PACKAGE = Path(__file__).parents[1]
-_MODEL = ("model", "app/module.py", "PrunedLM", "__init__")
+_MODEL = (
+    ("model", "plan.py", "Amounts", ""),
+    ("model", "app/prunable.py", "PruningSettings", ""),
+    ("model", "app/module.py", "PrunedLM", "__init__"),
+)
 _DATA = ("data", "data/datamodule.py", "LanguageModelling", "__init__")
 _BENCHMARK = (
     ("model", "benchmark/settings.py", "ModelChoice", ""),
@@ -65,11 +69,10 @@ def help_for(words: list[str]) -> str | None:
     parts = [_usage(command), f"{COMMANDS[command]}\n"]
     if command == "benchmark":
         return "\n".join([*parts, _section("options", benchmark_options())])
-    model = [option for option in options_of(*_MODEL) if command == "fit" or option.name not in _OF_FIT]
-    first = {"model.path", "model.method", "model.pruning_ratio"}
-    method, rest = ([one for one in model if (one.name in first) is wanted] for wanted in (True, False))
+    model = {name: one for name, one in model_options().items() if command == "fit" or name not in _OF_FIT}
+    method = [model.pop(name) for name in ("model.path", "model.method", "model.pruning_ratio")]
     sections = [("model and method", method), ("data", options_of(*_DATA)), (command, command_options(command))]
-    sections.append(("how it is pruned and run", rest))
+    sections.append(("how it is pruned and run", list(model.values())))
     return "\n".join([*parts, *(_section(title, options) for title, options in sections if options), _MORE])
 
 
@@ -80,9 +83,14 @@ def known_options(command: str) -> list[str]:
     """Names of all options that a command takes, for suggestions."""
     if command == "benchmark":
         return [*(option.name for option in benchmark_options()), "config", "out", "method"]
-    found = [*options_of(*_MODEL), *options_of(*_DATA), *command_options(command), *trainer_options()]
+    found = [*model_options().values(), *options_of(*_DATA), *command_options(command), *trainer_options()]
     more = ["config", "out", "method", "paper", "seed_everything", "print_config", "data"]
     return [option.name for option in found] + more
+
+
+def model_options() -> dict[str, Option]:
+    """What the model and its pruning take, by name; the module's own text where there are two."""
+    return {option.name: option for where in _MODEL for option in options_of(*where)}
 
 
 def command_options(command: str) -> list[Option]:
@@ -154,7 +162,7 @@ def _described(docstring: str) -> Iterator[tuple[str, str]]:
     if found is None:
         return
     body = textwrap.dedent(found[1])
-    for item in re.split(r"\n(?=\w+:)", f"\n{body}"):
+    for item in re.split(r"\n(?=[\w*]+:)", f"\n{body}"):
         name, sign, text = item.strip().partition(":")
         if sign:
             yield name, re.sub(r":\w+:`~?([^`]*)`", r"\1", " ".join(text.split())).replace("``", "")

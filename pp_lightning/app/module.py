@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from pp_lightning.app.forecast import Forecast
-from pp_lightning.app.prunable import FrozenOn, PrunableModule
+from pp_lightning.app.prunable import PrunableModule, PruningSettings
 from pp_lightning.app.recovery import RecoveryRun, described, recovery_callbacks
 from pp_lightning.app.results import Evaluation
 from pp_lightning.app.scoring import Scoring, scoring_for, streamed_scoring_for
@@ -24,14 +24,11 @@ from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.data.windows import Batch
 from pp_lightning.errors import UserError
 from pp_lightning.methods import PruningMethod, StaticMethod
-from pp_lightning.methods.base import AllocationName
-from pp_lightning.prefill import Prefill, checked_refresh
 from pp_lightning.progress import write_line
 from pp_lightning.pruning import is_pruned
 from pp_lightning.recovery import Recovered, Recovery
 from pp_lightning.state import skipped_batches
 
-UpdateName = Literal["least_squares"]
 _DEFAULT_RATIO = 0.2
 _DEFAULT_SKIPPED = (0, 1, 2)
 
@@ -52,33 +49,8 @@ class PrunedLM(PrunableModule):
         method: the pruning method of ``test``; none evaluates the dense model. ``compare`` names its own.
         pruning_ratio: fraction of heads and MLP channels removed over the whole model, in [0, 1); none takes 0.2, or
             that of ``recovered``.
-        attention_ratio: the same for attention alone; none takes ``pruning_ratio``.
-        mlp_ratio: the same for MLPs alone; none takes ``pruning_ratio``.
         skip_layers: layers left dense; the others lose more to make up for them. None takes the first three, as
             published.
-        round_to: MLP channels are kept in multiples of this.
-        tensor_parallel: devices that are to share every block evenly: heads (key/value heads, where these go as a
-            whole) and MLP channels are kept in multiples of this too.
-        uniform_heads: keep the same number of heads in every layer, none skipped; MLPs differ as the method or
-            ``allocation`` has it.
-        allocation: ``uniform``; ``outliers``, where layers with more outliers keep more (after OCP); or ``global``: one
-            ranking over the units of all layers, none skipped, at the FLOPs that uniform ratios would leave; none takes
-            the method's own.
-        floor: fraction of its units that every block keeps under ``global``; none takes 0.35 in attention and 0.25 in
-            MLPs, or 0.25 in both where that would leave too little to remove.
-        uniform: keep the same number of units in every layer: no layer is skipped and no method ranks over layers. What
-            ``export`` writes by default.
-        frozen_on: make the choice of a dynamic method once and keep it: from the calibration ``history``, or for the
-            first batch of ``--data.text``; none chooses per batch.
-        prefill: how a dynamic method runs prompts: ``probe``, ``dense``, ``auto``, or a number of tokens below
-            which they run dense, see ``prune_``; none takes the method's own.
-        refresh: decoded tokens after which a dynamic method chooses MLP channels again; none holds the prompt's choice.
-        update: ``least_squares``: what a static method keeps takes over what goes, block by block on the calibration
-            text; none does so with methods that are made for it (StaticBest).
-        statistics: a safetensors file of calibration statistics: read if it exists, else written (and resumed after an
-            interruption).
-        importances: the same for what LLM-Pruner and LoRAPrune choose from: a safetensors file of importances, read if
-            it exists, else written. One file is for one of the two; LoRAPrune with recovery needs none.
         dtype: dtype of the weights; none and ``auto`` keep the checkpoint's own. The small model that comes with the
             package is run in float32.
         pad_token: a token to pad with, for tokenizers that define none (LLaMA: ``</s>``).
@@ -94,6 +66,7 @@ class PrunedLM(PrunableModule):
             weights of the dense model; with settings of its own. Needs peft.
         recovered: a folder that ``fit`` with ``recovery`` wrote: evaluate that model, adapters merged. It brings its
             method and ratios.
+        **settings: all others of :class:`~pp_lightning.app.prunable.PruningSettings`.
     """
 
     def __init__(
@@ -101,21 +74,7 @@ class PrunedLM(PrunableModule):
         path: str | None = None,
         method: PruningMethod | None = None,
         pruning_ratio: float | None = None,
-        attention_ratio: float | None = None,
-        mlp_ratio: float | None = None,
         skip_layers: list[int] | None = None,
-        round_to: int = 64,
-        tensor_parallel: int = 1,
-        uniform_heads: bool = False,
-        allocation: AllocationName | None = None,
-        floor: float | None = None,
-        uniform: bool = False,
-        frozen_on: FrozenOn | None = None,
-        prefill: Prefill | None = None,
-        refresh: int | None = None,
-        update: UpdateName | None = None,
-        statistics: str | None = None,
-        importances: str | None = None,
         dtype: Dtype | None = None,
         pad_token: str | None = None,
         compile: bool = False,
@@ -127,6 +86,7 @@ class PrunedLM(PrunableModule):
         weight_decay: float = 0.1,
         recovery: Recovery | None = None,
         recovered: str | None = None,
+        **settings: Any,
     ) -> None:
         if stream and (from_scratch or compile or allow_pickle):
             raise UserError("weights that stay on disk are not drawn, compiled or pickled: leave stream out")
@@ -134,23 +94,12 @@ class PrunedLM(PrunableModule):
             new_model(path)
             if from_scratch
             else open_model(path, dtype or usual_dtype(path), allow_pickle=allow_pickle, stream=stream),
-            method=method,
-            pruning_ratio=_DEFAULT_RATIO if pruning_ratio is None else pruning_ratio,
-            attention_ratio=attention_ratio,
-            mlp_ratio=mlp_ratio,
-            skip_layers=_DEFAULT_SKIPPED if skip_layers is None else skip_layers,
-            round_to=round_to,
-            tensor_parallel=tensor_parallel,
-            uniform_heads=uniform_heads,
-            allocation=allocation,
-            floor=floor,
-            uniform=uniform,
-            frozen_on=frozen_on,
-            prefill=prefill,
-            refresh=checked_refresh(refresh),
-            updates=update is not None,
-            statistics_file=statistics,
-            importances_file=importances,
+            method,
+            PruningSettings(
+                _DEFAULT_RATIO if pruning_ratio is None else pruning_ratio,
+                skip_layers=_DEFAULT_SKIPPED if skip_layers is None else tuple(skip_layers),
+                **settings,
+            ),
         )
         self.path = path
         self._dtype: Dtype = dtype or usual_dtype(path)
@@ -197,8 +146,8 @@ class PrunedLM(PrunableModule):
         data.use_tokenizer(self.tokenizer)
         data.suit(self.model.config.max_position_embeddings, self.trainer.strategy.root_device)
         if isinstance(data, CommonsenseData):
-            data.check_refresh(self.refresh)
-        self.check_plan(self.method, self.pruning_ratio, data.window)
+            data.check_refresh(self.settings.refresh)
+        self.check_plan(self.method, data.window)
 
     def configure_model(self) -> None:
         """Spread the model over processes, where the strategy says so; once, however often Lightning asks."""
@@ -214,7 +163,9 @@ class PrunedLM(PrunableModule):
         self._compilation = compile_(self.model) if self.compiles else None
         bar = self.trainer.progress_bar_callback
         progress = bar.show if isinstance(bar, ShowsProgress) else None
-        resume_file = Path(self.trainer.default_root_dir) / f"unfinished-{self.label}-{self.pruning_ratio}.json"
+        resume_file = (
+            Path(self.trainer.default_root_dir) / f"unfinished-{self.label}-{self.settings.pruning_ratio}.json"
+        )
         self._scoring = (
             streamed_scoring_for(self.data, self.model, self.tell) if self.is_streamed else scoring_for(self.data)
         )
@@ -227,7 +178,7 @@ class PrunedLM(PrunableModule):
             return None
         (batches,) = self.trainer.num_test_batches
         tokens = int(batches) * self.data.batch_size * self.data.window * self.trainer.world_size
-        name = "dense" if self.method is None else f"{self.label} at {self.pruning_ratio:g}"
+        name = "dense" if self.method is None else f"{self.label} at {self.settings.pruning_ratio:g}"
         return Forecast(f"evaluating {name}", "--data.limit_tokens", tokens, int(batches), write_line)
 
     def test_step(self, batch: Any, batch_index: int) -> None:
@@ -244,7 +195,7 @@ class PrunedLM(PrunableModule):
         skipped_batches(self.model)  # on an accelerator nobody has looked yet
         self.evaluation = Evaluation(
             method=self.label,
-            pruning_ratio=self.pruning_ratio if self.method else 0.0,
+            pruning_ratio=self.settings.pruning_ratio if self.method else 0.0,
             flops=self._scoring.flops_ratios(),
             kept=self.kept_counts(),
             settings=self.method_settings(),
@@ -318,8 +269,7 @@ class PrunedLM(PrunableModule):
     def recovery_settings(self, recovery: Recovery, steps: int) -> dict[str, dict[str, Any]]:
         """What a recovery with the present method and ratios would keep about itself, in plain types."""
         assert self.method is not None
-        amounts, allocating = dict(self.amounts(self.pruning_ratio)), dict(self.allocating)
-        return described(self._trained(self.method), amounts, allocating, recovery, steps)
+        return described(self._trained(self.method), self.amounts, recovery, steps)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """With recovery its own; else AdamW with decay on matrices only, linear warm-up, then cosine to zero."""
@@ -346,8 +296,7 @@ class PrunedLM(PrunableModule):
         self._run = RecoveryRun(
             self.model,
             None if self.method is None else self._trained(self.method),
-            dict(self.amounts(self.pruning_ratio)),
-            dict(self.allocating),
+            self.amounts,
             recovery,
             partial(self.calibration_data_for, data=self.data),
             partial(self.update_for, data=self.data),

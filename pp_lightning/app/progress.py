@@ -145,7 +145,7 @@ def _evaluated(trainer: Trainer) -> str:
     module = trainer.lightning_module
     if not isinstance(module, PrunedLM):
         return "testing"
-    return f"{module.label} {module.pruning_ratio:.0%}" if module.method else module.label
+    return f"{module.label} {module.settings.pruning_ratio:.0%}" if module.method else module.label
 
 
 def _duration(seconds: float) -> str:

@@ -1,9 +1,10 @@
 """What a LightningModule needs to prune its model as the user's settings say: method, amounts, what is chosen from."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, Literal
 
 import lightning as L
 from transformers import PreTrainedModel
@@ -21,11 +22,10 @@ from pp_lightning.families import layers_of, shape_of
 from pp_lightning.freezing import choice_for
 from pp_lightning.importances import Importances
 from pp_lightning.methods import DynamicMethod, PruningMethod, StaticMethod, Updated
-from pp_lightning.methods.base import AllocationName
 from pp_lightning.methods.frozen import FrozenOnHistory
 from pp_lightning.methods.gradient import GradientMethod
-from pp_lightning.plan import make_plan
-from pp_lightning.prefill import BreakEven, Prefill, break_even_file
+from pp_lightning.plan import Amounts, make_plan
+from pp_lightning.prefill import BreakEven, Prefill, break_even_file, checked_refresh
 from pp_lightning.progress import Tell, ignore_line, write_line
 from pp_lightning.pruning import check_family, is_pruned, prune_, pruning_of, unprune_
 from pp_lightning.recovery import Adapters, Recovered
@@ -34,34 +34,54 @@ from pp_lightning.stored import is_settled
 from pp_lightning.updating import LeastSquares
 
 FrozenOn = Literal["history", "text"]
+UpdateName = Literal["least_squares"]
+_RANKED = ("global", "searched")
 
 
-class Amounts(TypedDict):
-    """How much to prune: the arguments that ``make_plan`` and ``prune_`` share."""
+@dataclass(frozen=True)
+class PruningSettings(Amounts):
+    """All settings of how a module's model is pruned and run, beside the method.
 
-    pruning_ratio: float
-    attention_ratio: float | None
-    mlp_ratio: float | None
-    skip_layers: Sequence[int]
-    round_to: int
-    tensor_parallel: NotRequired[int]
-    uniform_heads: NotRequired[bool]
+    Attributes:
+        uniform: keep the same number of units in every layer: no layer is skipped and no method ranks over layers. What
+            ``export`` writes by default.
+        frozen_on: make the choice of a dynamic method once and keep it: from the calibration ``history``, or for the
+            first batch of ``--data.text``; none chooses per batch.
+        prefill: how a dynamic method runs prompts: ``probe``, ``dense``, ``auto``, or a number of tokens below
+            which they run dense, see ``prune_``; none takes the method's own.
+        refresh: decoded tokens after which a dynamic method chooses MLP channels again; none holds the prompt's choice.
+        update: ``least_squares``: what a static method keeps takes over what goes, block by block on the calibration
+            text; none does so with methods that are made for it (StaticBest).
+        statistics: a safetensors file of calibration statistics: read if it exists, else written (and resumed after an
+            interruption).
+        importances: the same for what LLM-Pruner and LoRAPrune choose from: a safetensors file of importances, read if
+            it exists, else written. One file is for one of the two; LoRAPrune with recovery needs none.
+    """
 
+    uniform: bool = False
+    frozen_on: FrozenOn | None = None
+    prefill: Prefill | None = None
+    refresh: int | None = None
+    update: UpdateName | None = None
+    statistics: str | None = None
+    importances: str | None = None
 
-class Allocating(TypedDict):
-    """How the units are spread over the layers."""
-
-    allocation: AllocationName | None
-    floor: float | None
+    @property
+    def amounts(self) -> Amounts:
+        """What of it is said to ``make_plan`` and ``prune_``."""
+        own = {one.name: getattr(self, one.name) for one in fields(Amounts)}
+        return Amounts(**own | ({"skip_layers": (), "allocation": "uniform"} if self.uniform else {}))
 
 
 class PrunableModule(L.LightningModule):
     """A LightningModule that prunes its model and gives the dense one back.
 
-    Its settings may be changed between two runs; they are explained at :class:`~pp_lightning.app.module.PrunedLM`.
+    Its method and settings may be changed between two runs.
 
     Attributes:
         model: dense, or pruned between :meth:`prune` and :meth:`restore`.
+        method: None is the dense model.
+        settings: how it is pruned and run.
         recovered: the recovered model that is evaluated, if one is.
         label: name of the row that is evaluated.
         reuse: whether further rows follow: what one pass over the calibration text gives is kept for them, and the
@@ -69,47 +89,12 @@ class PrunableModule(L.LightningModule):
         update_folder: where an update, and all work on a streamed model, keeps what is finished; None keeps nothing.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        method: PruningMethod | None,
-        pruning_ratio: float,
-        attention_ratio: float | None,
-        mlp_ratio: float | None,
-        skip_layers: Sequence[int],
-        round_to: int,
-        tensor_parallel: int,
-        uniform_heads: bool,
-        allocation: AllocationName | None,
-        floor: float | None,
-        uniform: bool,
-        frozen_on: FrozenOn | None,
-        prefill: Prefill | None,
-        refresh: int | None,
-        updates: bool,
-        statistics_file: str | None,
-        importances_file: str | None,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, method: PruningMethod | None, settings: PruningSettings) -> None:
         super().__init__()
+        checked_refresh(settings.refresh)
         self.model = model
         self.method = method
-        self.pruning_ratio = pruning_ratio
-        self.attention_ratio = attention_ratio
-        self.mlp_ratio = mlp_ratio
-        self.skip_layers = tuple(skip_layers)
-        self.round_to = round_to
-        self.tensor_parallel = tensor_parallel
-        self.uniform_heads = uniform_heads
-        self.allocation = allocation
-        self.floor = floor
-        self.uniform = uniform
-        self.frozen_on: FrozenOn | None = frozen_on
-        self.prefill: Prefill | None = prefill
-        self.refresh = refresh
-        self.updates = updates
-        self.statistics_file = statistics_file
-        self.importances_file = importances_file
+        self.settings = settings
         self.recovered: Recovered | None = None
         self.label = "dense" if method is None else method.label
         self.reuse = False
@@ -142,18 +127,19 @@ class PrunableModule(L.LightningModule):
     def use_recovered(self, recovered: Recovered) -> None:
         """Evaluate this recovered model from now on."""
         self.recovered, self.method, self.label = recovered, recovered.method, recovered.label
-        self.pruning_ratio = recovered.amounts["pruning_ratio"]
+        self.change(pruning_ratio=recovered.amounts["pruning_ratio"])
 
-    def check_plan(
-        self, method: PruningMethod | None, pruning_ratio: float, window: int, allocation: AllocationName | None = None
-    ) -> None:
+    def change(self, **values: Any) -> None:
+        """Other settings from now on."""
+        self.settings = replace(self.settings, **values)
+
+    def check_plan(self, method: PruningMethod | None, window: int, amounts: Amounts | None = None) -> None:
         """Refuse impossible ratios before any work is done.
 
         Args:
             method: what is to be evaluated; None is the dense model.
-            pruning_ratio: fraction removed.
             window: tokens of a calibration window.
-            allocation: overrules the module's own.
+            amounts: None takes the module's own.
 
         Raises:
             UserError: the model is not supported, the ratios leave nothing, or more than the floor lets go, or
@@ -161,13 +147,14 @@ class PrunableModule(L.LightningModule):
         """
         if method is None:
             return
-        if self._allocation in ("global", "searched"):
+        amounts = amounts or self.amounts
+        if amounts.allocation in _RANKED:
             _check_can_rank(method)
         check_family(self.model, method)
         shape = shape_of(self.model.config)
-        plan = make_plan(shape, self.settled(method), **self.amounts(pruning_ratio))
-        if (allocation or self._allocation or method.allocation) in ("global", "searched"):
-            settled_floors(plan, shape.keys, self.floor, window)
+        plan = make_plan(shape, self.settled(method), amounts)
+        if (amounts.allocation or method.allocation) in _RANKED:
+            settled_floors(plan, shape.keys, amounts.floor, window)
 
     def check_importances(self, methods: Sequence[PruningMethod]) -> None:
         """Refuse, before any work is done, a file of importances that is not for all of these methods.
@@ -176,7 +163,7 @@ class PrunableModule(L.LightningModule):
             UserError: they choose from different kinds, or it is of another kind or model.
         """
         by_kind = {method.kind: method for method in methods if isinstance(method, GradientMethod)}
-        if self.importances_file is None:
+        if self.settings.importances is None:
             return
         if len(by_kind) > 1:
             names = " and ".join(method.label for method in by_kind.values())
@@ -187,25 +174,24 @@ class PrunableModule(L.LightningModule):
     def reads_calibration(self, method: PruningMethod) -> bool:
         """Whether pruning by this method reads the calibration text, for statistics or for gradients."""
         if isinstance(method, GradientMethod):
-            return not _exists(self.importances_file)
+            return not _exists(self.settings.importances)
         return method.needs_statistics or method.updates or self._ranks_globally(method)
 
     def prune(self, data: EvaluationData) -> CalibrationData | None:
         """Prune, with adapters merged where there are some; returns what was chosen from, collected on ``data``."""
         assert self.method is not None
-        method, amounts = self.settled(self.method), self.amounts(self.pruning_ratio)
+        method, amounts = self.settled(self.method), vars(self.amounts)
         calibration_data = self.calibration_data_for(method, data)
-        allocation = self.allocating
-        if self.frozen_on == "text" and isinstance(method, DynamicMethod):
-            prune_(self.model, method, calibration_data, **amounts, **allocation)
+        if self.settings.frozen_on == "text" and isinstance(method, DynamicMethod):
+            prune_(self.model, method, calibration_data, **amounts)
             method = choice_for(self.model, first_batch(data))
             unprune_(self.model)
         serving: dict[str, Any] = {}
         if isinstance(method, DynamicMethod) or not self.reuse:  # a table has static rows too, which have no prompts
-            serving = {"prefill": self._prefill(method), "refresh": self.refresh}
+            serving = {"prefill": self._prefill(method), "refresh": self.settings.refresh}
         serving |= {"keep_dense": self.reuse, "release_stats": not self.reuse, "update": self.update_for(method, data)}
         serving |= {"folder": self.place, "tell": self.tell} if self.is_streamed else {}
-        prune_(self.model, method, calibration_data, **amounts, **allocation, **serving)
+        prune_(self.model, method, calibration_data, **amounts, **serving)
         if self.recovered is not None:
             self._adapters = self.recovered.attach(self.model)
             self._adapters.merge()
@@ -233,13 +219,13 @@ class PrunableModule(L.LightningModule):
             if found is None:
                 return None
             self._importances[method] = found
-            return self.importances_file
-        if method is None or method.calibration_data is not Statistics or not _exists(self.statistics_file):
+            return self.settings.importances
+        if method is None or method.calibration_data is not Statistics or not _exists(self.settings.statistics):
             return None
-        assert self.statistics_file is not None
-        self._statistics = Statistics.load(self.statistics_file)
+        assert self.settings.statistics is not None
+        self._statistics = Statistics.load(self.settings.statistics)
         self._statistics.check_model(self.model)
-        return self.statistics_file
+        return self.settings.statistics
 
     def restore(self) -> None:
         """Leave the dense model behind where more rows follow."""
@@ -254,22 +240,10 @@ class PrunableModule(L.LightningModule):
         self._statistics = None
         self._importances.clear()
 
-    def amounts(self, pruning_ratio: float) -> Amounts:
-        """How much to prune at this ratio, as ``make_plan`` and ``prune_`` take it."""
-        if self.recovered is not None:
-            return cast(Amounts, self.recovered.amounts)
-        amounts: Amounts = {
-            "pruning_ratio": pruning_ratio,
-            "attention_ratio": self.attention_ratio,
-            "mlp_ratio": self.mlp_ratio,
-            "skip_layers": () if self.uniform else self.skip_layers,
-            "round_to": self.round_to,
-        }
-        if self.tensor_parallel != 1:  # what was recorded before there was a choice stays what it was
-            amounts["tensor_parallel"] = self.tensor_parallel
-        if self.uniform_heads:
-            amounts["uniform_heads"] = True
-        return amounts
+    @property
+    def amounts(self) -> Amounts:
+        """How much to prune: as is asked for, or as the recovered model was pruned."""
+        return self.settings.amounts if self.recovered is None else Amounts(**self.recovered.amounts)
 
     def calibration_data_for(self, method: PruningMethod, data: EvaluationData) -> CalibrationData | None:
         """What the method chooses from: the same in every process."""
@@ -295,33 +269,23 @@ class PrunableModule(L.LightningModule):
         counts = {str(block): [count for (_, b), count in keep.items() if b is block] for _, block in keep}
         return {block: (min(numbers), max(numbers)) for block, numbers in counts.items()}
 
-    @property
-    def allocating(self) -> Allocating:
-        """How the units are spread over the layers, as ``prune_`` takes it."""
-        return {"allocation": self._allocation, "floor": self.floor}
-
-    @property
-    def _allocation(self) -> AllocationName | None:
-        if self.recovered is not None:  # its counts are recorded
-            return None
-        return "uniform" if self.uniform else self.allocation
-
     def _prefill(self, method: PruningMethod) -> Prefill | None:
         """How prompts run; ``auto`` by what was measured on this model, if its file is there."""
-        asked = getattr(method, "prefill", None) if self.prefill is None else self.prefill
-        file = None if self.statistics_file is None else break_even_file(self.statistics_file)
-        return BreakEven.load(file).prefill if asked == "auto" and file is not None and file.exists() else self.prefill
+        own, file = self.settings.prefill, self.settings.statistics
+        measured = None if file is None else break_even_file(file)
+        is_auto = (getattr(method, "prefill", None) if own is None else own) == "auto"
+        return BreakEven.load(measured).prefill if is_auto and measured is not None and measured.exists() else own
 
     def _ranks_globally(self, method: PruningMethod) -> bool:
-        return (self._allocation or method.allocation) in ("global", "searched")
+        return (self.amounts.allocation or method.allocation) in _RANKED
 
     def settled(self, method: PruningMethod) -> PruningMethod:
         """The method as ``uniform``, ``update`` and ``frozen_on`` want it."""
-        if self.uniform:
+        if self.settings.uniform:
             method = method.with_uniform_counts()
-        if self.updates and isinstance(method, StaticMethod) and not method.updates:
+        if self.settings.update and isinstance(method, StaticMethod) and not method.updates:
             method = Updated(method)
-        if self.frozen_on == "history" and isinstance(method, DynamicMethod):
+        if self.settings.frozen_on == "history" and isinstance(method, DynamicMethod):
             method = FrozenOnHistory(method)
         return method
 
@@ -337,7 +301,7 @@ class PrunableModule(L.LightningModule):
 
     def _importances_in_file(self, method: GradientMethod) -> Importances | None:
         """What the file holds, if there is one."""
-        file = self.importances_file
+        file = self.settings.importances
         if file is None or not _exists(file):
             return None
         found = Importances.load(file)
@@ -352,12 +316,12 @@ class PrunableModule(L.LightningModule):
     def _new_importances(self, method: GradientMethod, data: EvaluationData) -> Importances:
         """Importances from the calibration text, kept in the file if one is named: of all layers, for other ratios."""
         shape = shape_of(self.model.config)
-        plan = make_plan(shape, method, **self.amounts(self.pruning_ratio))
-        layers = plan.layers if self.importances_file is None else range(shape.num_layers)
+        plan = make_plan(shape, method, self.amounts)
+        layers = plan.layers if self.settings.importances is None else range(shape.num_layers)
         shown = self.trainer.progress_bar_callback is not None
         found = importances_for(method, self.model, data, layers, shown)
-        if self.importances_file is not None:
-            found.save(self.importances_file)
+        if self.settings.importances is not None:
+            found.save(self.settings.importances)
         return found
 
     def _calibrated(self, data: EvaluationData) -> Statistics:
@@ -365,9 +329,9 @@ class PrunableModule(L.LightningModule):
         if self._statistics is not None:
             return self._statistics
         assert self.method is not None
-        shared = self.reuse or self.statistics_file is not None  # then other methods will want to use them too
+        shared = self.reuse or self.settings.statistics is not None  # then other methods will want to use them too
         method = self.settled(self.method)
-        plan = make_plan(shape_of(self.model.config), method, **self.amounts(self.pruning_ratio))
+        plan = make_plan(shape_of(self.model.config), method, self.amounts)
         batches = data.calibration_batches()
         told = write_line if self.trainer.is_global_zero else ignore_line
         samples = ("--data.calibration_samples", data.calibration_samples)
@@ -376,7 +340,7 @@ class PrunableModule(L.LightningModule):
             UntilTerminated(batches, self.trainer, Forecast("calibrating", *samples, len(batches), told)),
             means=shared or method.needs_means,
             layers=None if shared or self._ranks_globally(method) else plan.layers,
-            save_to=self.statistics_file if self.trainer.is_global_zero else None,
+            save_to=self.settings.statistics if self.trainer.is_global_zero else None,
             progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None,
             folder=None if self.place is None else self.place / "calibration",
         )

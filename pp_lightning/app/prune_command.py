@@ -64,12 +64,12 @@ def prune_and_export(
     if not isinstance(method, StaticMethod):
         raise UserError(f"prune writes one choice for good and {method.label} chooses per batch: name a static method")
     if settings.export.layout == "uniform":
-        module.uniform = True
+        module.change(uniform=True)
     if settings.target is not None:
-        module.pruning_ratio = _ratio(module, method, data, Target.parse(settings.target))
+        module.change(pruning_ratio=_ratio(module, method, data, Target.parse(settings.target)))
     module.method = None
     module.prepare(data)
-    module.check_plan(method, module.pruning_ratio, data.window)
+    module.check_plan(method, data.window)
     data.calibration.check()
     if data.names_text:
         data.check_text()
@@ -101,7 +101,7 @@ def _ratio(module: PrunedLM, method: StaticMethod, data: LanguageModelling, targ
     return target.ratio(
         shape_of(module.model.config),
         module.settled(method),
-        dict(module.amounts(0.0)),
+        module.amounts,
         data.window,
         module.model.num_parameters(),
         weight.element_size(),
@@ -117,15 +117,15 @@ def _forecast(module: PrunedLM, method: StaticMethod, data: LanguageModelling) -
     passes = (1 if module.reads_calibration(settled) else 0) + (_PASSES_OF_UPDATE if settled.updates else 0)
     seconds = inner * passes * len(batches) + 2 * whole * len(data.test_batches())
     alone = ""
-    if settled.updates and (module.allocating["allocation"] or settled.allocation) in ("global", "searched"):
+    if settled.updates and (module.amounts.allocation or settled.allocation) in ("global", "searched"):
         tokens = sum(rows["input_ids"].numel() for rows in LeastSquares(batches).loss_rows)
         layers = len(layers_of(module.model))
         share = tokens / inputs["input_ids"].numel()  # of a batch
         seconds += share * ((layers + 2) * inner + (2 * layers + 1) * max(0.0, whole - inner))
         alone = f", {2 * layers} blocks pruned alone on {tokens} tokens"
     return (
-        f"{settled.label} at pruning ratio {module.pruning_ratio:.3f}: about {seconds / 60:.1f} minutes for {passes} "
-        f"passes over {data.calibration_samples} calibration windows of {data.window} tokens{alone} and two "
+        f"{settled.label} at pruning ratio {module.settings.pruning_ratio:.3f}: about {seconds / 60:.1f} minutes for "
+        f"{passes} passes over {data.calibration_samples} calibration windows of {data.window} tokens{alone} and two "
         "evaluations (fewer: --data.calibration_samples, --data.limit_tokens)"
     )
 

@@ -22,7 +22,7 @@ from pp_lightning.methods import LoRAPrune, PruningMethod, StaticMethod
 from pp_lightning.methods.base import StaticChoice
 from pp_lightning.methods.recorded import Choices
 from pp_lightning.parallel import is_sharded
-from pp_lightning.plan import make_plan
+from pp_lightning.plan import Amounts, make_plan
 from pp_lightning.pruning import blocks_to_prune, is_pruned, prune_, pruning_of, unprune_
 from pp_lightning.recovery import Adapters, GradualPruning, Recovery
 from pp_lightning.recovery.folder import CHOICES
@@ -41,8 +41,7 @@ class RecoveryRun:
     Args:
         model: dense, on its device; changed in place until :meth:`leave`.
         method: a static method.
-        amounts: ratios and layers, as :func:`~pp_lightning.prune_` takes them.
-        allocating: ``allocation`` and ``floor``, likewise; LoRAPrune takes no part in them.
+        amounts: how much it prunes; LoRAPrune takes no part in ``allocation`` and ``floor``.
         recovery: the adapters' settings.
         calibration_data: collects what the method chooses from.
         update: how the weights that stay are updated, if they are.
@@ -64,8 +63,7 @@ class RecoveryRun:
         self,
         model: PreTrainedModel,
         method: PruningMethod | None,
-        amounts: dict[str, Any],
-        allocating: dict[str, Any],
+        amounts: Amounts,
         recovery: Recovery,
         calibration_data: Callable[[PruningMethod], CalibrationData | None],
         update: Callable[[PruningMethod], LeastSquares | None],
@@ -77,19 +75,19 @@ class RecoveryRun:
         assert isinstance(method, StaticMethod)
         self.model, self.method, self.recovery, self.folder = model, method, recovery, folder
         self.amounts = amounts
-        self._described = described(method, amounts, allocating, recovery, total_steps)
+        self._described = described(method, amounts, recovery, total_steps)
         self.total_steps = total_steps
         self.skipped = 0
         self.losses: list[float] = []
         self.gradual: GradualPruning | None = None
         self._fingerprint = fingerprint(model)
         if isinstance(method, LoRAPrune):
-            plan = make_plan(shape_of(model.config), method, **amounts)
+            plan = make_plan(shape_of(model.config), method, amounts)
             blocks = blocks_to_prune(model, plan)
             self.adapters = self._adapters(seed)
             self.gradual = GradualPruning(self.adapters, blocks, method, total_steps)
         else:
-            prune_(model, method, calibration_data(method), **amounts, **allocating, update=update(method))
+            prune_(model, method, calibration_data(method), **vars(amounts), update=update(method))
             self.adapters = self._adapters(seed)
         if recovery.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -143,7 +141,7 @@ class RecoveryRun:
             state = self.adapters.state()
         else:
             shape = shape_of(self.model.config)
-            plan = make_plan(shape, self.method, **self.amounts)
+            plan = make_plan(shape, self.method, self.amounts)
             numbers = {block.block: block.units.number for block in plan.blocks}
             kept = {key: (choice.kept, numbers[key[1]]) for key, choice in choices.choices.items()}
             state = self.adapters.sliced_state(kept)
@@ -204,18 +202,16 @@ def check_recovery(method: PruningMethod | None, recovery: Recovery, total_steps
         )
 
 
-def described(
-    method: PruningMethod, amounts: dict[str, Any], allocating: dict[str, Any], recovery: Recovery, steps: int
-) -> dict[str, dict[str, Any]]:
+def described(method: PruningMethod, amounts: Amounts, recovery: Recovery, steps: int) -> dict[str, dict[str, Any]]:
     """The settings of a recovery in plain types, as they come back from a file.
 
-    ``amounts`` are what the recorded choice is pruned with: a ranking over all layers skips none of them.
+    What is recorded as ``amounts`` prunes with the recorded choice: a ranking over all layers skips none of them.
     """
-    ranked = (allocating["allocation"] or method.allocation) == "global"
+    ranked = (amounts.allocation or method.allocation) == "global"
     about = {
         "settings": method.settings(),
-        "amounts": amounts | {"skip_layers": []} if ranked else amounts,
-        "allocation": allocating | {"skip_layers": amounts["skip_layers"]},
+        "amounts": amounts.recorded() | ({"skip_layers": []} if ranked else {}),
+        "allocation": {name: getattr(amounts, name) for name in ("allocation", "floor", "skip_layers")},
         "recovery": asdict(recovery) | {"steps": steps},
     }
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(about))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,6 @@ from pp_lightning.statistics import fingerprint
 
 _FORMAT = "pp-lightning comparison 1"
 _UNFINISHED = "unfinished-compare.json"
-# Settings of the module that all rows depend on.
-_SETTINGS = (
-    *("attention_ratio", "mlp_ratio", "skip_layers", "round_to", "tensor_parallel", "uniform_heads", "floor"),
-    *("uniform", "allocation", "frozen_on", "prefill", "refresh", "updates", "statistics_file"),
-)
 
 
 class FinishedRows:
@@ -38,7 +33,7 @@ class FinishedRows:
     def __init__(self, out: Path, model: PrunedLM, data: EvaluationData) -> None:
         settings = {
             "model": fingerprint(model.model),
-            **{name: getattr(model, name) for name in _SETTINGS},
+            **asdict(replace(model.settings, pruning_ratio=0.0, importances=None)),  # rows have their own ratios
             **{name: value for name, value in data.describe().items() if name != "seed"},
             "precision": model.trainer.precision,
             "compiled": model.compiles,

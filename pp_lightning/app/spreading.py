@@ -69,9 +69,9 @@ def _check(module: PrunableModule, data: EvaluationData, sharding: int, splittin
     if splitting > 1:
         if trained:
             raise UserError("training works on sharded weights: set --trainer.strategy.tensor_parallel_size 1")
-        if module.statistics_file is not None:
+        if module.settings.statistics is not None:
             raise UserError("each process has statistics of its own units: leave out --model.statistics")
-        if module.method is not None and (module.updates or module.method.updates):
+        if module.method is not None and (module.settings.update or module.method.updates):
             raise UserError(f"{module.method.label} updates whole blocks: set tensor_parallel_size 1")
         if isinstance(module.method, GradientMethod):
             raise UserError(f"{module.method.label} needs gradients of whole blocks: set tensor_parallel_size 1")

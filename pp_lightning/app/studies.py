@@ -1,35 +1,21 @@
 """Questions about the method, each answered by rows that differ in one thing; ``assets/studies.yaml`` has them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pp_lightning.app.comparing import Row
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.errors import UserError, unknown
-from pp_lightning.methods import PruningMethod, method_named
+from pp_lightning.methods import method_named
 
 _OF_MODEL = {"allocation", "skip_layers", "refresh"}
 _OF_DATA = {"prefix", "batch_size", "distances"}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row of a study.
-
-    Attributes:
-        method: with its settings.
-        model: settings of the module that are the row's own: ``allocation``, ``skip_layers``, ``refresh``.
-        data: settings of the data that it is measured on: ``prefix``, ``batch_size``, ``distances``.
-    """
-
-    method: PruningMethod
-    model: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,17 +24,17 @@ class Study:
 
     Attributes:
         title: the question.
-        rows: by label. The first is the one that the others are compared with.
+        rows: at any ratio. The first is the one that the others are compared with.
         continues: whether it is about what follows a prompt: for protocol ``continuation`` only.
         overlap: whether each layer's kept units are compared with those of Full-Batch Probing too.
     """
 
     title: str
-    rows: Mapping[str, Variant]
+    rows: Sequence[Row]
     continues: bool = False
     overlap: bool = False
 
-    def fitting(self, data: EvaluationData) -> Mapping[str, Variant]:
+    def fitting(self, data: EvaluationData) -> list[Row]:
         """The rows without those whose prompt leaves nothing of a window to score.
 
         Raises:
@@ -59,11 +45,11 @@ class Study:
             raise UserError("a study compares perplexities on the same batches: use --data text, protocol contiguous")
         if self.continues and data.protocol != "continuation":
             raise UserError("studies of what follows a prompt need --data.protocol continuation")
-        return {
-            label: one
-            for label, one in self.rows.items()
+        return [
+            one
+            for one in self.rows
             if one.data.get("prefix", data.prefix) + one.data.get("distances", (0,))[0] < data.window
-        }
+        ]
 
 
 def study_named(name: str) -> Study:
@@ -75,13 +61,13 @@ def study_named(name: str) -> Study:
     if name not in study_names():
         raise unknown("study", name, study_names())
     written = dict(_written()[name])
-    rows = {label: _variant(*row) for label, row in written.pop("rows").items()}
+    rows = [_row(label, *row) for label, row in written.pop("rows").items()]
     for setting, values in written.pop("over", {}).items():
-        rows = {
-            f"{label}, {setting} {value}": Variant(row.method, row.model, {**row.data, setting: value})
-            for label, row in rows.items()
+        rows = [
+            replace(row, label=f"{row.label}, {setting} {value}", data={**row.data, setting: value})
+            for row in rows
             for value in values
-        }
+        ]
     return Study(rows=rows, **written)
 
 
@@ -98,9 +84,9 @@ def _written() -> dict[str, Any]:
     return found
 
 
-def _variant(label: str, changes: Mapping[str, Any] | None = None) -> Variant:
+def _row(label: str, method_label: str, changes: Mapping[str, Any] | None = None) -> Row:
     """A method of this label with other settings, its own or those of the model."""
-    method, changes = method_named(label), dict(changes or {})
+    method, changes = method_named(method_label), dict(changes or {})
     model, data = ({name: changes.pop(name) for name in names & changes.keys()} for names in (_OF_MODEL, _OF_DATA))
     settings: dict[str, Any] = {**method.settings(), **changes}
-    return Variant(type(method)(**settings) if changes else method, model, data)
+    return Row(label, type(method)(**settings) if changes else method, model=model, data=data)

@@ -19,7 +19,7 @@ from pp_lightning.app.recovery import check_recovery
 from pp_lightning.app.results import Comparison, Evaluation
 from pp_lightning.app.resuming import FinishedRows, key_of
 from pp_lightning.app.spreading import check_alone
-from pp_lightning.app.studies import Study, Variant, study_named
+from pp_lightning.app.studies import Study, study_named
 from pp_lightning.app.training import check_same, train_recovery
 from pp_lightning.checkpoints import Dtype
 from pp_lightning.data.base import EvaluationData
@@ -85,11 +85,11 @@ class PruningTrainer(L.Trainer):
         asked = None if study is None else study_named(study)
         methods = methods if methods is not None else [] if asked else ALL_METHODS
         self._suit(model, datamodule)
-        studied: Mapping[str, Variant] = {} if asked is None else asked.fitting(datamodule)
-        _check_comparison(methods, ratios, {**(variants or {}), **studied})
+        studied = [] if asked is None else asked.fitting(datamodule)
+        _check_comparison(methods, ratios, [*(variants or {}), *studied])
         rows = self._rows(methods, ratios, variants or {}, studied, model.recovery)
         for row in rows:
-            model.check_plan(row.method, row.pruning_ratio, datamodule.window, row.model.get("allocation"))
+            model.check_plan(row.method, datamodule.window, row.settings(model).amounts)
             if row.recovery is not None:
                 check_recovery(row.method, row.recovery, self.max_steps)
         model.check_importances(
@@ -123,7 +123,7 @@ class PruningTrainer(L.Trainer):
             done = finished[key]
             if done is not None:
                 return done
-            with changed(model, row.model), changed(datamodule, row.data):
+            with changed(model, {"settings": row.settings(model)}), changed(datamodule, row.data):
                 done = self._evaluated(model, datamodule, row)
                 if overlap is not None and row.method is not None:
                     whole = replace(row, label="full_batch", method=FullBatchProbing())
@@ -136,8 +136,7 @@ class PruningTrainer(L.Trainer):
 
     def _evaluated(self, model: PrunedLM, datamodule: EvaluationData, row: Row) -> Evaluation:
         """One row, with the seed of the data."""
-        model.recovered, model.method, model.pruning_ratio = None, row.method, row.pruning_ratio
-        model.label = row.label
+        model.recovered, model.method, model.label = None, row.method, row.label
         if row.recovery is not None:
             model.use_recovered(self._recover(model, datamodule, row.recovery, self._folder(row)))
         return self._tested(model, datamodule)
@@ -246,7 +245,7 @@ class PruningTrainer(L.Trainer):
         methods: list[str],
         ratios: list[float],
         variants: dict[str, PruningMethod],
-        studied: Mapping[str, Variant],
+        studied: Sequence[Row],
         recovery: Recovery | None,
     ) -> list[Row]:
         """The dense model on all that it is compared on, then every method at every ratio."""
@@ -255,12 +254,12 @@ class PruningTrainer(L.Trainer):
         if trained:
             self._check_can_train()
         data: dict[str, Mapping[str, Any]] = {"dense": {}} if named else {}
-        for one in studied.values():
+        for one in studied:
             data["dense" + "".join(f", {name} {value}" for name, value in one.data.items())] = one.data
         rows = [Row(name, data=changes) for name, changes in data.items()]
         for ratio in ratios:
             rows += [Row(name, method, ratio, trained.get(name)) for name, method in named.items()]
-            rows += [Row(name, one.method, ratio, None, one.model, one.data) for name, one in studied.items()]
+            rows += [replace(one, pruning_ratio=ratio) for one in studied]
         return rows
 
     def _check_texts(self, model: PrunedLM, datamodule: EvaluationData, rows: list[Row]) -> None:
@@ -328,13 +327,13 @@ def _check_seeds(seeds: Sequence[int], model: PrunedLM, rows: Sequence[Row]) -> 
         UserError: see above.
     """
     _check_numbers("seeds", seeds)
-    if model.statistics_file is not None or model.importances_file is not None:
+    if model.settings.statistics is not None or model.settings.importances is not None:
         raise UserError("seeds draw other calibration windows: leave model.statistics and model.importances out")
     if len(seeds) > 1 and any(row.recovery is not None for row in rows):
         raise UserError("rows with recovery are trained once: compare them with one seed")
 
 
-def _check_comparison(methods: Sequence[str], ratios: Sequence[float], variants: Mapping[str, object]) -> None:
+def _check_comparison(methods: Sequence[str], ratios: Sequence[float], variants: Sequence[object]) -> None:
     """Refuse a comparison of nothing, or of something twice.
 
     Raises:

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from pp_lightning.app import trainer
+from pp_lightning.app.comparing import Row
 from pp_lightning.app.overlap import Overlap
 from pp_lightning.app.results import Comparison, Evaluation, FlopsRatios
-from pp_lightning.app.studies import Study, Variant, study_named, study_names
+from pp_lightning.app.studies import Study, study_named, study_names
 from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.data import LanguageModelling
 from pp_lightning.errors import UserError
@@ -29,7 +30,7 @@ def rows_of(folder):
 @pytest.mark.parametrize("name", study_names())
 def test_studies_differ_in_their_rows_only(name):
     study = study_named(name)
-    made = [json.dumps([one.method.label, one.method.settings(), one.model, one.data]) for one in study.rows.values()]
+    made = [json.dumps([one.method.label, one.method.settings(), one.model, one.data]) for one in study.rows]
     assert len(set(made)) == len(made) > 1
     assert study.title.endswith("?")
     assert re.search(rf"\b{name}[,;.]", PruningTrainer.compare.__doc__), "the help names it"
@@ -38,7 +39,7 @@ def test_studies_differ_in_their_rows_only(name):
 def test_a_question_after_a_prompt_leaves_something_to_score():
     study = study_named("prefix")
     fitting = study.fitting(LanguageModelling(window=256, protocol="continuation"))
-    assert [one.data["prefix"] for one in fitting.values()][:4] == [128, 16, 32, 64] and len(fitting) == 3 * 4
+    assert [one.data["prefix"] for one in fitting][:4] == [128, 16, 32, 64] and len(fitting) == 3 * 4
     whole = study.fitting(LanguageModelling(window=1024, protocol="continuation"))
     assert len(whole) == 3 * 6
     with pytest.raises(UserError, match="continuation"):
@@ -96,7 +97,7 @@ def given(monkeypatch, **known):
 
 
 def test_a_study_of_overlap_shows_each_layer(type_in, arguments, tmp_path, monkeypatch):
-    study = Study("How?", {"pp": Variant(ProbePruning()), "full": Variant(FullBatchProbing())}, overlap=True)
+    study = Study("How?", [Row("pp", ProbePruning()), Row("full", FullBatchProbing())], overlap=True)
     given(monkeypatch, overlap=study)
     extra = ["--study", "overlap", "--ratios", "[0.4]", "--seeds", "[0,1]", "--out", tmp_path]
     assert type_in("compare", arguments, extra=extra) == 0
@@ -125,15 +126,15 @@ def test_rows_put_back_what_is_their_own(type_in, arguments, tmp_path, monkeypat
     seen, real = [], PruningTrainer._tested
 
     def tested(self, model, data):
-        seen.append((model.label, model.allocation, tuple(model.skip_layers), data.batch_size))
+        seen.append((model.label, model.settings.allocation, tuple(model.settings.skip_layers), data.batch_size))
         return real(self, model, data)
 
     monkeypatch.setattr(PruningTrainer, "_tested", tested)
-    rows = {
-        "a": Variant(ProbePruning()),
-        "b": Variant(ProbePruning(), {"allocation": "uniform", "skip_layers": []}),
-        "c": Variant(ProbePruning(), {}, {"batch_size": 2}),
-    }
+    rows = [
+        Row("a", ProbePruning()),
+        Row("b", ProbePruning(), model={"allocation": "uniform", "skip_layers": []}),
+        Row("c", ProbePruning(), data={"batch_size": 2}),
+    ]
     given(monkeypatch, mine=Study("How?", rows))
     extra = ["--study", "mine", "--ratios", "[0.4]", "--out", tmp_path]
     assert type_in("compare", arguments, extra=extra) == 0
@@ -183,7 +184,7 @@ def interrupted_after(number, monkeypatch):
 
 @pytest.mark.slow
 def test_an_interrupted_study_goes_on_where_it_stopped(type_in, arguments, tmp_path, monkeypatch):
-    rows = {"pp": Variant(ProbePruning()), "b": Variant(ProbePruning(row_ratio=0.5))}
+    rows = [Row("pp", ProbePruning()), Row("b", ProbePruning(row_ratio=0.5))]
     given(monkeypatch, mine=Study("How?", rows, overlap=True))
     asked = ["--study", "mine", "--ratios", "[0.4]", "--seeds", "[0,1]"]
 

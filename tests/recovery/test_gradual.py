@@ -8,7 +8,7 @@ from pp_lightning.families import shape_of
 from pp_lightning.functional.members import normalised_unit_scores
 from pp_lightning.methods import LoRAPrune
 from pp_lightning.methods.recorded import Choices, Recorded
-from pp_lightning.plan import make_plan
+from pp_lightning.plan import Amounts, make_plan
 from pp_lightning.pruning import blocks_to_prune
 from pp_lightning.recovery import Adapters, GradualPruning
 from pp_lightning.recovery.gradual import check_schedule
@@ -21,7 +21,7 @@ METHOD = LoRAPrune(every=2, warmup=0.1, cooldown=0.2)
 
 def start(name, method=METHOD, steps=STEPS):
     model = tiny(name)
-    blocks = blocks_to_prune(model, make_plan(shape_of(model.config), method, **SETTINGS))
+    blocks = blocks_to_prune(model, make_plan(shape_of(model.config), method, Amounts(**SETTINGS)))
     adapters = Adapters(model, rank=4, alpha=8)
     return model, adapters, GradualPruning(adapters, blocks, method, steps)
 
