@@ -60,15 +60,7 @@ def spread(
 ) -> tuple[Plan, dict[BlockKey, int]]:
     """The layers that are pruned, and the units that stay in each of their blocks.
 
-    Args:
-        plan: uniform counts.
-        method: says how its units are spread where ``allocation`` is None.
-        output_weights: the output matrix (D, C) of every block of the model.
-        statistics: of the dense model; None where there are none.
-        allocation: ``uniform`` or ``global``.
-        floor: fraction of its units that every block keeps under ``global``; None takes :data:`FLOORS`.
-        losses: of every block's units, where they are known better than from statistics.
-        over: makes of a block's losses those that all processes count units by, where several share the model.
+    ``floor``, ``losses`` and ``over`` are those of :class:`AllocationInputs`.
 
     Raises:
         UserError: no such allocation, the method has its own, or the allocation cannot be made.
@@ -101,13 +93,6 @@ def by_global_ranking(plan: Plan, inputs: AllocationInputs) -> tuple[Plan, dict[
     A unit is worth what its loss adds to its block's output relative to the residual, as the calibration set has it
     (:func:`~pp_lightning.functional.allocation.relative_output_losses`), for each FLOP that it takes in a text as long
     as the calibrated windows.
-
-    Args:
-        plan: the uniform plan whose saving is matched.
-        inputs: statistics of all layers, with means where means are restored.
-
-    Returns:
-        A plan over all layers, and the units that stay in each block.
 
     Raises:
         UserError: statistics are missing, or do not cover what is needed; the floor is out of range, or leaves too
@@ -195,10 +180,6 @@ _OUTLIER, _SPREAD = 5.0, 0.08
 
 def by_outliers(plan: Plan, inputs: AllocationInputs) -> tuple[Plan, dict[BlockKey, int]]:
     """Ratios per layer, of the same mean: layers with more of their output's energy in outliers keep more.
-
-    Args:
-        plan: the uniform plan.
-        inputs: statistics of its layers.
 
     Raises:
         UserError: statistics are missing.

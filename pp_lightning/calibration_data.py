@@ -32,22 +32,14 @@ class CalibrationData:
     model: str
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Refuse what was measured on another model.
-
-        Raises:
-            UserError: the fingerprints differ.
-        """
+        """Refuse what was measured on another model."""
         if self.model != fingerprint(model):
             raise UserError(
                 f"these {self.called} were collected on another model, or on this one in another dtype: {self.verb} it"
             )
 
     def _write(self, path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Write the file; an existing one is replaced only when the new one is complete.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """Write the file; an existing one is replaced only when the new one is complete."""
         write_whole(Path(path), tensors, {"format": self.form, self.called: json.dumps(header)}, self.called)
 
     @classmethod

@@ -35,18 +35,7 @@ _MEANINGS = (
 
 
 def check_folder(path: str, *, allow_pickle: bool) -> dict[str, Any]:
-    """Refuse a folder whose config, weights or index cannot be read.
-
-    Args:
-        path: a folder with a config.json.
-        allow_pickle: whether ``.bin`` weights will do.
-
-    Returns:
-        The config.
-
-    Raises:
-        UserError: what is wrong with it.
-    """
+    """Refuse a folder whose config, weights or index cannot be read."""
     folder = Path(path)
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
@@ -68,12 +57,7 @@ def check_folder(path: str, *, allow_pickle: bool) -> dict[str, Any]:
 
 
 def in_our_words(error: Exception, config: Mapping[str, Any]) -> str:
-    """What an error of another package means: one clause.
-
-    Args:
-        error: whatever loading raised.
-        config: of the checkpoint, if it was read.
-    """
+    """What an error of another package means: one clause."""
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, KeyError):
         named = _setting_of(str(error.args[0]), config)

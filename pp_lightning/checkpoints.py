@@ -57,10 +57,7 @@ def load_model(path: str | None = None, dtype: Dtype = "float32", *, allow_pickl
 def load_spread(path: str | None, dtype: Dtype, processes: int) -> PreTrainedModel:
     """The same model spread over all processes by tensor parallelism as transformers has it: each reads its part.
 
-    Args:
-        path: see :func:`load_model`.
-        dtype: see there.
-        processes: how many there are; each must call this.
+    ``path`` and ``dtype`` as there; each of the ``processes`` must call this.
 
     Raises:
         UserError: as there, or transformers has no plan for models of this type.
@@ -98,12 +95,7 @@ def open_model(
 ) -> PreTrainedModel:
     """The model at ``path``, in memory or streamed.
 
-    Args:
-        path: see :func:`load_model`.
-        dtype: see there.
-        allow_pickle: see there.
-        stream: whether layers' weights stay on disk; None leaves them there where they would take more than half of the
-            free memory.
+    ``stream`` leaves layers' weights on disk; None does so where they would take more than half of the free memory.
 
     Raises:
         UserError: as the two do.
@@ -126,10 +118,7 @@ def free_memory() -> int | None:
 def load_streamed(path: str | None = None, dtype: Dtype = "float32", *, bundled_code: bool = False) -> PreTrainedModel:
     """The same model with the weights of its layers left on disk: each layer has them while it runs.
 
-    Args:
-        path: see :func:`load_model`.
-        dtype: see there.
-        bundled_code: run the modelling file in the folder, which must be one that we have just written.
+    ``bundled_code`` runs the modelling file in the folder, which must be one that we have just written.
 
     Raises:
         UserError: there is no such checkpoint, it is incomplete or damaged, it is not safetensors, or its weights are
@@ -195,11 +184,7 @@ def _fill(model: PreTrainedModel, find: Callable[[str], AnyPlace | None], source
 
 
 def checkpoint_bytes(path: str | None, dtype: Dtype) -> int:
-    """Bytes that a checkpoint's weights take in memory; 0 where it is no local folder of safetensors.
-
-    Raises:
-        UserError: a file is missing or cut off.
-    """
+    """Bytes that a checkpoint's weights take in memory; 0 where it is no local folder of safetensors."""
     folder = Path(_checked_source(path))
     if not is_folder(folder) or not any(folder.glob("*.safetensors")):
         return 0

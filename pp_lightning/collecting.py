@@ -25,12 +25,7 @@ from pp_lightning.statistics import BlockSums, Statistics
 
 
 class Collector:
-    """Adds the states of each batch to the statistics.
-
-    Args:
-        statistics: that grow.
-        means: whether sums and deviations are collected beside sums of squares.
-    """
+    """Adds the states of each batch to the statistics."""
 
     def __init__(self, statistics: Statistics, means: bool) -> None:
         self.statistics = statistics

@@ -13,13 +13,7 @@ class UserError(ValueError):
 
 
 def unknown(kind: str, given: object, names: Iterable[str]) -> UserError:
-    """The error for a name that is not there: the nearest names, or all of them where none is near.
-
-    Args:
-        kind: what is named, for people: ``method``, ``text``.
-        given: the wrong name.
-        names: the right ones.
-    """
+    """The error for a name that is not there: the nearest names, or all of them where none is near."""
     names = list(names)
     lower = {name.lower(): name for name in reversed(names)}  # the first of two that differ in case only
     near = [lower[name] for name in get_close_matches(str(given).lower(), lower, n=2)]

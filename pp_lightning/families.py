@@ -355,10 +355,7 @@ def block_of(layer: nn.Module, block: Block, family: Family, config: PreTrainedC
 def unit_rows(parts: Sequence[Part], number: int, *, shared: bool) -> list[Rows]:
     """Which rows of a projection belong to units.
 
-    Args:
-        parts: of the projection.
-        number: U.
-        shared: keys and values stay whole, as single query heads of a group share them.
+    ``shared`` keys and values stay whole, as single query heads of a group share them.
     """
     rows, start = [], 0
     for part in parts:

@@ -26,11 +26,7 @@ def is_folder(path: str | Path) -> bool:
 
 
 def check_file(path: str | Path, kind: str) -> None:
-    """Refuse a path where no file is.
-
-    Raises:
-        UserError: there is none; ``kind`` says what it should be.
-    """
+    """Refuse a path where no file is."""
     if not is_file(path):
         raise UserError(f"no {kind} at {path}: give the path of an existing file")
 
@@ -57,22 +53,14 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def read_text(path: str | Path, kind: str = "text file") -> str:
-    """A whole UTF-8 file.
-
-    Raises:
-        UserError: see :func:`reading`, or there is no such file; ``kind`` says what it should be.
-    """
+    """A whole UTF-8 file."""
     check_file(path, kind)
     with reading(path):
         return Path(path).read_text(encoding="utf-8")
 
 
 def read_json(path: str | Path, kind: str = "JSON file") -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        UserError: see :func:`reading`, or there is no such file.
-    """
+    """What a JSON file holds."""
     text = read_text(path, kind)
     with reading(path):
         return json.loads(text)

@@ -12,10 +12,7 @@ from pp_lightning.errors import UserError
 class HiddenStates:
     """What enters a layer, of each batch, and what comes out of it until all batches have gone through.
 
-    Args:
-        number: of batches.
-        folder: where they are kept; None is memory.
-        about: what tells the batches, and the model, from others; empty finds nothing again.
+    ``about`` tells the batches, and the model, from others; empty finds nothing again.
 
     Attributes:
         layer: that they are in front of; 0 where no earlier run left any.
@@ -51,15 +48,7 @@ class HiddenStates:
         return found.clone().view(like.shape)
 
     def put(self, number: int, states: Tensor) -> None:
-        """Keep what comes out of the layer.
-
-        Args:
-            number: of the batch, or a further one.
-            states: (B, S, D).
-
-        Raises:
-            UserError: the disk is full.
-        """
+        """Keep what comes out of the layer."""
         if self._folder is None:
             self._next[number] = states
             self._here.pop(number, None)
@@ -75,12 +64,7 @@ class HiddenStates:
     def turn(self, layer: int, chain: str) -> None:
         """Take what came out for what enters the next layer.
 
-        Args:
-            layer: that is the next.
-            chain: what tells these states from others of the same batches.
-
-        Raises:
-            UserError: the disk is full.
+        ``chain`` tells these states from others of the same batches.
         """
         self._here, self._next = self._next, {}
         self.layer, self.chain = layer, chain

@@ -284,10 +284,6 @@ def names_elsewhere(model: Any, keys: Iterable[str]) -> dict[str, list[list[str]
 
     A tensor that is only renamed is alone. Experts that are put together have a list for each kind of matrix, one name
     an expert; with other operations they are left out. Without transformers' rules nothing is found.
-
-    Args:
-        model: of transformers, with or without its weights.
-        keys: names in the checkpoint.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -68,11 +68,7 @@ class LayerByLayer:
         self._begin(keep=True)
 
     def advance(self, chain: str = "") -> None:
-        """Carry all batches through the layer as it is now.
-
-        Args:
-            chain: what tells the hidden states that come out from others of the same batches.
-        """
+        """Carry all batches through the layer as it is now."""
         for _ in self.watched():
             pass
         self.passed(chain)
@@ -134,10 +130,7 @@ class LayerByLayer:
     def output(self, model: PreTrainedModel, number: int, **more: Any) -> Any:
         """What the model makes of a batch's, or a copy's, hidden states behind the last layer.
 
-        Args:
-            model: the same.
-            number: of the batch or copy.
-            more: what the model is called with beside the batch, such as ``labels`` (B, S).
+        ``more`` is what the model is called with beside the batch, such as ``labels`` (B, S).
         """
         with replaced(self._layers, partial(self._stand, number)):
             return model(**model_inputs(model, self._batches[number % len(self)]), **more)

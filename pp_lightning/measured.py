@@ -80,15 +80,8 @@ def measured_counts(
 ) -> Counts:
     """Units that stay in each block, at the FLOPs of the uniform plan.
 
-    Args:
-        model: dense.
-        plan: uniform.
-        method: scores units.
-        calibration_data: calibration statistics.
-        update: brings the batches.
-        targets: every block of the model that loses units.
-        name: ``global`` or ``searched``. A search keeps second moments of all blocks.
-        floor: fraction that every block keeps; None takes the first of FLOORS that lets enough go.
+    A search (``name`` is ``searched``) keeps second moments of all blocks; ``targets`` are all blocks of the model that
+    lose units.
 
     Raises:
         UserError: there are no statistics, or second moments are singular or not finite.
@@ -140,13 +133,8 @@ def ranked_after_update(
 ) -> dict[BlockKey, RankedBlock]:
     """What losing each unit costs the dense model's blocks, on a quarter of the batches.
 
-    Args:
-        model: dense.
-        update: brings the batches.
-        targets: blocks, in the model's order.
-        ranked: units (U,) of each, the one that stays longest first.
-        counts: units of each that stay where it is pruned alone.
-        keep_moments: keep every block's second moments.
+    ``ranked`` has the units (U,) of each target, the one that stays longest first, and ``counts`` how many stay where
+    it is pruned alone.
 
     Raises:
         UserError: second moments are singular or not finite.
@@ -195,15 +183,6 @@ def losses_by_rise(
     """Losses (U,) of each block's units, scaled by what pruning it alone does to the loss on tokens held out.
 
     Where nothing is held out, or the model predicts no next token, they stay as they are.
-
-    Args:
-        model: dense.
-        update: brings the batches.
-        targets: blocks, in the model's order.
-        found: the same.
-
-    Raises:
-        UserError: a loss is not finite.
     """
     losses = {key: block.losses for key, block in found.items()}
     batches = update.loss_rows

@@ -54,11 +54,7 @@ class Reduced:
         return self.of(lambda own: F.linear(own, self.module.weight, self.module.bias), states)
 
     def of(self, product: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
-        """The same with another product in place of the module's.
-
-        Raises:
-            UserError: gradients are asked for.
-        """
+        """The same with another product in place of the module's."""
         partial_sum = product(states)
         if torch.is_grad_enabled() and partial_sum.requires_grad:
             raise UserError("a pruned model that several processes share has no gradients: run it in torch.no_grad()")

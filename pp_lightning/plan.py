@@ -70,11 +70,6 @@ class Plan:
 def make_plan(shape: ModelShape, method: PruningMethod, amounts: Amounts) -> Plan:
     """Counts for a model of this shape, the same in every layer that is pruned.
 
-    Args:
-        shape: the dense model's sizes.
-        method: says which blocks are pruned and by which units.
-        amounts: ratios, layers and multiples.
-
     Raises:
         UserError: no such layers, ratios that leave nothing, or multiples that do not divide the heads or under which
             nothing could go.

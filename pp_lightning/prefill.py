@@ -32,9 +32,6 @@ def dense_rows(prefill: Prefill) -> int:
 
     The probe of one row is half of it, half a block ahead: with the published settings 0.96 of dense arithmetic in all,
     and it never paid (1.06 times dense at 768 tokens on a CPU, 1.55 at 8192 on a GPU).
-
-    Args:
-        prefill: see :func:`dense_below`; ``probe``, or 0, probes single rows too.
     """
     return 0 if prefill in ("probe", 0) else 1
 
@@ -45,9 +42,6 @@ def dense_below(prefill: Prefill, device: torch.device) -> float:
     Args:
         prefill: ``probe`` never, ``dense`` always, ``auto`` below a number that depends on the device, or that number.
         device: of the model.
-
-    Raises:
-        UserError: it is something else.
     """
     if isinstance(prefill, int) and not isinstance(prefill, bool):
         if prefill < 0:
@@ -88,11 +82,7 @@ class BreakEven:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "BreakEven":
-        """Read what was written.
-
-        Raises:
-            UserError: it is not such a file.
-        """
+        """Read what was written."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             if found.pop("form") != _FORM:
@@ -116,11 +106,7 @@ def break_even_file(statistics_file: str | os.PathLike[str]) -> Path:
 
 
 def checked_refresh(refresh: int | None) -> int | None:
-    """``refresh``, if it is None or a number of tokens.
-
-    Raises:
-        UserError: it is not.
-    """
+    """``refresh``, if it is None or a number of tokens."""
     if refresh is not None and (isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1):
         raise UserError(f"refresh is a number of decoded tokens, at least 1, not {refresh!r}")
     return refresh

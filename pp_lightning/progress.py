@@ -55,13 +55,7 @@ def shown(items: Iterable[T], name: str, unit: str, progress: bool = True) -> It
 
 
 class Steps:
-    """Lines about work of so many steps, with the time that is left.
-
-    Args:
-        name: of the work.
-        unit: of its steps.
-        total: how many there are.
-    """
+    """Lines about work of so many steps, with the time that is left."""
 
     def __init__(self, name: str, unit: str, total: int) -> None:
         self._name, self._unit, self._total = name, unit, total

@@ -337,11 +337,8 @@ def blocks_to_prune(
 ) -> list[BlockToPrune]:
     """What a static method has to choose in, layer by layer: the blocks that lose something.
 
-    Args:
-        model: dense.
-        plan: layers and ratios.
-        keep: units that stay in each block; None takes the plan's uniform counts.
-        over: makes of a block's scores those that counts are made from, where processes share its units.
+    ``keep`` None takes the plan's uniform counts. ``over`` makes of a block's scores those that counts are made from,
+    where processes share its units.
     """
     blocks = blocks_of(model)
     weights = OutputWeights(blocks)
@@ -367,11 +364,7 @@ def _check_calibration_data(
 
 
 def check_family(model: PreTrainedModel, method: PruningMethod) -> None:
-    """Refuse blocks that are known not to be prunable, before any work.
-
-    Raises:
-        UserError: the method prunes such a block.
-    """
+    """Refuse blocks that are known not to be prunable, before any work."""
     for block in method.blocks:
         _refuse(block, refusal(model, block), model)
     if method.attention_unit is AttentionUnit.QUERY_HEAD and not method.splits_groups and shape_of_model(model).grouped:
@@ -391,11 +384,7 @@ def _checked(
     plan: Plan,
     keep: Mapping[BlockKey, int],
 ) -> Mapping[BlockKey, Meeting]:
-    """What every block meets, after each kind of block that is to lose something has been tried.
-
-    Raises:
-        UserError: slicing a block would not equal silencing its units.
-    """
+    """What every block meets, after each kind of block that is to lose something has been tried."""
     wanted = [block.block for block in plan.blocks if block.ratio > 0]
     met = meetings(model, blocks)
     firsts = kinds_of(model)

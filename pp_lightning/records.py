@@ -54,11 +54,7 @@ def check_place(out: Path) -> None:
 
 
 def check_new_file(file: str, option: str) -> None:
-    """Refuse a path that is neither a file nor can become one.
-
-    Raises:
-        UserError: see above; ``option`` named it.
-    """
+    """Refuse a path that is neither a file nor can become one."""
     try:
         check_place(Path(file).parent)
         fits = not os.path.lexists(file) or Path(file).is_file()

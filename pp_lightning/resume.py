@@ -15,11 +15,6 @@ from pp_lightning.files import read_json
 class ResumeFile:
     """Results of finished parts of a run on disk, with the settings they were obtained under.
 
-    Args:
-        path: the JSON file; None keeps nothing.
-        settings: everything that results depend on, in types that JSON has.
-        form: name and version of what the file holds.
-
     Raises:
         UserError: the file exists and is not one of ours, is damaged, or holds results under other settings.
     """

@@ -15,13 +15,7 @@ _SAVE, _BATCHES = (
 
 
 def guard(model: PreTrainedModel, *, dynamic: bool, narrow_heads: bool) -> None:
-    """Put our word in front of the methods of one model object: copies and pickles of it have it too.
-
-    Args:
-        model: pruned.
-        dynamic: whether it chooses for every batch.
-        narrow_heads: whether layers have fewer key/value heads than the config says.
-    """
+    """Put our word in front of the methods of one model object: copies and pickles of it have it too."""
     setattr(model, _SAVE, partial(_save_dense if dynamic else _refuse_to_save, model))
     if dynamic or narrow_heads:
         for name in _BATCHES:

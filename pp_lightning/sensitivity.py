@@ -76,13 +76,7 @@ def loss_rises(
     All go through the model side by side, each from its own layer on: for L layers of two blocks L (L + 2) runs of a
     layer, 2 L + 1 of the head, and so many copies of the batches' hidden states.
 
-    Args:
-        model: dense, with a head for the next token.
-        batches: what the loss is read on.
-        blocks: in the model's order.
-        folder: keep hidden states and what was found in there, where an interrupted run goes on; None is memory.
-        about: what tells these blocks and batches from others.
-        tell: told of progress.
+    ``folder`` keeps hidden states and what was found, where an interrupted run goes on; None is memory.
 
     Raises:
         UserError: a loss is not finite, nothing is predicted, or the disk is full.
@@ -132,9 +126,7 @@ def _carry_all(
 def mean_loss(batches: Batches, loss_of: Callable[[int, Tensor], Tensor]) -> float:
     """Mean next-token loss over the real tokens of all batches, in nats.
 
-    Args:
-        batches: ``input_ids`` (B, S) and optionally ``attention_mask`` (B, S).
-        loss_of: gives a batch's mean loss, by its number and labels (B, S).
+    ``loss_of`` gives a batch's mean loss, by its number and labels (B, S).
 
     Raises:
         UserError: nothing is predicted: texts of one token.

@@ -86,15 +86,7 @@ def share_of(model: nn.Module) -> Share | None:
 
 
 def check_whole(model: nn.Module, what: str) -> None:
-    """Refuse a model of which each process has a part.
-
-    Args:
-        model: any.
-        what: needs all weights of it.
-
-    Raises:
-        UserError: it is one.
-    """
+    """Refuse a model of which each process has a part."""
     if share_of(model) is not None or any(is_spread(weight) for weight in model.parameters()):
         raise UserError(f"several processes share the weights, and {what} needs all of them: do it in one process")
 
@@ -103,9 +95,7 @@ def check_whole(model: nn.Module, what: str) -> None:
 def own_share(model: PreTrainedModel, *, for_good: bool = False) -> Iterator[Share | None]:
     """Within this context blocks have the units of this process alone; None where no other process has any.
 
-    Args:
-        model: dense.
-        for_good: give the share back after a mistake alone, and otherwise when :func:`give_back` is called.
+    ``for_good`` gives the share back after a mistake alone, and otherwise when :func:`give_back` is called.
 
     Raises:
         UserError: the model is spread in a way that has no share of units for each process.

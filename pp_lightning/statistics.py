@@ -81,10 +81,7 @@ class Statistics(CalibrationData):
     def second_moment(self, layer: int, block: Block, *, release: bool = False) -> Tensor:
         """Mean of X^2 over the rows real at each position: (P, C) float32, zero at positions never seen.
 
-        Args:
-            layer: layer index.
-            block: block of the layer.
-            release: give up the sums of this block, which saves the memory of a copy.
+        ``release`` gives up the sums of this block, which saves the memory of a copy.
         """
         sums = self._of(layer, block)
         if not release:
@@ -103,22 +100,14 @@ class Statistics(CalibrationData):
         return values.sum(0) / tokens, sums.squares.sum(0) / tokens
 
     def variance(self, layer: int, block: Block) -> Tensor:
-        """E[(x - E[x])^2] of each channel over all real tokens: (C,) float32.
-
-        Raises:
-            UserError: the statistics were collected without means.
-        """
+        """E[(x - E[x])^2] of each channel over all real tokens: (C,) float32."""
         sums, values = self._with_means(layer, block)
         spread, tokens = _spread(sums), self.counts.sum().to(values.device)
         from_shift = _from_shift(sums, values, tokens)
         return (spread.sum(0, dtype=torch.float64) / tokens - from_shift.square()).clamp(min=0.0).float()
 
     def deviations(self, layer: int, block: Block) -> Tensor:
-        """E[(x - m)^2] by position, m the channel's mean over all real tokens: (P, C) float32, zero at others.
-
-        Raises:
-            UserError: the statistics were collected without means.
-        """
+        """E[(x - m)^2] by position, m the channel's mean over all real tokens: (P, C) float32, zero at others."""
         sums, values = self._with_means(layer, block)
         rows = self.counts.to(values.device)[:, None]
         from_shift = _from_shift(sums, values, self.counts.sum().to(values.device)).float()
@@ -127,11 +116,7 @@ class Statistics(CalibrationData):
         return about.clamp(min=0.0) / rows.clamp(min=1.0)
 
     def means(self, layer: int, block: Block) -> Tensor:
-        """E[x] by position: (P, C) float32, zero at positions never seen.
-
-        Raises:
-            UserError: the statistics were collected without means.
-        """
+        """E[x] by position: (P, C) float32, zero at positions never seen."""
         values = self._with_means(layer, block)[1]
         return values / self._rows_at(values)[:, None]
 
@@ -161,11 +146,7 @@ class Statistics(CalibrationData):
         return {f"{layer}.{block.value}.{name}": tensor for name, tensor in found.items() if tensor is not None}
 
     def leave(self, layer: int, file: Path, about: str) -> None:
-        """Write a layer's sums to a file of their own, and leave them there.
-
-        Raises:
-            UserError: the disk is full.
-        """
+        """Write a layer's sums to a file of their own, and leave them there."""
         own = [key for key in self.sums if key[0] == layer]
         tensors = {name: tensor for key in own for name, tensor in self.tensors_of(key).items()}
         write_whole(file, tensors | {"counts": self.counts}, {"about": about}, self.called)

@@ -155,13 +155,7 @@ def values_of(weight: Tensor) -> Tensor:
 
 
 def sample_of(weight: Tensor, step: int, number: int) -> Tensor:
-    """Every so many-th number of a weight, so many of them at most: (n,) in its dtype. Of a stored one no more is read.
-
-    Args:
-        weight: of any shape.
-        step: from one to the next.
-        number: n at most.
-    """
+    """Every ``step``-th number of a weight, ``number`` at most: (n,) in its dtype. Of a stored one no more is read."""
     place: AnyPlace | None = getattr(weight, _PLACE, None)
     if place is None:
         return values_of(weight).detach().flatten()[::step][:number]
@@ -247,13 +241,7 @@ def resident(layer: nn.Module) -> Iterator[None]:
 def keep(layer: nn.Module, file: Path, about: str = "") -> None:
     """Write those of a layer's weights that are in memory alone, and forget them.
 
-    Args:
-        layer: whose stored weights have gone.
-        file: a finished one that says the same about itself is not written again.
-        about: what tells these weights from others.
-
-    Raises:
-        UserError: the disk is full.
+    A finished ``file`` that says the same ``about`` itself is not written again.
     """
     own = {name: weight for name, weight in layer.named_parameters() if not weight.is_meta}
     if not own:
@@ -278,11 +266,7 @@ def described(file: Path) -> str | None:
 
 
 def write_whole(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], what: str = "weights") -> None:
-    """Write a file of safetensors; it appears, or replaces an old one, when it is complete.
-
-    Raises:
-        UserError: the disk is full.
-    """
+    """Write a file of safetensors; it appears, or replaces an old one, when it is complete."""
     unfinished = file.with_name(f".{file.name}.unfinished")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -53,11 +53,7 @@ def write_report(
 ) -> None:
     """Write the results of a run.
 
-    Args:
-        place: of all files, without the suffix.
-        text: for ``.md``.
-        record: for ``.json``.
-        lines: for ``.csv``, if there is to be one.
+    ``place`` is all files' path without the suffix; without ``lines`` there is no CSV.
     """
     if lines is not None:
         write_text(place.with_suffix(".csv"), comma_separated(lines))

@@ -30,11 +30,7 @@ class Target:
 
     @staticmethod
     def parse(text: str) -> "Target":
-        """Read ``params=0.6``, ``flops=0.6`` or ``memory=8GB``.
-
-        Raises:
-            UserError: it is something else.
-        """
+        """Read ``params=0.6``, ``flops=0.6`` or ``memory=8GB``."""
         found = re.fullmatch(r"(params|flops)=([0-9.]+)|(memory)=([0-9.]+) ?([KMGT]?B)", text.strip())
         try:
             if found is not None and found[1]:
@@ -52,16 +48,7 @@ class Target:
     ) -> float:
         """The smallest pruning ratio, in thousandths, that leaves no more.
 
-        Args:
-            shape: of the dense model.
-            method: says which blocks are pruned and by which units.
-            amounts: all but the ratio.
-            tokens: length of a text, for FLOPs.
-            weights: number of the model's weights.
-            size: bytes of each.
-
-        Raises:
-            UserError: no ratio does.
+        The model has ``weights`` numbers of ``size`` bytes each; FLOPs are those of texts of ``tokens`` tokens.
         """
 
         def cost(block: BlockPlan) -> int:

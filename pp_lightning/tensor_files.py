@@ -43,11 +43,6 @@ class Placeholder:
 def write_tensors(tensors: Mapping[str, Placeholder], file: Path, metadata: Mapping[str, str]) -> None:
     """Write a file as safetensors' own writer does: wide types first, then by name.
 
-    Args:
-        tensors: by name; each is made when its turn comes.
-        file: to write.
-        metadata: of the file.
-
     Raises:
         OSError: the disk is full.
     """

@@ -91,11 +91,6 @@ _Solved = tuple[UpdatedBlock, Tensor, Tensor | None]  # columns (D, K) and bias 
 class Updating:
     """Updates one block after the other while a static method prunes.
 
-    Args:
-        model: dense; evaluation mode.
-        update: batches and settings.
-        restores_means: whether there is a bias unless the settings say.
-
     Attributes:
         updated: what came of each block.
 
@@ -123,11 +118,6 @@ class Updating:
 
     def __call__(self, target: BlockToPrune, modules: BlockModules, choice: StaticChoice) -> StaticChoice:
         """The choice with new columns and bias for the block's output matrix.
-
-        Args:
-            target: the next block, in the model's order; those before it are pruned already.
-            modules: of the same block, still dense.
-            choice: the units that stay; a bias that it brings is replaced.
 
         Raises:
             UserError: states are not finite, or their second moments are singular.

@@ -96,12 +96,6 @@ def memory(sizes: Sizes, work: Workload, job: Job, *, streamed: bool) -> int:
     """Peak bytes of a job.
 
     ``update`` is pruning where the weights that stay take over what goes; ``export`` includes the check of the result.
-
-    Args:
-        sizes: of the model.
-        work: what is done.
-        job: which part of it.
-        streamed: whether layers' weights stay on disk until their turn.
     """
     shape = sizes.shape
     batch = work.rows * work.tokens * shape.hidden_size * sizes.item

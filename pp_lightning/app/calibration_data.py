@@ -18,15 +18,7 @@ _ROWS_AT_ONCE = 2  # published micro-batch of LoRAPrune
 def importances_for(
     method: PruningMethod, model: PreTrainedModel, data: EvaluationData, layers: Sequence[int], progress: bool
 ) -> Importances:
-    """What a method that chooses by gradients needs, from the data's calibration text.
-
-    Args:
-        method: the method.
-        model: dense, on its device.
-        data: brings the text.
-        layers: that are to be pruned.
-        progress: show a progress bar.
-    """
+    """What a method that chooses by gradients needs, from the data's calibration text."""
     raise NotImplementedError(f"no importances for {type(method).__name__}")
 
 

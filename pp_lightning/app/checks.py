@@ -17,15 +17,7 @@ _MOST_OF_A_SEED = 2**32 - 1
 
 
 def check_settings(command: str, settings: Mapping[str, Any]) -> None:
-    """Refuse what cannot be meant.
-
-    Args:
-        command: the command.
-        settings: all of its settings, as they were read.
-
-    Raises:
-        UserError: two settings contradict each other, or one of them has no use here.
-    """
+    """Refuse what cannot be meant."""
     if not str(settings["out"]).strip():
         raise UserError("--out must name a folder: it is empty")
     check_seed("seed_everything", settings["seed_everything"])
@@ -45,21 +37,13 @@ def check_settings(command: str, settings: Mapping[str, Any]) -> None:
 
 
 def check_seed(name: str, seed: Any) -> None:
-    """Refuse a seed that no generator takes.
-
-    Raises:
-        UserError: it is out of range.
-    """
+    """Refuse a seed that no generator takes."""
     if not isinstance(seed, bool) and seed is not None and not 0 <= seed <= _MOST_OF_A_SEED:
         raise UserError(f"{name} must be from 0 to {_MOST_OF_A_SEED}, not {seed}")
 
 
 def check_ratio(name: str, ratio: float | None) -> None:
-    """Refuse what is no fraction that leaves something.
-
-    Raises:
-        UserError: it is not in [0, 1).
-    """
+    """Refuse what is no fraction that leaves something."""
     if ratio is not None and not 0.0 <= ratio < 1.0:
         raise UserError(f"{name} must be in [0, 1), not {ratio}")
 

@@ -11,10 +11,7 @@ from pp_lightning.tables import comma_separated
 def write_curve(losses: Sequence[float], pruned: Sequence[float], folder: Path) -> None:
     """Write ``training.csv`` and ``training.png``.
 
-    Args:
-        losses: mean loss of each optimiser step.
-        pruned: share of the ratio that was reached after each step.
-        folder: where to.
+    ``losses`` and ``pruned``, the share of the ratio that was reached, are one number an optimiser step.
     """
     steps = range(1, len(losses) + 1)
     figures = zip(steps, losses, pruned, strict=True)

@@ -31,14 +31,7 @@ Rows = Mapping[str, Sequence[Comparison]]
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the demo.
-
-    Args:
-        words: arguments; None takes the command line's.
-
-    Raises:
-        UserError: nothing can be written at the given place.
-    """
+    """Run the demo."""
     parser = argparse.ArgumentParser(prog="pp-lightning demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder that everything is written into")
     out = parser.parse_args(words).out
@@ -52,9 +45,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def compared(out: Path, **settings: Any) -> dict[str, list[Comparison]]:
     """All methods on both texts, the dense model first.
 
-    Args:
-        out: folder of the run.
-        settings: of the data, in place of the demo's own.
+    ``settings`` are of the data, in place of the demo's own.
     """
     model = PrunedLM(skip_layers=[0, 1, 2], round_to=16)
     rows: dict[str, list[Comparison]] = {}

@@ -31,16 +31,7 @@ def export_pruned(
 ) -> None:
     """Prune as the module says and write the result.
 
-    Args:
-        module: model and method.
-        data: to calibrate on.
-        device: to do it on.
-        out: a folder that is not there yet.
-        settings: what is written.
-        evaluate: called between the two, for figures that the record keeps.
-
-    Raises:
-        UserError: nothing to prune, a choice per batch for a checkpoint, or whatever :mod:`export` refuses.
+    ``evaluate`` is called between the two, for figures that the record keeps.
     """
     settings = settled(module, out, settings)
     assert module.method is not None

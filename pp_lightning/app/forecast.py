@@ -12,13 +12,7 @@ _BATCHES_FIRST = 2  # the first one warms up
 class Forecast:
     """Watches batches of one piece of work, and says once how long all of them take, and what would take less.
 
-    Args:
-        work: what is done: ``calibrating``.
-        option: that makes it shorter.
-        size: the present value of the option.
-        batches: how many there are.
-        tell: told the line.
-        clock: seconds that pass.
+    ``option``, whose present value is ``size``, would make it shorter.
     """
 
     def __init__(

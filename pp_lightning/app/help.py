@@ -115,11 +115,8 @@ def trainer_options() -> list[Option]:
 def options_of(prefix: str, file: str, name: str, method: str) -> list[Option]:
     """Options from a class in a source file.
 
-    Args:
-        prefix: in front of each name.
-        file: below the package, or anywhere.
-        name: of the class.
-        method: whose arguments they are; empty for the fields of the class.
+    The options are the arguments of ``method``, or the fields of the class where it is empty; ``prefix`` stands in
+    front of each.
     """
     tree = ast.parse((_PACKAGE / file).read_text(encoding="utf-8"))
     found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)

@@ -41,11 +41,7 @@ class Perplexity(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: logits (B, S, V), labels (B, S).
-
-        Raises:
-            UserError: the logits are not finite.
-        """
+        """Add a batch: logits (B, S, V), labels (B, S)."""
         nll, tokens = finite_nll(logits, labels)
         self.nll += nll
         self.tokens += tokens
@@ -71,11 +67,7 @@ class BatchMeanPerplexity(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: logits (B, S, V), labels (B, S).
-
-        Raises:
-            UserError: the logits are not finite.
-        """
+        """Add a batch: logits (B, S, V), labels (B, S)."""
         nll, tokens = finite_nll(logits, labels)
         if tokens == 0:  # a batch that was run for the sake of other processes
             return
@@ -89,11 +81,7 @@ class BatchMeanPerplexity(Metric):
 
 
 def finite_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`next_token_nll`, refusing losses that are not finite.
-
-    Raises:
-        UserError: a logit is NaN or infinite.
-    """
+    """:func:`next_token_nll`, refusing losses that are not finite."""
     nll, tokens = next_token_nll(logits, labels)
     if not torch.isfinite(nll):
         raise UserError(

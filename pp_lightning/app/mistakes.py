@@ -37,12 +37,7 @@ def mistake_behind(error: BaseException | None) -> BaseException | None:
 
 
 def in_one_line(mistake: BaseException, command: str) -> str:
-    """What to change.
-
-    Args:
-        mistake: what :func:`mistake_behind` found.
-        command: the command, whose options are suggested for misspelled ones.
-    """
+    """What to change."""
     if isinstance(mistake, UserError):
         text = str(mistake)
     elif isinstance(mistake, OSError):

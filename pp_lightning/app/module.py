@@ -250,11 +250,7 @@ class PrunedLM(PrunableModule):
         return self._run
 
     def end_recovery(self, save: bool) -> None:
-        """Give the dense model back, after writing the result if it is complete.
-
-        Raises:
-            UserError: the training stopped before its end.
-        """
+        """Give the dense model back, after writing the result if it is complete."""
         run, self._run, done = self._run, None, self.trainer.global_step
         if run is None:
             return

@@ -36,9 +36,7 @@ class Overlap(Callback):
     def shares(self, key: Hashable, run_full_batch: Callable[[], object]) -> dict[str, float]:
         """Mean Jaccard index of the last run's units with those of Full-Batch Probing, by layer and block.
 
-        Args:
-            key: of the batches and of the ratio: Full-Batch Probing runs once for each.
-            run_full_batch: runs it on them.
+        ``key`` is of the batches and of the ratio: Full-Batch Probing runs once for each.
         """
         own = self._kept
         if key not in self._of_full_batch:

@@ -15,11 +15,7 @@ _FAR_APART = 4.0  # perplexities that many times the lowest one
 def picture(path: Path, width: float, height: float, caption: str = "") -> Iterator[Any]:
     """A figure of matplotlib, written when all is drawn.
 
-    Args:
-        path: where to.
-        width: inches.
-        height: inches.
-        caption: in small letters below.
+    Sizes are inches.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
     from matplotlib.figure import Figure
@@ -76,13 +72,7 @@ def plot_study(rows: Sequence[Comparison], caption: str, path: Path) -> None:
 
 
 def perplexity_axis(axes: Any, lowest: float, highest: float) -> None:
-    """Set up the y axis for perplexities: logarithmic where they are far apart, with plain numbers at its ticks.
-
-    Args:
-        axes: of matplotlib.
-        lowest: perplexity on it.
-        highest: perplexity on it.
-    """
+    """Set up the y axis for perplexities: logarithmic where they are far apart, with plain numbers at its ticks."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_ylabel("perplexity")

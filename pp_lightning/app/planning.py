@@ -206,10 +206,8 @@ def _writing(file: Path, *, waits: bool) -> float:
 def _reading(file: Path, *, drops: bool) -> float:
     """Bytes a second of a file's tensors, the largest part of it that time allows.
 
-    Args:
-        file: of safetensors.
-        drops: let the system forget what it has of the file in memory; otherwise it is read twice, and the second time
-            counts.
+    ``drops`` lets the system forget what it has of the file in memory; otherwise the file is read twice, and the second
+    time counts.
     """
     if not drops:
         _read(file)

@@ -134,17 +134,7 @@ class PrunableModule(L.LightningModule):
         self.settings = replace(self.settings, **values)
 
     def check_plan(self, method: PruningMethod | None, window: int, amounts: Amounts | None = None) -> None:
-        """Refuse impossible ratios before any work is done.
-
-        Args:
-            method: what is to be evaluated; None is the dense model.
-            window: tokens of a calibration window.
-            amounts: None takes the module's own.
-
-        Raises:
-            UserError: the model is not supported, the ratios leave nothing, or more than the floor lets go, or
-                ``allocation`` is not for this method.
-        """
+        """Refuse impossible ratios before any work is done."""
         if method is None:
             return
         amounts = amounts or self.amounts
@@ -157,11 +147,7 @@ class PrunableModule(L.LightningModule):
             settled_floors(plan, shape.keys, amounts.floor, window)
 
     def check_importances(self, methods: Sequence[PruningMethod]) -> None:
-        """Refuse, before any work is done, a file of importances that is not for all of these methods.
-
-        Raises:
-            UserError: they choose from different kinds, or it is of another kind or model.
-        """
+        """Refuse, before any work is done, a file of importances that is not for all of these methods."""
         by_kind = {method.kind: method for method in methods if isinstance(method, GradientMethod)}
         if self.settings.importances is None:
             return
@@ -206,9 +192,6 @@ class PrunableModule(L.LightningModule):
 
     def read_calibration_data(self) -> str | None:
         """Take the method's file as it stands, if there is one: what needs no calibration text at hand.
-
-        Returns:
-            Its path; None where there is nothing to read.
 
         Raises:
             UserError: it is of another model, or of another kind than the method chooses from.

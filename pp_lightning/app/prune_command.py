@@ -46,13 +46,7 @@ def prune_and_export(
 ) -> None:
     """Say what will be done, evaluate, calibrate, choose, update, evaluate again, write and verify.
 
-    Args:
-        module: model, and the method if one is named.
-        data: text to calibrate on, and to evaluate on.
-        device: to do it on.
-        out: a folder that is not there yet. Beside it, an unfinished update waits to be gone on with.
-        settings: target and files.
-        evaluated: evaluates the module as it is.
+    ``out`` is not there yet. Beside it, an unfinished update waits to be gone on with.
 
     Raises:
         UserError: a choice per batch, a target that no ratio meets, or whatever stands in the way; ``out`` is as

@@ -38,16 +38,8 @@ class RecoveryRun:
 
     LoRAPrune removes units while its adapters train; every other static method prunes first.
 
-    Args:
-        model: dense, on its device; changed in place until :meth:`leave`.
-        method: a static method.
-        amounts: how much it prunes; LoRAPrune takes no part in ``allocation`` and ``floor``.
-        recovery: the adapters' settings.
-        calibration_data: collects what the method chooses from.
-        update: how the weights that stay are updated, if they are.
-        folder: where the result goes.
-        total_steps: optimiser steps.
-        seed: of the adapters.
+    LoRAPrune takes no part in ``allocation`` and ``floor``. ``calibration_data`` and ``update`` give what the method
+    chooses from, and how the weights that stay are updated, if they are.
 
     Attributes:
         adapters: while training.
@@ -184,11 +176,7 @@ class RecoveryRun:
 
 
 def check_recovery(method: PruningMethod | None, recovery: Recovery, total_steps: int) -> None:
-    """Refuse, before any work is done, a training that cannot end well.
-
-    Raises:
-        UserError: the method is not a static one, the length is unknown, or a schedule does not fit into it.
-    """
+    """Refuse, before any work is done, a training that cannot end well."""
     if not isinstance(method, StaticMethod):
         raise UserError("recovery trains a statically pruned model: choose a static --model.method")
     if total_steps < 1:
@@ -287,11 +275,7 @@ def recovery_callbacks(
 ) -> list[Callback]:
     """The steps of a recovery, and its latest state in one file, replaced only when the new one is complete.
 
-    Args:
-        run: the training.
-        folder: for the file.
-        recovery: says how often.
-        saves: whether there is such a file: one process has not all of a sharded model.
+    Without ``saves`` there is no such file: one process has not all of a sharded model.
     """
     if not saves:
         return [RecoverySteps(run)]

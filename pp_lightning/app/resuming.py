@@ -19,16 +19,7 @@ _UNFINISHED = "unfinished-compare.json"
 
 
 class FinishedRows:
-    """Rows of a comparison that are evaluated already, kept until all are.
-
-    Args:
-        out: the output folder.
-        model: the module.
-        data: evaluated on.
-
-    Raises:
-        UserError: the folder holds rows of another comparison.
-    """
+    """Rows of a comparison that are evaluated already, kept until all are."""
 
     def __init__(self, out: Path, model: PrunedLM, data: EvaluationData) -> None:
         settings = {

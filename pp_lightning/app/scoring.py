@@ -50,10 +50,7 @@ class Scoring(ABC):
     def start(self, device: torch.device, resume_file: Path | None, progress: Progress | None) -> None:
         """Get ready, with the model pruned and in place.
 
-        Args:
-            device: where the model is.
-            resume_file: where unfinished work may be kept.
-            progress: told a name, the steps done and the steps there are, where a batch is long work.
+        ``progress`` is told a name, the steps done and the steps there are, where a batch is long work.
         """
 
     @abstractmethod
@@ -135,12 +132,7 @@ class TextScoring(Scoring):
 
 
 class LayerwiseTextScoring(TextScoring):
-    """Perplexity of a model whose layers' weights stay on disk: all batches wait for each layer. No batch has a time.
-
-    Args:
-        data: the data module.
-        tell: told of each layer.
-    """
+    """Perplexity of a model whose layers' weights stay on disk: all batches wait for each layer, and none is timed."""
 
     def __init__(self, data: LanguageModelling, tell: Tell) -> None:
         super().__init__(data)

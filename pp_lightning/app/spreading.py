@@ -21,11 +21,7 @@ def spreads(strategy: Any) -> bool:
 
 
 def check_alone(strategy: Any, command: str) -> None:
-    """Refuse a strategy that spreads the model.
-
-    Raises:
-        UserError: it does.
-    """
+    """Refuse a strategy that spreads the model."""
     if spreads(strategy):
         raise UserError(f"{command} needs the whole model in a process: ModelParallelStrategy is for test and fit")
 
@@ -33,14 +29,7 @@ def check_alone(strategy: Any, command: str) -> None:
 def spread(module: PrunableModule, data: EvaluationData, path: str | None, dtype: Dtype) -> None:
     """Spread a module's model over processes, where the trainer's strategy says so.
 
-    Args:
-        module: with its trainer.
-        data: the trainer's.
-        path: of the checkpoint, which is loaded again for tensor parallelism: each process reads its own part.
-        dtype: likewise.
-
-    Raises:
-        UserError: what is asked for cannot be done on a model that is spread.
+    For tensor parallelism the checkpoint at ``path`` is loaded again: each process reads its own part.
     """
     strategy, trainer = module.trainer.strategy, module.trainer
     if not isinstance(strategy, ModelParallelStrategy):

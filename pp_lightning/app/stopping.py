@@ -10,13 +10,7 @@ from pp_lightning.app.forecast import Forecast
 
 
 class UntilTerminated:
-    """Batches that a loop of ours goes through inside a run of the trainer's, until that is told to end.
-
-    Args:
-        batches: the batches.
-        trainer: whose process is told.
-        forecast: told of every batch that is done.
-    """
+    """Batches that a loop of ours goes through inside a run of the trainer's, until that is told to end."""
 
     def __init__(
         self, batches: Sequence[Mapping[str, Any]], trainer: L.Trainer, forecast: Forecast | None = None

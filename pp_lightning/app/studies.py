@@ -53,11 +53,7 @@ class Study:
 
 
 def study_named(name: str) -> Study:
-    """A study by its name.
-
-    Raises:
-        UserError: there is no such study.
-    """
+    """A study by its name."""
     if name not in study_names():
         raise unknown("study", name, study_names())
     written = dict(_written()[name])

@@ -321,11 +321,7 @@ def _trained_on(datamodule: EvaluationData) -> TrainingRows:
 
 
 def _check_seeds(seeds: Sequence[int], model: PrunedLM, rows: Sequence[Row]) -> None:
-    """Refuse seeds that are none, or that something in a file would overrule.
-
-    Raises:
-        UserError: see above.
-    """
+    """Refuse seeds that are none, or that something in a file would overrule."""
     _check_numbers("seeds", seeds)
     if model.settings.statistics is not None or model.settings.importances is not None:
         raise UserError("seeds draw other calibration windows: leave model.statistics and model.importances out")
@@ -334,11 +330,7 @@ def _check_seeds(seeds: Sequence[int], model: PrunedLM, rows: Sequence[Row]) -> 
 
 
 def _check_comparison(methods: Sequence[str], ratios: Sequence[float], variants: Sequence[object]) -> None:
-    """Refuse a comparison of nothing, or of something twice.
-
-    Raises:
-        UserError: see above.
-    """
+    """Refuse a comparison of nothing, or of something twice."""
     if not (methods or variants):
         raise UserError("nothing to compare: give at least one of methods (or variants)")
     if len(set(methods)) < len(methods):
@@ -349,11 +341,7 @@ def _check_comparison(methods: Sequence[str], ratios: Sequence[float], variants:
 
 
 def _check_numbers(name: str, numbers: Sequence[float]) -> None:
-    """Refuse seeds or ratios that are none, twice the same, or impossible.
-
-    Raises:
-        UserError: see above.
-    """
+    """Refuse seeds or ratios that are none, twice the same, or impossible."""
     if not numbers or len(set(numbers)) < len(numbers):
         raise UserError(f"{name} must be different numbers, at least one, not {list(numbers)}: nothing to compare")
     for number in numbers:

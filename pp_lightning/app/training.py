@@ -15,9 +15,6 @@ def train_recovery(trainer: L.Trainer, model: PrunedLM, data: EvaluationData) ->
     """Train the adapters of ``model`` into the trainer's folder, and leave the dense model behind.
 
     An interrupted training leaves a checkpoint there, and goes on from it when it is started again.
-
-    Raises:
-        UserError: the settings do not work, the loss is not finite, or the training stopped before its end.
     """
     unfinished = Path(trainer.default_root_dir) / UNFINISHED
     complete = False
@@ -33,11 +30,7 @@ def train_recovery(trainer: L.Trainer, model: PrunedLM, data: EvaluationData) ->
 
 
 def check_same(recovered: Recovered, model: PrunedLM, recovery: Recovery, steps: int, folder: Path) -> None:
-    """Refuse a recovered model that was trained with other settings than are asked for now.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Refuse a recovered model that was trained with other settings than are asked for now."""
     about, wanted = recovered.choices.about, model.recovery_settings(recovery, steps)
     for name, value in wanted.items():
         if {key: about.get(name, {}).get(key) for key in value} != value:

@@ -67,14 +67,7 @@ def meetings(model: PreTrainedModel, key: BlockKey, batches: Sequence[Tensor]) -
 def block_function(
     model: PreTrainedModel, key: BlockKey, met: Sequence[Meeting], *, compiled: CompileMode | None
 ) -> BlockFunction:
-    """A block of a model, dense or pruned by any method, as a function of the batch's number.
-
-    Args:
-        model: not compiled.
-        key: layer and block.
-        met: what it meets in each batch.
-        compiled: torch.compile's mode; None runs it eagerly.
-    """
+    """A block of a model, dense or pruned by any method, as a function of the batch's number."""
     pruner = pruning_of(model).pruners.get(key) if is_pruned(model) else None
     run = partial(_run_block, blocks_of(model)[key], pruner)
     if compiled is not None:

@@ -23,19 +23,7 @@ _SIZES = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096, 8192)
 
 
 def write_break_even(settings: BenchmarkSettings, out: Path, tell: Tell = print) -> str:
-    """Measure from where on a probe pays and write it: beside the statistics, or into a folder where there are none.
-
-    Args:
-        settings: see :func:`measure_break_even`.
-        out: the folder.
-        tell: told what is going on, one line at a time.
-
-    Returns:
-        What was found, as lines.
-
-    Raises:
-        UserError: settings that cannot be measured, or a place that cannot be written to.
-    """
+    """Measure from where on a probe pays and write it: beside the statistics, or into a folder where there are none."""
     file = out / "break-even.json" if settings.statistics is None else break_even_file(settings.statistics)
     check_place(file.parent)
     found = measure_break_even(settings, tell)
@@ -50,15 +38,7 @@ def write_break_even(settings: BenchmarkSettings, out: Path, tell: Tell = print)
 
 
 def measure_break_even(settings: BenchmarkSettings, tell: Tell = print) -> BreakEven:
-    """Time prompts, dense and pruned by a probe, of as many rows as the settings' largest case has, up to its tokens.
-
-    Args:
-        settings: model, first dtype, first ratio, device and threads, rounds.
-        tell: told what is going on, one line at a time.
-
-    Raises:
-        UserError: settings that cannot be measured.
-    """
+    """Time prompts, dense and pruned by a probe, of as many rows as the largest case has, up to its tokens."""
     settings.check()
     case = max(settings.cases, key=lambda case: case.rows * case.tokens)
     if case.rows < 2:

@@ -36,11 +36,7 @@ class WallStopwatch(Stopwatch):
 
 
 class DeviceStopwatch(Stopwatch):
-    """For an accelerator: events in its stream.
-
-    Args:
-        device: the accelerator.
-    """
+    """For an accelerator: events in its stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

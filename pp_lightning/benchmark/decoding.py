@@ -29,16 +29,7 @@ def decoding_rows(
     case: Case,
     tell: Tell,
 ) -> list[Row]:
-    """A prompt and the tokens after it. Prompts are eager here, so that compiled variants have no row for them.
-
-    Args:
-        benchmarked: what is measured.
-        models: by variant.
-        variants: by name.
-        dtype: of the weights.
-        case: rows and tokens of the prompts.
-        tell: told what is going on.
-    """
+    """A prompt and the tokens after it. Prompts are eager here, so that compiled variants have no row for them."""
     batch, prompt = case.rows, case.tokens
     settings, shape = benchmarked.settings, shape_of(benchmarked.model.config)
     prompts = benchmarked.batches(case)
@@ -79,11 +70,7 @@ def decoding_rows(
 
 
 class Decoder(ABC):
-    """One way to decode.
-
-    Args:
-        model: dense or pruned.
-    """
+    """One way to decode."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -111,15 +98,7 @@ class EagerDecoder(Decoder):
 
 
 class GraphDecoder(Decoder):
-    """The whole model in one graph, with a cache of fixed size: what ``generate`` does with it on accelerators.
-
-    Args:
-        model: dense or pruned.
-        rows: B.
-        prompt: tokens of a prompt.
-        new_tokens: after each prompt.
-        mode: torch.compile's mode.
-    """
+    """The whole model in one graph, with a cache of fixed size: what ``generate`` does with it on accelerators."""
 
     def __init__(self, model: PreTrainedModel, rows: int, prompt: int, new_tokens: int, mode: CompileMode) -> None:
         super().__init__(model)
@@ -145,11 +124,8 @@ class GraphDecoder(Decoder):
 def decoding_runner(decoder: Decoder, prompts: Sequence[Tensor], new_tokens: int) -> Runner:
     """Decodes greedily after a prompt: ``prompt`` is the time of the prompt, ``decoding`` that of one token after it.
 
-    Args:
-        decoder: how.
-        prompts: (B, S) each, one a batch.
-        new_tokens: tokens to decode. From the second prompt on, the slices for them are made along with the prompt; the
-            first token after the first one makes its own.
+    From the second prompt on, the slices for decoding are made along with the prompt; the first token after the first
+    one makes its own.
     """
     model, clock = decoder.model, stopwatch_for(decoder.model.device)
 

@@ -16,9 +16,6 @@ _BATCHES = 3
 def peak_megabytes(settings: BenchmarkSettings, variant: str, dtype: str, ratio: float, case: Case) -> float | None:
     """Start a process that builds, prunes and runs the variant on three batches, and take its peak.
 
-    Raises:
-        RuntimeError: the process failed.
-
     Returns:
         Megabytes, resident on Linux's CPUs and allocated on an accelerator; None where the system does not tell.
     """

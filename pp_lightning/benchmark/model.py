@@ -20,16 +20,7 @@ _CALIBRATION_ROWS = 4
 
 
 class BenchmarkModel:
-    """A dense model with the statistics and batches that all its variants share.
-
-    Args:
-        settings: the benchmark's.
-        dtype: of the weights.
-        ratio: pruning ratio.
-
-    Raises:
-        UserError: no such shape or checkpoint, or a text that is too short.
-    """
+    """A dense model with the statistics and batches that all its variants share."""
 
     def __init__(self, settings: BenchmarkSettings, dtype: MeasuredDtype, ratio: float) -> None:
         self.settings = settings

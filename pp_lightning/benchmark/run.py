@@ -36,13 +36,7 @@ def run_benchmark(
 ) -> list[Row]:
     """Measure everything that the settings ask for.
 
-    Args:
-        settings: what to measure.
-        tell: told what is going on, one line at a time.
-        keep: given all rows so far after each part of a case, so that what is measured stays if a later one fails.
-
-    Raises:
-        UserError: settings that cannot be measured.
+    ``keep`` is given all rows so far after each part of a case, so that what is measured stays if a later one fails.
     """
     settings.check()
     variants = chosen_variants(settings.variants)

@@ -99,11 +99,7 @@ class BenchmarkSettings:
     statistics: str | None = None
 
     def check(self) -> None:
-        """Refuse what cannot be measured, before any work.
-
-        Raises:
-            UserError: a number is out of range, or a checkpoint comes without a text.
-        """
+        """Refuse what cannot be measured, before any work."""
         self._check_numbers()
         if self.batches < 8:
             raise UserError(f"batches must be at least 8, not {self.batches}: a cache would flatter the choice")
@@ -132,11 +128,7 @@ class BenchmarkSettings:
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "BenchmarkSettings":
-        """Settings from nested dictionaries, as a YAML file holds them.
-
-        Raises:
-            UserError: an unknown setting.
-        """
+        """Settings from nested dictionaries, as a YAML file holds them."""
         known = {f.name for f in fields(cls)}
         strange = sorted(set(values) - known - {"out"})
         if strange:

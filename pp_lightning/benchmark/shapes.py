@@ -41,15 +41,7 @@ def random_model(
 ) -> PreTrainedModel:
     """A model with random weights, in evaluation mode.
 
-    Args:
-        shape: a key of ``SHAPES``.
-        layers: number of layers; None takes the shape's own.
-        tokens: positions that it must have.
-        dtype: of the weights.
-        device: where they are made.
-
-    Raises:
-        UserError: there is no such shape.
+    It has positions for ``tokens``, and the shape's own number of layers where ``layers`` is None.
     """
     if shape not in SHAPES:
         raise unknown("shape", shape, SHAPES)

@@ -42,11 +42,7 @@ def interleaved(
 ) -> dict[str, Samples]:
     """Time all runners in turn.
 
-    Args:
-        runners: by name; warmed up already.
-        rounds: how often each one has its turn.
-        batches: different batches; round i takes batch i modulo this.
-        models: of runners whose choices are to be watched.
+    Round i takes batch i modulo ``batches``; the choices of ``models`` are watched.
     """
     samples = {name: Samples() for name in runners}
     before = {name: _choices(model) for name, model in models.items()}
@@ -71,12 +67,7 @@ def measured(
 ) -> dict[str, Samples]:
     """Warm up, compiling what is to be compiled, then time.
 
-    Args:
-        what: names it to who is told.
-        runners: by name.
-        watched: models of runners whose choices are to be watched.
-        settings: rounds and batches.
-        tell: told what is going on.
+    The choices of ``watched`` models are noted.
     """
     turns = partial(interleaved, runners, batches=settings.batches, models=watched)
     tell(f"{what}: warming up and compiling {len(runners)} variants")

@@ -84,11 +84,7 @@ def variant_named(name: str) -> Variant:
 
 
 def chosen_variants(names: Sequence[str]) -> dict[str, Variant]:
-    """The named variants, the table's own in its order, and the two dense ones; a method gives an eager and a compiled.
-
-    Raises:
-        UserError: there is none of such a name, or none at all.
-    """
+    """The named variants and the two dense ones, in the table's order; a method gives an eager and a compiled one."""
     if not names:
         raise UserError("no variants are named: leave the option out for all of them")
     own = {

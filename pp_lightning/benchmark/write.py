@@ -12,11 +12,7 @@ from pp_lightning.tables import markdown, write_report
 
 
 def write_results(rows: Sequence[Row], settings: BenchmarkSettings, out: Path) -> str:
-    """Write ``results.json``, ``results.csv`` and ``results.md``.
-
-    Returns:
-        The Markdown.
-    """
+    """Write ``results.json``, ``results.csv`` and ``results.md``."""
     text, lines = markdown(grids(rows), caption(settings)), [row.as_dict() for row in rows]
     machine = environment(chosen_device(settings), 1)
     write_report(out / "results", text, {"settings": asdict(settings), "environment": machine, "rows": lines}, lines)

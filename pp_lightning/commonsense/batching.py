@@ -62,11 +62,8 @@ def group_questions(
 ) -> list[list[EncodedQuestion]]:
     """Split questions into batches of at most ``max_rows`` rows: each as full as the next whole question allows.
 
-    Args:
-        questions: in the order of the data set.
-        max_rows: N, rows of a batch at most.
-        longest_first: order questions by the tokens of their longest row, descending, before they are split; equals
-            stay in the order of the data set. Otherwise keep the order of the data set.
+    ``longest_first`` orders questions by the tokens of their longest row, descending, before they are split; equals
+    stay in the order of the data set.
 
     Raises:
         UserError: a question has more than ``max_rows`` rows.
@@ -103,12 +100,7 @@ def longest_context_first(questions: Sequence[EncodedQuestion]) -> list[EncodedQ
 
 
 def collate_questions(group: Sequence[EncodedQuestion], pad_id: int) -> ChoiceBatch:
-    """One batch of these questions.
-
-    Args:
-        group: from :func:`group_questions`.
-        pad_id: token to pad with; it is masked.
-    """
+    """One batch of these questions."""
     rows = [row for question in group for row in question.rows]
     owners = [index for index, question in enumerate(group) for _ in question.rows]
     characters = [count for question in group for count in question.question.characters]
@@ -124,10 +116,7 @@ def collate_questions(group: Sequence[EncodedQuestion], pad_id: int) -> ChoiceBa
 def collate_rows(rows: Sequence[EncodedRow], pad_id: int, owners: Sequence[int] | None = None) -> RowBatch:
     """One batch of these rows.
 
-    Args:
-        rows: in order.
-        pad_id: token to pad with; it is masked.
-        owners: question of each row; rows of a question may begin alike. None says nothing about beginnings.
+    ``owners`` has the question of each row, and rows of a question may begin alike; None says nothing about beginnings.
     """
     inputs: dict[tuple[int, ...], int] = {}
     row_input = [inputs.setdefault(row.inputs, len(inputs)) for row in rows]

@@ -94,11 +94,7 @@ class CommonsenseData(EvaluationData):
         return self._questions[task]
 
     def check_refresh(self, refresh: int | None) -> None:
-        """Refuse a model that would choose again by the tokens of answers.
-
-        Raises:
-            UserError: ``refresh`` is set, and the choice is to be the context's.
-        """
+        """Refuse a model that would choose again by the tokens of answers."""
         if refresh is not None and self.choose_on == "context":
             raise UserError("refresh would choose by the tokens of answers: leave it out with choose_on=context")
 
@@ -108,11 +104,6 @@ class CommonsenseData(EvaluationData):
 
     def test_batches(self, task: str, rank: int = 0, world: int = 1) -> Iterator[ChoiceBatch]:
         """A task's batches in order, or one process's share: every batch once over all processes, none twice.
-
-        Args:
-            task: name of the task.
-            rank: this process.
-            world: how many processes there are.
 
         Raises:
             UserError: a row cannot be used, or a question does not fit into a batch.

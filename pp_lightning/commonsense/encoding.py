@@ -48,10 +48,7 @@ def encode_questions(
 ) -> list[EncodedQuestion]:
     """Tokenise questions, in order.
 
-    Args:
-        tokenizer: the model's.
-        questions: what to tokenise.
-        window: tokens that the model may be run on, the harness's ``max_length``; a longer row loses some on the left.
+    A row that is longer than ``window``, the harness's ``max_length``, loses tokens on the left.
 
     Raises:
         UserError: a continuation alone exceeds the window, or has no tokens of its own.
@@ -80,11 +77,7 @@ def encoded_row(context: Sequence[int], continuation: Sequence[int], window: int
 
     The harness joins the two parts, which matters where a continuation changes how the end of its context is split.
 
-    Args:
-        context: tokens of the context alone.
-        continuation: what follows as many tokens of the two texts together.
-        window: tokens that the model may be run on.
-        origin: for messages.
+    ``continuation`` is what follows as many tokens as ``context`` has in the two texts together.
 
     Raises:
         UserError: a part has no tokens, or the continuation alone exceeds the window.

@@ -169,10 +169,7 @@ class PrunedHFLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """Sums of log-probabilities, and whether greedy decoding would have produced the continuation.
 
-        Args:
-            requests: texts (for the harness's cache), context tokens and continuation tokens.
-            disable_tqdm: no progress bar.
-            override_bs: another batch size, from the harness's rolling log-likelihood; not used, the size is fixed.
+        ``override_bs``, from the harness's rolling log-likelihood, is not used: the batch size is fixed.
         """
         rows = [
             encoded_row(context, continuation, self.max_length, "a request") for _, context, continuation in requests
@@ -255,11 +252,7 @@ def main() -> None:
 
 
 def with_model_args(words: Sequence[str]) -> list[str]:
-    """Options that other commands have too as the model's arguments: ``--method pp`` becomes ``method=pp`` there.
-
-    Raises:
-        UserError: an option has no value.
-    """
+    """Options that other commands have too as the model's arguments: ``--method pp`` becomes ``method=pp`` there."""
     rest, given, arguments = list(words), list[str](), list[str]()
     while rest:
         option, sign, value = rest.pop(0).partition("=")
@@ -307,11 +300,7 @@ def _statistics(
 
 
 def _policy(method: str, importances: str | None) -> PruningMethod:
-    """The method of this name.
-
-    Raises:
-        UserError: there is none, or it does not work here.
-    """
+    """The method of this name."""
     policy = method_named(method)
     if policy.updates:
         raise UserError(f"{method} updates weights: write a folder with pp-lightning prune, and name that as path")
@@ -321,11 +310,7 @@ def _policy(method: str, importances: str | None) -> PruningMethod:
 
 
 def _check_names(settings: Mapping[str, Any]) -> None:
-    """Refuse arguments that neither this class nor the harness's knows; the latter would take no notice of them.
-
-    Raises:
-        UserError: there is one.
-    """
+    """Refuse arguments that neither this class nor the harness's knows; the latter would take no notice of them."""
     known = {*signature(PrunedHFLM).parameters, *signature(HFLM).parameters} - {"settings", "kwargs"}
     for name in settings:
         if name not in known:

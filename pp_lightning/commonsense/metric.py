@@ -37,12 +37,7 @@ class MultipleChoice(Metric):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, scores: RowScores, batch: ChoiceBatch) -> None:
-        """Count the questions of one batch.
-
-        Args:
-            scores: of the batch's rows.
-            batch: the batch.
-        """
+        """Count the questions of one batch."""
         owners, gold = batch["row_question"].cpu(), batch["gold"].cpu()
         normalisations = (torch.ones_like(scores.tokens), batch["row_characters"].cpu(), scores.tokens)
         for name, divisor in zip(ACCURACIES, normalisations, strict=True):

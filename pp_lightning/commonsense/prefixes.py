@@ -63,13 +63,7 @@ def with_prompts(batch: RowBatch) -> RowBatch:
 
 
 def continuation_states(decoder: nn.Module, batch: RowBatch, device: torch.device) -> Tensor:
-    """The states that predict the batch's continuation tokens, (K, D).
-
-    Args:
-        decoder: of a model whose layers are not pruned per batch, or of one that is to choose on the beginnings.
-        batch: one that is worth sharing, or :func:`with_prompts`.
-        device: where the decoder is.
-    """
+    """The states that predict the batch's continuation tokens, (K, D)."""
     first, second = beginnings(batch), remainders(batch)
     cache = decoder(**_on(device, first), use_cache=True).past_key_values
     cache.batch_select_indices(batch["prefix_of_input"].to(device))

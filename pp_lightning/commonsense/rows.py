@@ -57,11 +57,7 @@ class Row:
         return value if may_be_empty else self.filled(value, name)
 
     def filled(self, text: str, what: str) -> str:
-        """``text``, which must not be empty.
-
-        Raises:
-            UserError: there is nothing in it, or white space only.
-        """
+        """``text``, which must not be empty."""
         if not text.strip():
             raise self.error(f"the {what} is empty")
         return text
@@ -81,11 +77,6 @@ class Row:
     def question(self, context: str | Sequence[str], choices: Sequence[str], gold: int) -> Question:
         """A question of this row.
 
-        Args:
-            context: one context for all choices, or one for each.
-            choices: the texts to score, without the delimiter.
-            gold: index of the right one.
-
         Raises:
             UserError: a context or choice is empty, or ``gold`` is outside the choices.
         """
@@ -100,11 +91,7 @@ class Row:
 
 
 def as_index(row: Row, value: Any) -> int:
-    """A label that is stored as a number or as text.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """A label that is stored as a number or as text."""
     if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool):

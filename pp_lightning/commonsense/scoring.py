@@ -59,11 +59,7 @@ def score_tokens(
 ) -> tuple[Tensor, Tensor | None]:
     """Score every continuation token of a batch.
 
-    Args:
-        model: see :func:`score_batch`.
-        batch: see :func:`score_batch`.
-        greedy: also say where the token is the likeliest one of the vocabulary, which costs a pass over the logits.
-        choose_on: see :func:`score_batch`.
+    ``greedy`` also says where the token is the likeliest one of the vocabulary, which costs a pass over the logits.
 
     Returns:
         Log-probabilities, (K,) float32, and whether each token is the likeliest, (K,) bool or None; on the CPU.

@@ -201,11 +201,7 @@ TASK_NAMES = tuple(task.name for task in TASKS)
 
 
 def task_named(name: str) -> Task:
-    """The task of this name.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The task of this name."""
     for task in TASKS:
         if task.name == name:
             return task

@@ -28,20 +28,10 @@ def samples_for(device: torch.device) -> int:
 class EvaluationData(L.LightningDataModule, ABC):
     """Data to evaluate on, with the text that pruning statistics are collected on.
 
-    Args:
-        calibration: the text to calibrate on.
-        calibration_samples: its windows; None takes as many as suit the device.
-        window: tokens that the model is run on at most, and of a calibration window; None takes ``usual_window``, or
-            what the model has.
-        batch_size: rows per batch.
-        seed: of every random draw made here.
-        train: texts or rows to train on.
+    Sizes that are None are settled by :meth:`suit`.
 
     Attributes:
         usual_window: tokens of a window where nobody says.
-
-    Raises:
-        UserError: a size is impossible.
     """
 
     usual_window: ClassVar[int] = 1024
@@ -78,10 +68,6 @@ class EvaluationData(L.LightningDataModule, ABC):
     def suit(self, positions: int, device: torch.device) -> None:
         """Take what nobody asked for by the model and where it runs.
 
-        Args:
-            positions: tokens that the model can tell apart.
-            device: where it runs.
-
         Raises:
             UserError: a window was asked for that the model cannot run on.
         """
@@ -101,21 +87,14 @@ class EvaluationData(L.LightningDataModule, ABC):
         self._pad_id = int(tokenizer.pad_token_id or 0)
 
     def check_text(self) -> None:
-        """Refuse a text to evaluate on that is not there, before any work.
-
-        Raises:
-            UserError: there is no such file or data set.
-        """
+        """Refuse a text to evaluate on that is not there, before any work."""
 
     def calibration_batches(
         self, samples: int | None = None, window: int | None = None, batch_size: int | None = None
     ) -> Sequence[Mapping[str, Any]]:
         """All calibration batches: random windows of documents longer than the window, (B, S) each.
 
-        Args:
-            samples: how many windows; None takes ``calibration_samples``.
-            window: their tokens, never more than the data's own window; None takes that.
-            batch_size: rows a batch; None takes the data's.
+        None takes the data's own sizes; ``window`` is never more than the data's.
 
         Raises:
             UserError: no document is long enough.

@@ -86,11 +86,7 @@ class LanguageModelling(EvaluationData):
             self._settle_prefix()
 
     def check_text(self) -> None:
-        """Refuse a text that is not there.
-
-        Raises:
-            UserError: there is no such file or data set.
-        """
+        """Refuse a text that is not there."""
         self.text.check()
 
     def _settle_prefix(self) -> None:
@@ -170,11 +166,7 @@ def _not_scored(batch: Batch) -> Batch:
 
 
 def first_batch(data: EvaluationData) -> Batch:
-    """The first evaluation batch of a text.
-
-    Raises:
-        UserError: the data is not a text.
-    """
+    """The first evaluation batch of a text."""
     if not isinstance(data, LanguageModelling):
         raise UserError("this data has no text to freeze a choice on: use --data text")
     return data.test_batches()[0]

@@ -18,14 +18,7 @@ class ShuffledBatches:
     processes see in one step what one process sees in several batches. An epoch is whole optimiser steps: the rows left
     over are other ones each time.
 
-    Args:
-        rows: to train on.
-        batch_size: rows a batch.
-        pad_id: token to pad with.
-        seed: of the order.
-        rank: of this process.
-        world: number of processes.
-        accumulate: batches of each process in one optimiser step.
+    An optimiser step takes ``accumulate`` batches of each process.
     """
 
     def __init__(

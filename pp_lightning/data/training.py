@@ -38,22 +38,13 @@ class TrainingRows(ABC):
         self.held_out = held_out
 
     def check(self) -> None:
-        """Refuse files that are not there, before any work; nothing is read.
-
-        Raises:
-            UserError: a file is not there.
-        """
+        """Refuse files that are not there, before any work; nothing is read."""
         for source in self.sources:
             source.check()
 
     @abstractmethod
     def rows(self, encode: Encode, window: int, end: int | None) -> list[Row]:
         """All rows, the ``held_out`` ones first, always in the same order.
-
-        Args:
-            encode: text to token ids.
-            window: tokens a row at most.
-            end: the end-of-text token, if there is one.
 
         Raises:
             UserError: there are too few, or one cannot be used.

@@ -23,10 +23,7 @@ def trace_dynamic(model: PreTrainedModel, rows: int, tokens: int) -> Graph:
     and the units (K,) that each block kept. It holds no state: whoever forgets to feed a history back runs every batch
     on the calibrated one.
 
-    Args:
-        model: pruned by a dynamic method; left as it is.
-        rows: B, at least 2.
-        tokens: S, at least 2. The probe's size follows from both, so that they are part of the graph.
+    The probe's size follows from ``rows`` and ``tokens``, at least 2 each, so that they are part of the graph.
 
     Raises:
         UserError: the model is not pruned by a dynamic method, or the batch does not fit its histories.

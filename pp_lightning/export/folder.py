@@ -18,11 +18,7 @@ RECORD = "pruning.json"  # every export has it: the sign by which --overwrite kn
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Refuse a destination that must not be written to, before any work is done.
-
-    Raises:
-        UserError: there is something already, and it is not an export that may be overwritten.
-    """
+    """Refuse a destination that must not be written to, before any work is done."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} is not a folder: name another one with --out")
     if not out.exists() or not any(out.iterdir()):
@@ -34,11 +30,7 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        UserError: fewer bytes are free than needed.
-    """
+    """Refuse to begin what the disk cannot hold."""
     free = shutil.disk_usage(
         nearest_existing(out.absolute().parent)
     ).free  # where it is written first: beside its place

@@ -59,11 +59,7 @@ class GgufCheck:
 
 
 def check_gguf() -> None:
-    """Refuse what is missing on this machine.
-
-    Raises:
-        UserError: the gguf package is not installed.
-    """
+    """Refuse what is missing on this machine."""
     try:
         import gguf  # noqa: F401 (only whether it is there)
     except ImportError as error:
@@ -71,11 +67,7 @@ def check_gguf() -> None:
 
 
 def gguf_type_of(dtype: torch.dtype) -> GgufType:
-    """The type that holds a dtype as it is.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The type that holds a dtype as it is."""
     names: dict[torch.dtype, GgufType] = {
         torch.float32: "float32",
         torch.float16: "float16",

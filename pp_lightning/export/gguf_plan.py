@@ -64,11 +64,7 @@ class GgufTensor:
     plus: float = 0.0
 
     def make(self) -> Tensor:
-        """The tensor, on the CPU and contiguous, in the dtype of its source.
-
-        Raises:
-            UserError: it is not finite.
-        """
+        """The tensor, on the CPU and contiguous, in the dtype of its source."""
         tensor = self.source.make() if isinstance(self.source, Entry) else self.source
         if self.rows is not None:
             tensor = tensor.narrow(0, *self.rows)
@@ -130,12 +126,7 @@ def check_family(config: PreTrainedConfig, layout: str) -> None:
 def check_biases(model: PreTrainedModel, *, more: bool = False) -> None:
     """Refuse biases that llama.cpp does not read: only its ``llama`` and ``deci`` have those of outputs and MLPs.
 
-    Args:
-        model: pruned or not yet.
-        more: whether pruning is going to add some to outputs.
-
-    Raises:
-        UserError: there are some.
+    ``more`` says whether pruning is going to add some to outputs.
     """
     own = ARCHITECTURES.get(model.config.model_type, _LLAMA)
     inputs = ("q_proj.bias", "k_proj.bias", "v_proj.bias")

@@ -30,9 +30,7 @@ _SPLITS = {rf"{_LETTERS}\p{{N}}{{1,3}}{_REST}": "llama-bpe", rf"{_LETTERS}\p{{N}
 def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> dict[str, Any]:
     """Fields ``tokenizer.*`` of a GGUF.
 
-    Args:
-        tokenizer: with a ``tokenizer.json``.
-        vocabulary: rows of the embedding; ids that the tokenizer does not have are filled up as unused.
+    Ids up to ``vocabulary`` that the tokenizer does not have are filled up as unused.
 
     Raises:
         UserError: llama.cpp has no tokenizer that does the same.

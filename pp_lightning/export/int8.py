@@ -17,11 +17,7 @@ _ALLOWED = 0.1  # nats a token: trained models were seen at a ten-thousandth of 
 
 
 def check_int8() -> None:
-    """Refuse what is missing on this machine.
-
-    Raises:
-        UserError: torchao is not installed.
-    """
+    """Refuse what is missing on this machine."""
     try:
         import torchao  # noqa: F401 (only whether it is there)
     except ImportError as error:
@@ -34,13 +30,6 @@ def quantise_folder(
     """Put int8 matrices in place of a folder's weights, load it again as a user would, and compare.
 
     Every row of a matrix has a scale of its own, so any width will do. Weights are safetensors as before.
-
-    Args:
-        folder: a transformers checkpoint that has passed its own check.
-        expected: behaviour of the model that it was written from.
-        device: that the behaviour was recorded on.
-        bundled_code: the folder brings its own modelling file, written a moment ago.
-        max_shard_size: of a weights file.
 
     Raises:
         UserError: the model has no matrices that torchao quantises, one is further off than int8 rounds, or the next

@@ -65,13 +65,7 @@ def target_for(layout: Layout, model: PreTrainedModel) -> Target:
 def check_layout(layout: Layout, model: PreTrainedModel, biased: Collection[Block]) -> None:
     """Refuse, before a model is pruned, biases that no stock class holds.
 
-    Args:
-        layout: to be written.
-        model: not pruned yet.
-        biased: blocks whose outputs the method gives biases.
-
-    Raises:
-        UserError: none does.
+    ``biased`` are the blocks whose outputs the method gives biases.
     """
     if layout != "per-layer" and biased:
         _stock(layout, model, PrunedSizes.of(model).alike, biases_to_come(model, biased))

@@ -14,13 +14,7 @@ GROUPS: Mapping[str, int] = {
 
 
 def suits(layers: Iterable[Widths], head_size: int, hidden_size: int) -> dict[str, int]:
-    """Matrices whose rows do not suit, by quantiser; 0 where all do.
-
-    Args:
-        layers: the widths as written.
-        head_size: d.
-        hidden_size: D, the rows of all projections into a block.
-    """
+    """Matrices whose rows do not suit, by quantiser; 0 where all do."""
     rows = [width for one in layers for width in _rows(one, head_size, hidden_size)]
     return {name: sum(width % group != 0 for width in rows) for name, group in GROUPS.items()}
 

@@ -34,11 +34,6 @@ def stock_models(sizes: PrunedSizes, widths: Widths, names: set[str]) -> Iterato
 
     The model's own class; another one that computes alike; the own one with as many heads as before pruning, for
     classes whose heads are together as wide as the hidden size.
-
-    Args:
-        sizes: of the pruned model.
-        widths: of every layer.
-        names: of the tensors to hold.
     """
     kind, fields = type(sizes.config), sizes.config.to_dict()
     yield from _holding(kind, fields, sizes, widths, names)

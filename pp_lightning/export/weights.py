@@ -12,11 +12,7 @@ from pp_lightning.tensor_files import Placeholder, write_tensors
 
 
 def check_shard_size(max_shard_size: str) -> None:
-    """Refuse a size that cannot be read.
-
-    Raises:
-        UserError: it is not a number and a unit.
-    """
+    """Refuse a size that cannot be read."""
     try:
         if max_shard_size.strip().startswith("-"):
             raise ValueError

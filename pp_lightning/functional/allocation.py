@@ -41,10 +41,6 @@ def allocate(blocks: Sequence[Removable], flops_to_save: int) -> list[int]:
     Greedy: within a block the least valuable units go first, over all blocks the steps that lose least for each FLOP.
     A step that would save more than is left is passed over for the next one that does not, so at most
     ``flops_to_save`` are saved. Everything is a Python integer: counts are fixed before any graph is traced.
-
-    Args:
-        blocks: the candidates.
-        flops_to_save: how much is to go.
     """
     offers = sorted((offer for index, block in enumerate(blocks) for offer in _offers(index, block)), key=_price)
     keep = [len(block.losses) for block in blocks]

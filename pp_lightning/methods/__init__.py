@@ -55,11 +55,7 @@ def method_labels() -> list[str]:
 
 
 def method_named(label: str) -> PruningMethod:
-    """A method with its default settings, or a preset.
-
-    Raises:
-        UserError: there is no such method.
-    """
+    """A method with its default settings, or a preset."""
     named = _named()
     if label not in named:
         raise unknown("method", label, named)

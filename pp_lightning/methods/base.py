@@ -121,22 +121,14 @@ class BlockToPrune:
         return self.plan.units
 
     def checked(self, scores: Tensor) -> Tensor:
-        """``scores``, or an error: a NaN would silently rank first.
-
-        Raises:
-            UserError: a score is NaN or infinite.
-        """
+        """``scores``, or an error: a NaN would silently rank first."""
         if not torch.isfinite(scores).all():
             block = f"the {self.plan.block.value} block of layer {self.layer}"
             raise UserError(f"scores of {block} are not finite: check the checkpoint's weights")
         return scores
 
     def informative(self, scores: Tensor) -> Tensor:
-        """``scores``, or an error: where all are zero, any choice would be arbitrary.
-
-        Raises:
-            UserError: a score is NaN or infinite, or all are zero.
-        """
+        """``scores``, or an error: where all are zero, any choice would be arbitrary."""
         if not self.checked(scores).any():
             block = f"the {self.plan.block.value} block of layer {self.layer}"
             raise UserError(f"scores of {block} are all zero, any choice would be arbitrary: use other text or float32")

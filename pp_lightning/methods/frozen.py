@@ -16,9 +16,6 @@ from pp_lightning.statistics import Statistics
 class FrozenMethod(StaticMethod):
     """Static: what a dynamic method chose, for good. Made by the functions below, not by hand.
 
-    Args:
-        origin: the dynamic method.
-
     Raises:
         UserError: the method also puts back a mean for every batch.
     """

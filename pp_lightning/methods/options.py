@@ -48,33 +48,21 @@ DRAWS: Mapping[str, Draw] = {"random": at_random, "stratified": one_a_stratum}
 
 
 def checked_part(setting: str, value: float) -> float:
-    """``value``, if it is a fraction that is not nothing.
-
-    Raises:
-        UserError: it is not in (0, 1].
-    """
+    """``value``, if it is a fraction that is not nothing."""
     if not 0.0 < value <= 1.0:
         raise UserError(f"{setting} must be in (0, 1], not {value}")
     return value
 
 
 def checked_weight(setting: str, value: float) -> float:
-    """``value``, if it can weigh one thing against another.
-
-    Raises:
-        UserError: it is not in [0, 1].
-    """
+    """``value``, if it can weigh one thing against another."""
     if not 0.0 <= value <= 1.0:
         raise UserError(f"{setting} must be in [0, 1], not {value}")
     return value
 
 
 def checked(setting: str, name: Name, choices: Iterable[str]) -> Name:
-    """``name``, if it is one of ``choices``.
-
-    Raises:
-        UserError: it is not.
-    """
+    """``name``, if it is one of ``choices``."""
     choices = list(choices)
     if name not in choices:
         raise UserError(f"{setting} must be {', '.join(choices[:-1])} or {choices[-1]}, not {name!r}")

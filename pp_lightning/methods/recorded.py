@@ -33,11 +33,7 @@ class Choices(CalibrationData):
     about: dict[str, Any] = field(default_factory=dict)
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Refuse another model than the one that was pruned.
-
-        Raises:
-            UserError: the fingerprints differ.
-        """
+        """Refuse another model than the one that was pruned."""
         if self.model != fingerprint(model):
             raise UserError(
                 "these choices were collected on another model, or on this one in another dtype: load what was pruned"
@@ -60,11 +56,7 @@ class Choices(CalibrationData):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Choices":
-        """Read a file written by :meth:`save`.
-
-        Raises:
-            UserError: there is no such file, or it is not one of ours.
-        """
+        """Read a file written by :meth:`save`."""
         header, tensors = cls._read(path)
         choices = {}
         for name in [name for name in tensors if name.endswith(".kept")]:
@@ -96,11 +88,7 @@ class Recorded(StaticMethod[Choices]):
     def choose(
         self, blocks: Sequence[BlockToPrune], calibration_data: Choices
     ) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
-        """The recorded choices.
-
-        Raises:
-            UserError: a block has none.
-        """
+        """The recorded choices."""
         missing = [block.key for block in blocks if block.key not in calibration_data.choices]
         if missing:
             layer, kind = missing[0]

@@ -48,16 +48,8 @@ class PrunedBlock(nn.Module):
     (P_max, C), the running mean (C,) and the constant part of the scores (C,), as buffers that are not part of the
     checkpoint. A block without a module of its own has it on the layer.
 
-    Args:
-        runner: of the stock code.
-        index: of the layer.
-        number: among the pruned blocks of the model.
-        method: the policy.
-        context: shared by the blocks of the model.
-        recomputing: shared by the blocks of the layer.
-        norm: the norm in front of the block; None where the residual itself enters.
-        history: (P_max, C) float32 to start from, or None for methods without.
-        mean: (C,) float32, the running mean to start from, or None for methods without.
+    ``history`` (P_max, C) and the running ``mean`` (C,), both float32, are what it starts from; None for methods
+    without. ``norm`` is the one in front of the block; None where the residual itself enters.
 
     Attributes:
         block: attention or MLP.
@@ -161,12 +153,7 @@ class PrunedBlock(nn.Module):
     def _ready(self, hidden: Tensor, given: Arguments) -> Ready | None:
         """Make ready for a batch: on the choice that is held, or on one that is made now.
 
-        Args:
-            hidden: (B, S, D) or (B * S, D), entering the block.
-            given: the other arguments of the block's module.
-
-        Returns:
-            What the projections do; None where there is no batch, and the block is the stock one.
+        ``hidden`` is (B, S, D) or (B * S, D), ``given`` the other arguments of the block's module.
         """
         runner, inputs = self.runner, self.context.batch
         known = self.recomputing.known(self.block)
@@ -261,13 +248,8 @@ class PrunedBlock(nn.Module):
     ) -> Choice:
         """Run the probe ahead and choose by it, on a stream of its own where it need not wait.
 
-        Args:
-            source: (B, S, D), entering the block.
-            residual: (B, S, D), what ranks the probe.
-            given: the other arguments of the block's module.
-            inputs: of the batch.
-            plan: of the batch.
-            ahead: outputs of the input projections on the batch, by name, with all weights; None runs them.
+        ``source`` and ``residual`` are (B, S, D): what enters the block, and what ranks the probe. ``ahead`` are
+        outputs of the input projections on the batch with all weights, by name; None runs them.
         """
         if self.method.probe_source == "previous":
             earlier = self._earlier(inputs)
@@ -337,11 +319,8 @@ class PrunedBlock(nn.Module):
     def _choice(self, states: Tensor, probe: AnyProbe | None, inputs: BatchInputs, *, shared: bool = False) -> Choice:
         """The units to keep for this batch, and what the others contribute to it on average.
 
-        Args:
-            states: (b, s, C), what reaches the output projection on the probe.
-            probe: where in the batch that is.
-            inputs: of the batch.
-            shared: whether probe and batch come from one projection.
+        ``states`` (b, s, C) are what reaches the output projection on the probe; ``shared`` says whether probe and
+        batch come from one projection.
         """
         places = inputs.places if inputs.places is None else inputs.places_on(states.device)
         place = self._place(inputs)
@@ -359,9 +338,7 @@ class PrunedBlock(nn.Module):
     def _settled(self, choice: Choice, dtype: torch.dtype = torch.float32) -> Choice:
         """With what is restored: one product with the output matrix, which a dense prompt leaves to the next token.
 
-        Args:
-            choice: without it.
-            dtype: of states, which an output projection that is more than a matrix has to be given.
+        ``dtype`` is that of states, which an output projection that is more than a matrix has to be given.
         """
         if choice.mean is None:
             return choice
@@ -394,11 +371,7 @@ class PrunedBlock(nn.Module):
     def _leave_remembered(self, leave: Product, inputs: BatchInputs, choice: Choice, states: Tensor) -> Tensor:
         """The output of the kept units, whose moments are noted for when the batch is done.
 
-        Args:
-            leave: the output matrix.
-            inputs: of the batch.
-            choice: the kept units.
-            states: (B, S, K * w) or (B * S, K * w), the input of the output matrix.
+        ``states`` (B, S, K * w) or (B * S, K * w) enter the output matrix.
         """
         with torch.no_grad():
             inputs.results[self._place(inputs)] = self._result(choice, inputs.as_batch(states), inputs)
@@ -425,10 +398,8 @@ class PrunedBlock(nn.Module):
     def remember(self, result: Result, finite: Tensor, *, in_place: bool) -> None:
         """Move the history, and the running mean, by a batch.
 
-        Args:
-            result: of the batch.
-            finite: bool scalar, whether all of the batch is finite; otherwise nothing moves.
-            in_place: False leaves the tensors as they are, for batches that still read them, and makes new ones.
+        If not ``finite``, nothing moves. ``in_place=False`` leaves the tensors as they are, for batches that still read
+        them, and makes new ones.
         """
         history, mean, momentum = self.history, self.mean, self.method.momentum
         if history is None or result.moment is None:

@@ -37,24 +37,14 @@ class Memory:
 
 
 class CachedHeads:
-    """What a cache holds of one attention block.
-
-    Args:
-        layer: the cache's number for it.
-        units: U.
-    """
+    """What a cache holds of one attention block."""
 
     def __init__(self, layer: int, units: int) -> None:
         self._layer = layer
         self._units = units
 
     def begin(self, cache: Any, *, every: bool) -> None:
-        """Before a prompt: let an empty cache that was used before take another number of heads.
-
-        Args:
-            cache: without tokens.
-            every: whether the prompt runs on all heads.
-        """
+        """Before a prompt: let an empty cache that was used before take another number of heads."""
         layer = _layer_of(cache, self._layer)
         if not has_fixed_size(cache):
             if layer is not None:
@@ -72,12 +62,7 @@ class CachedHeads:
                 tensor.zero_()
 
     def narrow(self, cache: Any, kept: Tensor) -> None:
-        """After a dense prompt: drop the heads that do not stay. A cache of fixed size keeps memory for both.
-
-        Args:
-            cache: filled with all heads.
-            kept: (K,) int64, units.
-        """
+        """After a dense prompt: drop the heads that do not stay. A cache of fixed size keeps memory for both."""
         layer = _layer_of(cache, self._layer)
         heads = 0 if layer is None else layer.keys.shape[1]
         if heads < self._units:  # shared by all units: they stay

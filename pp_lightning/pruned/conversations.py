@@ -77,9 +77,6 @@ class HeldSlices:
 
     Args:
         held_slices: how many conversations, or bytes as in ``"2GB"``.
-
-    Raises:
-        UserError: it is neither.
     """
 
     def __init__(self, held_slices: int | str) -> None:
@@ -90,11 +87,7 @@ class HeldSlices:
         self._free: list[Room] = []
 
     def check(self, blocks: Sequence[BlockSlices]) -> None:
-        """Turn bytes into conversations.
-
-        Raises:
-            UserError: they hold not even one.
-        """
+        """Turn bytes into conversations."""
         if self.most is None:
             of_one = sum(block.size * block.like.element_size() for block in blocks if block.like is not None)
             self.most = int(self._bytes // max(1, of_one))
@@ -165,11 +158,7 @@ _UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
 
 
 def _bound(held_slices: int | str) -> tuple[int | None, float]:
-    """Conversations and bytes that are held at most.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """Conversations and bytes that are held at most."""
     if isinstance(held_slices, int):
         if held_slices < 1:
             raise UserError(f"held_slices must be at least 1 conversation, not {held_slices}")

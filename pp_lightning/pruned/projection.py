@@ -93,13 +93,7 @@ class PrunedProjection:
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
     def restored(self, mean: Tensor, kept_channels: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the channels that do not stay contribute to the output on average: see :func:`restored_mean`.
-
-        Args:
-            mean: (C,) float32.
-            kept_channels: (K * w,) int64.
-            dtype: of states.
-        """
+        """What the channels that do not stay contribute to the output on average: see :func:`restored_mean`."""
         if self.is_linear:
             return restored_mean(self.module.weight, mean, kept_channels)
         removed = mean.index_fill(0, kept_channels, 0.0).to(dtype)

@@ -11,10 +11,6 @@ class RandomSamples:
     """Draws for one model under one method.
 
     The number of a batch must not be seen by a graph, which would hold for that batch alone: drawing stays outside.
-
-    Args:
-        method: whose probes may be drawn.
-        num_layers: L.
     """
 
     def __init__(self, method: DynamicMethod, num_layers: int) -> None:

@@ -45,9 +45,6 @@ class Recomputing:
 
     A layer that is run again must not choose anew: the history has moved, so that its gradients would be those of other
     units, without a word.
-
-    Args:
-        layer: the layer.
     """
 
     def __init__(self, layer: nn.Module) -> None:

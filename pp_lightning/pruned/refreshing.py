@@ -9,9 +9,6 @@ class RecentInputs:
 
     Channels alone are chosen again: heads that were dropped have no keys for the tokens since.
 
-    Args:
-        start: position of the first of these tokens.
-
     Attributes:
         start: see above.
         tokens: how many there are, in batches that have ended.
@@ -23,11 +20,7 @@ class RecentInputs:
         self._inputs: dict[int, list[Tensor]] = {}
 
     def begin(self, length: int) -> None:
-        """Before a batch: forget tokens that were taken from the cache since, and those of a batch that failed.
-
-        Args:
-            length: tokens in the cache.
-        """
+        """Before a batch: forget tokens that were taken from the cache since, and those of a batch that failed."""
         self.tokens = max(0, min(self.tokens, length - self.start))
         self.start = min(self.start, length)
         for number, parts in self._inputs.items():

@@ -31,12 +31,6 @@ from pp_lightning.pruned.slices import BlockSlices, Slice
 class BlockRunner:
     """Runs the stock code of one block on all units, on the kept ones, or up to its output projection.
 
-    Args:
-        modules: the block's modules.
-        shape: the dense model's sizes.
-        unit: what is pruned in attention.
-        keep: K, how many units slices have.
-
     Attributes:
         modules: see above.
         units: of the block.
@@ -73,10 +67,8 @@ class BlockRunner:
     def install(self, forward: Callable[..., Any] | None, begin: Product | None, end: Product | None) -> None:
         """Stand around the projections, and in front of the block.
 
-        Args:
-            forward: stands in for that of the block's module; None leaves it.
-            begin: the same for a block without one: stands in for that of its first projection.
-            end: for that of its output projection.
+        ``forward`` stands in for that of the block's module; None leaves it. ``begin`` does the same for a block
+        without one, ``end`` for its output projection.
         """
         if self._bare is not None:
             self.inputs[0].idle, self.output.idle = begin, end
@@ -185,10 +177,8 @@ class BlockRunner:
     def states(self, part: Tensor, given: Arguments, ahead: dict[str, Tensor] | None = None) -> Tensor:
         """What reaches the output projection, (b, s, C), on a part (b, s, D) of a batch with all weights.
 
-        Args:
-            part: what enters the block.
-            given: the other arguments of its module.
-            ahead: outputs of the other projections by name, where they are there already.
+        ``part`` (b, s, D) enters the block; ``ahead`` are outputs of the other projections by name, where they are
+        there already.
         """
         if self._bare is not None:
             states: Tensor = self._bare(self.inputs[0].whole()(part))
@@ -206,10 +196,7 @@ class BlockRunner:
     def narrowed(self, choice: Choice, weights: Slice, ahead: dict[str, Tensor] | None = None) -> list[Product]:
         """What the projections do on the kept units.
 
-        Args:
-            choice: these, and what is restored for the others.
-            weights: slices of them.
-            ahead: outputs of all units by projection, where they are there already.
+        ``ahead`` are outputs of all units by projection, where they are there already.
         """
         does: list[Product] = []
         for one in self.inputs:
@@ -235,9 +222,7 @@ class BlockRunner:
     def widened(self, then: Product, ahead: dict[str, Tensor] | None = None) -> list[Product]:
         """What the projections do on all units, up to the output projection.
 
-        Args:
-            then: what that does with the states that reach it.
-            ahead: see :meth:`states`.
+        ``then`` is what the output projection does with the states that reach it.
         """
         does: list[Product] = []
         for one in self.inputs:
@@ -252,11 +237,8 @@ class BlockRunner:
     def run(self, hidden: Tensor, given: Arguments, does: Sequence[Product] = (), kept: Tensor | None = None) -> Any:
         """The stock code. One thread at a time is inside of one block; others are in other blocks.
 
-        Args:
-            hidden: (B, S, D) or (B * S, D), entering the block.
-            given: the other arguments of its module.
-            does: what its projections do, the output last; without, what their modules compute.
-            kept: (K,) int64, the units that they do it on; None is all.
+        ``hidden`` is (B, S, D) or (B * S, D). ``does`` is what the projections do, the output last; without, what their
+        modules compute. It is done on the units ``kept`` (K,) int64; None is all.
         """
         if self._bare is not None:
             enter, leave = does

@@ -15,11 +15,7 @@ class SkippedBatches:
         self._reported = False
 
     def add(self, finite: Tensor) -> None:
-        """Note one batch; on a CPU it is reported at once.
-
-        Args:
-            finite: bool scalar.
-        """
+        """Note one batch; on a CPU it is reported at once."""
         if finite.device.type == "cpu":
             self._number += not finite
             self._report(self._number)

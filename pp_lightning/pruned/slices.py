@@ -141,11 +141,6 @@ class Sliceable:
 class BlockSlices:
     """Slices the projections of one block: into fresh memory, or where it is told.
 
-    Args:
-        projections: name, module, and the rows that belong to units (of the output, the last: of its columns).
-        output: name of the projection that leaves the block.
-        keep: K, how many units a slice has.
-
     Attributes:
         size: elements of a slice.
     """
@@ -172,10 +167,7 @@ class BlockSlices:
     def of(self, choice: Choice, buffer: Tensor | None = None, *, output_alone: bool = False) -> Slice:
         """The projections reduced to the kept units.
 
-        Args:
-            choice: the kept units, and what the output's bias is to restore.
-            buffer: where to write; memory of another type or device is left alone.
-            output_alone: nothing but the output's projection.
+        Memory of another type or device than the slices' is left alone where ``buffer`` is it.
         """
         like = self.like
         if like is None or (buffer is not None and (buffer.dtype != like.dtype or buffer.device != like.device)):

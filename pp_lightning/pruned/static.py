@@ -20,12 +20,7 @@ from pp_lightning.pruned.runner import BlockRunner
 
 
 class TakeHeads:
-    """Forward hook of a key or value projection that stays whole: each kept query head gets its own.
-
-    Args:
-        heads: (K,) int64, the key/value head of each kept query head.
-        size: d.
-    """
+    """Forward hook of a key or value projection that stays whole: each kept query head gets its own."""
 
     def __init__(self, heads: Tensor, size: int) -> None:
         self.heads = heads
@@ -55,15 +50,7 @@ class SlicedBlock:
 
 
 def check_sliceable(modules: BlockModules, what: str) -> None:
-    """Refuse projections that are more than a matrix.
-
-    Args:
-        modules: of the block.
-        what: is done to plain projections alone.
-
-    Raises:
-        UserError: there is one.
-    """
+    """Refuse projections that are more than a matrix."""
     if is_sharded(modules.layer):
         raise UserError(f"the weights are sharded, and {what} whole ones: prune the model before it is sharded")
     for name in modules.names:
@@ -77,17 +64,7 @@ def check_sliceable(modules: BlockModules, what: str) -> None:
 
 
 def slice_block(modules: BlockModules, shape: ModelShape, unit: AttentionUnit, choice: StaticChoice) -> SlicedBlock:
-    """Replace a block's projections by slices of the kept units. The layer's own ``forward`` then runs them.
-
-    Args:
-        modules: of a stock layer.
-        shape: the dense model's sizes.
-        unit: what is pruned in attention.
-        choice: the kept units, and a bias for the block's output.
-
-    Returns:
-        What :func:`restore_block` needs.
-    """
+    """Replace a block's projections by slices of the kept units. The layer's own ``forward`` then runs them."""
     kept = choice.kept
     runner = BlockRunner(modules, shape, unit, len(kept))
     sliced = SlicedBlock(runner, {one.name: one.module for one in runner.projections})

@@ -25,9 +25,6 @@ class SideStream:
 
     What a choice reads must stay as it is until the choice is joined: whoever starts one joins it before the current
     stream goes on to what depends on it.
-
-    Args:
-        device: an accelerator.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,12 +36,7 @@ class SideStream:
         return torch.accelerator.current_stream(self.device).record_event()
 
     def start(self, after: torch.Event, choose: Callable[[], Choice]) -> Ahead:
-        """Make a choice as soon as a moment of the current stream has passed.
-
-        Args:
-            after: when everything that the choice reads is there.
-            choose: makes it.
-        """
+        """Make a choice as soon as a moment of the current stream has passed."""
         self._stream.wait_event(after)
         with self._stream:
             choice = choose()

@@ -21,11 +21,6 @@ from pp_lightning.stored import is_settled, keep, resident
 class Turns:
     """Gives layers their turn, and leaves each on disk after it. Does nothing for a model that is in memory.
 
-    Args:
-        model: that is being pruned.
-        folder: for the pruned layers; None makes one.
-        tell: told of each layer that is left.
-
     Attributes:
         leave: whether layers are left on disk.
         place: the folder that was made, which is there as long as this object.

@@ -24,12 +24,7 @@ _PREFIX = "base_model.model."  # what peft's own wrapper puts before a module's 
 class Adapters:
     """Fresh adapters ``c B A`` (B zero) beside every projection of a model; its own weights stop training.
 
-    Args:
-        model: dense or statically pruned. Changed in place until :meth:`detach`.
-        rank: r.
-        alpha: c is ``alpha / rank``.
-        dropout: on the adapters' inputs, in training mode.
-        seed: of A.
+    c is ``alpha / rank``; ``seed`` is of A.
 
     Raises:
         UserError: peft is not installed.

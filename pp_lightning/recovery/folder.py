@@ -82,11 +82,7 @@ class Recovered:
         return f"{self.choices.about['method']}_lora"
 
     def attach(self, model: PreTrainedModel) -> Adapters:
-        """The adapters on the pruned model, not merged yet.
-
-        Raises:
-            UserError: they do not fit.
-        """
+        """The adapters on the pruned model, not merged yet."""
         adapters = Adapters(model, self.rank, self.alpha)
         try:
             adapters.load(self.adapter)

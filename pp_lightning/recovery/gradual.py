@@ -22,18 +22,9 @@ from pp_lightning.recovery.importances import adapter_members
 class GradualPruning:
     """Masks that close while adapters train. A masked unit adds nothing to its block's output, as if it were removed.
 
-    Args:
-        adapters: on the dense model.
-        blocks: what is pruned.
-        method: momentum and schedule.
-        total_steps: optimiser steps of the training.
-
     Attributes:
         masks: by block, (U,) float32, 1 where a unit is there.
         averages: by block, the moving average of the scores (U,) float32.
-
-    Raises:
-        UserError: the schedule ends before it reaches its ratio.
     """
 
     def __init__(self, adapters: Adapters, blocks: Sequence[BlockToPrune], method: LoRAPrune, total_steps: int) -> None:
@@ -108,11 +99,7 @@ class GradualPruning:
 
 
 def check_schedule(method: LoRAPrune, total_steps: int) -> None:
-    """Refuse a schedule that ends before it reaches its ratio.
-
-    Raises:
-        UserError: the last removal comes too early.
-    """
+    """Refuse a schedule that ends before it reaches its ratio."""
     reached = last_ratio(total_steps, method.every, 1.0, method.warmup, method.cooldown)
     if reached < 1.0:
         raise UserError(

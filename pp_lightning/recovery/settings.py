@@ -30,11 +30,7 @@ class Recovery:
     save_every: int = 20
 
     def check(self) -> None:
-        """Refuse impossible settings.
-
-        Raises:
-            UserError: one of them is.
-        """
+        """Refuse impossible settings."""
         if self.rank < 1 or self.save_every < 1 or self.alpha <= 0 or not 0.0 <= self.dropout < 1.0:
             raise UserError("recovery needs a rank and save_every of at least 1, a positive alpha, a dropout in [0, 1)")
         if min(self.learning_rate, self.warmup_steps, self.weight_decay) < 0:

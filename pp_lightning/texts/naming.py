@@ -46,11 +46,7 @@ def source_settings(given: str) -> dict[str, Any]:
 
 
 def source_named(given: str) -> TextSource:
-    """The source itself.
-
-    Raises:
-        UserError: see :func:`source_settings`.
-    """
+    """The source itself."""
     settings = source_settings(given)
     return SOURCES[settings["class_path"].rpartition(".")[2]](**settings["init_args"])
 

@@ -14,11 +14,6 @@ TABLES = (".parquet", ".arrow")
 def read_records(path: str, column: str, kind: str) -> list[str]:
     """The texts in file order.
 
-    Args:
-        path: the file; what it is its name says.
-        column: the field that holds the text.
-        kind: what the file should be, for people.
-
     Raises:
         UserError: there is no such file, it cannot be read, or a record has no such text; the line is named.
     """

@@ -178,11 +178,7 @@ class Embedded(TextSource):
 
 
 def hub_rows(*args: str | None, split: str, **kwargs: Any) -> list[dict[str, Any]]:
-    """The rows of a data set of the hub; arguments as ``datasets.load_dataset`` takes them.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
+    """The rows of a data set of the hub; arguments as ``datasets.load_dataset`` takes them."""
     return _hub(lambda rows: list(rows), *args, split=split, **kwargs)
 
 

@@ -79,15 +79,8 @@ class EngineCheck:
 def check_with(engine: Engine, folder: Path, expected: Expected, *, exact: bool, **more: Any) -> EngineCheck:
     """Run an export in an engine.
 
-    Args:
-        engine: its name.
-        folder: of the export.
-        expected: of the model.
-        exact: whether all tokens must be equal; else, in half precision or quantised, they are counted only.
-        more: what the engine's runner understands besides.
-
-    Raises:
-        UserError: the engine cannot run it, or computes something else.
+    If not ``exact``, in half precision or quantised, tokens are counted only. ``more`` is what the engine's runner
+    understands besides.
     """
     prompts = expected.prompts
     windows = [[*prompt, *found] for prompt, found in zip(prompts, expected.tokens, strict=True)]

@@ -42,12 +42,8 @@ def choice_for(
 ) -> Choice:
     """What an engine loads of a model.
 
-    Args:
-        engine: its name.
-        config: of the model before pruning.
-        own_counts: whether layers are going to differ in their numbers of units unless they are told not to.
-        format: that the user asked for; None leaves it open.
-        layout: the same.
+    ``own_counts`` says whether layers are going to differ in their numbers of units unless they are told not to.
+    ``format`` and ``layout`` are what the user asked for; None leaves them open.
 
     Raises:
         UserError: the engine does not load what was asked for; the message names what does.

@@ -75,11 +75,7 @@ def interpreter_of(engine: Engine) -> str | None:
 
 
 def check_installed(engine: Engine) -> str:
-    """The Python that has an engine.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The Python that has an engine."""
     found = interpreter_of(engine)
     if found is None:
         raise UserError(
@@ -101,17 +97,8 @@ def ask(
 ) -> Answer:
     """Run an export.
 
-    Args:
-        engine: its name.
-        folder: of the export.
-        prompts: token ids to continue greedily.
-        steps: tokens of a continuation.
-        windows: token ids to score.
-        texts: to split into tokens.
-        more: what a runner understands besides.
-
-    Raises:
-        UserError: it is not installed, or cannot load or run the folder.
+    ``prompts`` are continued greedily by ``steps`` tokens, ``windows`` are scored, ``texts`` split into tokens.
+    ``more`` is what a runner understands besides.
     """
     python = check_installed(engine)
     request = {"folder": str(folder.absolute()), "prompts": prompts, "steps": steps, "windows": windows, "texts": texts}

@@ -47,12 +47,7 @@ def _library() -> tuple[Any, str]:
 
 
 class Runtime:
-    """A loaded model.
-
-    Args:
-        path: of the GGUF.
-        context: tokens that it has room for.
-    """
+    """A loaded model."""
 
     def __init__(self, path: str, context: int) -> None:
         self._library, self.version = _library()
