@@ -175,10 +175,7 @@ def ranked_after_update(
 
 
 def losses_by_rise(
-    model: PreTrainedModel,
-    update: LeastSquares,
-    targets: Sequence[BlockToPrune],
-    found: Mapping[BlockKey, RankedBlock],
+    model: PreTrainedModel, update: LeastSquares, targets: Sequence[BlockToPrune], found: Mapping[BlockKey, RankedBlock]
 ) -> dict[BlockKey, Tensor]:
     """Losses (U,) of each block's units, scaled by what pruning it alone does to the loss on tokens held out.
 

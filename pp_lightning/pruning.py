@@ -17,15 +17,7 @@ from pp_lightning.allocation import spread
 from pp_lightning.blocks import AttentionUnit, Block, BlockKey, BlockPlan, ModelShape
 from pp_lightning.calibration_data import CalibrationData
 from pp_lightning.errors import UserError
-from pp_lightning.families import (
-    BlockModules,
-    OutputWeights,
-    blocks_of,
-    layers_of,
-    refusal,
-    shape_of_model,
-    stack_of,
-)
+from pp_lightning.families import BlockModules, OutputWeights, blocks_of, layers_of, refusal, shape_of_model, stack_of
 from pp_lightning.importances import Importances
 from pp_lightning.interfaces import argument_names
 from pp_lightning.measured import measured_counts

@@ -25,11 +25,7 @@ def main(words: Sequence[str]) -> None:
     if settings.calibrate_break_even:
         print(write_break_even(settings, out, write_line))
         return
-    rows = run_benchmark(
-        settings,
-        tell=write_line,
-        keep=lambda so_far: write_results(so_far, settings, out),
-    )
+    rows = run_benchmark(settings, tell=write_line, keep=lambda so_far: write_results(so_far, settings, out))
     print(write_results(rows, settings, out))
     plot(rows, caption(settings), out / "results.png")
     rank_zero_info("written to %s", out)
@@ -50,11 +46,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="pp-lightning benchmark",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    parser = ArgumentParser(prog="pp-lightning benchmark", allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
     parser.add_argument("--out", default="results/benchmark", help="Folder that everything is written into.")
     parser.add_class_arguments(BenchmarkSettings)

@@ -16,13 +16,7 @@ class Forecast:
     """
 
     def __init__(
-        self,
-        work: str,
-        option: str,
-        size: int,
-        batches: int,
-        tell: Tell,
-        clock: Callable[[], float] = time.monotonic,
+        self, work: str, option: str, size: int, batches: int, tell: Tell, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.work, self.option, self.size, self.batches = work, option, size, batches
         self._tell, self._clock, self._start, self._done = tell, clock, clock(), 0

@@ -30,13 +30,7 @@ from pp_lightning.export import Layout
 from pp_lightning.export.engines.choice import Format
 from pp_lightning.export.engines.run import Engine
 from pp_lightning.importances import Importances
-from pp_lightning.methods import (
-    METHODS,
-    FullBatchProbing,
-    PruningMethod,
-    StaticMethod,
-    method_named,
-)
+from pp_lightning.methods import METHODS, FullBatchProbing, PruningMethod, StaticMethod, method_named
 from pp_lightning.recovery import Recovered, Recovery
 
 # By default what needs no gradients: LoRAPrune's need an extra package, and recovery needs to know its length.

@@ -28,9 +28,7 @@ def main() -> None:
             print(write_break_even(settings, Path(options.out), write_line))
             return
         rows = run_benchmark(
-            settings,
-            tell=write_line,
-            keep=lambda so_far: write_results(so_far, settings, Path(options.out)),
+            settings, tell=write_line, keep=lambda so_far: write_results(so_far, settings, Path(options.out))
         )
     except (UserError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         print(f"pp_lightning.benchmark: {' '.join(str(error).split())}", file=sys.stderr)

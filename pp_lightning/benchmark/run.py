@@ -20,11 +20,7 @@ from pp_lightning.blocks import Block
 from pp_lightning.compilation import compile_, uncompile_
 from pp_lightning.errors import UserError
 from pp_lightning.families import shape_of
-from pp_lightning.flops import (
-    choosing_flops,
-    dense_flops,
-    pruned_flops,
-)
+from pp_lightning.flops import choosing_flops, dense_flops, pruned_flops
 from pp_lightning.functional.linear import is_emulated
 from pp_lightning.methods.dynamic import DynamicMethod
 from pp_lightning.progress import Tell

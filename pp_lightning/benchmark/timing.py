@@ -34,11 +34,7 @@ class Samples:
 
 @torch.inference_mode()
 def interleaved(
-    runners: Mapping[str, Runner],
-    *,
-    rounds: int,
-    batches: int,
-    models: Mapping[str, PreTrainedModel],
+    runners: Mapping[str, Runner], *, rounds: int, batches: int, models: Mapping[str, PreTrainedModel]
 ) -> dict[str, Samples]:
     """Time all runners in turn.
 

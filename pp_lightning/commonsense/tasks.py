@@ -189,13 +189,7 @@ TASKS: tuple[Task, ...] = (
     ),
     _ARC("arc_easy", HubSplit("allenai/ai2_arc", "ARC-Easy", "test")),
     _ARC("arc_challenge", HubSplit("allenai/ai2_arc", "ARC-Challenge", "test")),
-    Task(
-        "openbookqa",
-        HubSplit("allenai/openbookqa", "main", "test"),
-        "test.jsonl",
-        frozenset({"id"}),
-        _openbookqa,
-    ),
+    Task("openbookqa", HubSplit("allenai/openbookqa", "main", "test"), "test.jsonl", frozenset({"id"}), _openbookqa),
 )
 TASK_NAMES = tuple(task.name for task in TASKS)
 

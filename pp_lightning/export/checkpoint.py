@@ -88,13 +88,7 @@ def export_checkpoint(
             tell("quantising the folder and comparing it with the model")
             check = quantise_folder(folder, expected, device, bundled_code=bundled, max_shard_size=max_shard_size)
             agreement = replace(agreement, int8=check)
-        record = {
-            "base_model": base,
-            "pruning": pruning,
-            "written": asdict(costs),
-            "check": asdict(agreement),
-            **given,
-        }
+        record = {"base_model": base, "pruning": pruning, "written": asdict(costs), "check": asdict(agreement), **given}
         write_record(folder, record)
         write_card(folder, base, pruning, costs, agreement)
     return costs, agreement

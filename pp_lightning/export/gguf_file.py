@@ -137,12 +137,7 @@ def _type_of(tensor: GgufTensor, chosen: GgufType) -> GgufType:
 
 
 def _write(
-    path: Path,
-    plan: GgufPlan,
-    tokenizer: Mapping[str, Any],
-    types: Mapping[str, GgufType],
-    chosen: GgufType,
-    base: str,
+    path: Path, plan: GgufPlan, tokenizer: Mapping[str, Any], types: Mapping[str, GgufType], chosen: GgufType, base: str
 ) -> None:
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter

@@ -48,11 +48,7 @@ def token_sensitivity(states: Tensor, weight_norm: Tensor) -> Tensor:
 
 
 def select_probe(
-    importance: Tensor,
-    real: Tensor | None,
-    row_ratio: float,
-    token_ratio: float,
-    sizes: tuple[int, int] | None = None,
+    importance: Tensor, real: Tensor | None, row_ratio: float, token_ratio: float, sizes: tuple[int, int] | None = None
 ) -> Probe:
     """The tokens, then the rows, of largest importance.
 

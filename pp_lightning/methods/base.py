@@ -47,11 +47,7 @@ class PruningMethod(ABC):
     splits_groups: ClassVar[bool] = True
     updates: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        blocks: Sequence[BlockName] = BOTH_BLOCKS,
-        attention_unit: UnitName | None = None,
-    ) -> None:
+    def __init__(self, blocks: Sequence[BlockName] = BOTH_BLOCKS, attention_unit: UnitName | None = None) -> None:
         unknown = set(blocks) - set(BOTH_BLOCKS)
         if unknown or not blocks:
             raise UserError(f"blocks must name attention, mlp or both, not {list(blocks)}")

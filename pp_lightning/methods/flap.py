@@ -10,14 +10,7 @@ from torch import Tensor
 from pp_lightning.blocks import Block
 from pp_lightning.functional.scores import flap_column_scores, standardised, sum_over_units
 from pp_lightning.functional.selection import keep_best, unit_channels
-from pp_lightning.methods.base import (
-    BOTH_BLOCKS,
-    BlockName,
-    BlockToPrune,
-    StaticChoice,
-    StaticMethod,
-    UnitName,
-)
+from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, BlockToPrune, StaticChoice, StaticMethod, UnitName
 from pp_lightning.statistics import Statistics
 
 

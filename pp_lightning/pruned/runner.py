@@ -12,13 +12,7 @@ from pp_lightning.families import BlockModules, unit_rows
 from pp_lightning.functional.linear import linear
 from pp_lightning.functional.probe import Arguments
 from pp_lightning.functional.selection import Rows, unit_channels
-from pp_lightning.interfaces import (
-    argument_names,
-    displaced_forward,
-    replace_forward,
-    restore_forward,
-    unfused_on_cpus,
-)
+from pp_lightning.interfaces import argument_names, displaced_forward, replace_forward, restore_forward, unfused_on_cpus
 from pp_lightning.parallel import Reduced, is_sharded
 from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.heads import HeadFields
