@@ -34,13 +34,7 @@ _FEW_BATCHES = 2
 
 @dataclass(frozen=True)
 class Counts:
-    """What an allocation came to.
-
-    Attributes:
-        plan: over all layers.
-        keep: units that stay in each block.
-        path: of a search, for result files.
-    """
+    """What an allocation came to."""
 
     plan: Plan
     keep: dict[BlockKey, int]

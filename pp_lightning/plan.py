@@ -54,13 +54,7 @@ class Amounts:
 
 @dataclass(frozen=True)
 class Plan:
-    """The pruned layers and what happens to each of their blocks.
-
-    Attributes:
-        layers: indices of the layers that are pruned, ascending.
-        blocks: the plan of the attention block and of the MLP block.
-        unit: what is pruned in attention.
-    """
+    """The pruned layers and what happens to each of their blocks."""
 
     layers: tuple[int, ...]
     blocks: tuple[BlockPlan, BlockPlan]

@@ -57,13 +57,7 @@ class _Spread:
 
 @dataclass(frozen=True)
 class Share:
-    """The units of one process.
-
-    Attributes:
-        group: the processes.
-        number: how many.
-        _spread: every projection of every block, as it was.
-    """
+    """The units of one process."""
 
     group: Any
     number: int

@@ -28,14 +28,7 @@ _PLACE, _RESIDENCE = "_pp_lightning_place", "_pp_lightning_residence"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor is.
-
-    Attributes:
-        file: of safetensors.
-        name: in there.
-        shape: of it.
-        dtype: of it, as safetensors calls it.
-    """
+    """Where a tensor is."""
 
     file: Path
     name: str

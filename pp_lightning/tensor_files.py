@@ -29,12 +29,7 @@ SIZES = {name: dtype.itemsize for dtype, name in NAMES.items()}  # bytes of a nu
 
 @dataclass(frozen=True)
 class Placeholder:
-    """A tensor that is going to be written.
-
-    Attributes:
-        like: of its shape and dtype, with values or without.
-        make: gives its values, on any device.
-    """
+    """A tensor that is going to be written."""
 
     like: Tensor
     make: Callable[[], Tensor]

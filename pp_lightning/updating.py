@@ -91,9 +91,6 @@ _Solved = tuple[UpdatedBlock, Tensor, Tensor | None]  # columns (D, K) and bias 
 class Updating:
     """Updates one block after the other while a static method prunes.
 
-    Attributes:
-        updated: what came of each block.
-
     Raises:
         UserError: no batches, or a model whose layers are not called one after the other.
     """

@@ -41,13 +41,7 @@ more
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a command.
-
-    Attributes:
-        name: as it is typed, without the dashes.
-        default: as the code has it; empty where there is none worth showing.
-        text: what it does.
-    """
+    """One option of a command."""
 
     name: str
     default: str

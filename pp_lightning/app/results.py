@@ -8,14 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a batch: the median and the spread over full-size batches, vocabulary projection included.
-
-    Attributes:
-        median: median.
-        fastest: minimum.
-        slowest: maximum.
-        batches: number of timed batches.
-    """
+    """Milliseconds a batch: the median and the spread over full-size batches, vocabulary projection included."""
 
     median: float
     fastest: float

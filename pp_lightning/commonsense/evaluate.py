@@ -55,12 +55,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class TaskResults:
-    """Results of several tasks.
-
-    Attributes:
-        tasks: by name, in the order of evaluation.
-        settings: what they depend on beside the model, see ``CommonsenseData.evaluation_settings``.
-    """
+    """Results of several tasks."""
 
     tasks: dict[str, TaskResult]
     settings: Mapping[str, Any]

@@ -31,12 +31,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Row:
-    """A row's fields and its origin.
-
-    Attributes:
-        fields: the row as it was stored.
-        origin: ``file, line number``.
-    """
+    """A row's fields and its origin."""
 
     fields: Mapping[str, Any]
     origin: str

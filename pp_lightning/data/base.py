@@ -29,9 +29,6 @@ class EvaluationData(L.LightningDataModule, ABC):
     """Data to evaluate on, with the text that pruning statistics are collected on.
 
     Sizes that are None are settled by :meth:`suit`.
-
-    Attributes:
-        usual_window: tokens of a window where nobody says.
     """
 
     usual_window: ClassVar[int] = 1024

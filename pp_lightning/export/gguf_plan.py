@@ -76,13 +76,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """What the file will say and hold.
-
-    Attributes:
-        architecture: llama.cpp's name.
-        fields: of the model, without the architecture in front.
-        tensors: in the order of the file.
-    """
+    """What the file will say and hold."""
 
     architecture: str
     fields: Mapping[str, int | float | str | Sequence[int]]

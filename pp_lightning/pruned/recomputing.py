@@ -29,12 +29,7 @@ class Known(NamedTuple):
 
 @dataclass
 class Pass:
-    """One pass of a batch through a layer. It lives as long as the graph that gradients are computed from.
-
-    Attributes:
-        begun: whether it has been run.
-        known: how the blocks ran.
-    """
+    """One pass of a batch through a layer. It lives as long as the graph that gradients are computed from."""
 
     begun: bool = False
     known: dict[Block, Known] = field(default_factory=dict)

@@ -8,10 +8,6 @@ class RecentInputs:
     """The inputs of a conversation's MLPs, token by token.
 
     Channels alone are chosen again: heads that were dropped have no keys for the tokens since.
-
-    Attributes:
-        start: see above.
-        tokens: how many there are, in batches that have ended.
     """
 
     def __init__(self, start: int) -> None:

@@ -34,14 +34,7 @@ class TakeHeads:
 
 @dataclass
 class SlicedBlock:
-    """What a block was before it was sliced.
-
-    Attributes:
-        runner: of its stock code.
-        dense: the dense projections by name.
-        parameters: other dense parameters of its module by name.
-        hooks: on projections that stay whole.
-    """
+    """What a block was before it was sliced."""
 
     runner: BlockRunner
     dense: Mapping[str, nn.Module]

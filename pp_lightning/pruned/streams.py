@@ -9,12 +9,7 @@ from pp_lightning.pruned.choice import Choice
 
 
 class Ahead(NamedTuple):
-    """A choice that is being made.
-
-    Attributes:
-        choice: its tensors, to be read when the moment has passed.
-        done: the moment.
-    """
+    """A choice that is being made."""
 
     choice: Choice
     done: torch.Event

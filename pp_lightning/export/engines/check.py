@@ -51,15 +51,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class EngineCheck:
-    """How an engine answered.
-
-    Attributes:
-        engine: its name.
-        version: package and version.
-        same_tokens: greedy tokens equal to the model's.
-        of_tokens: that were compared; a tie within the tolerance ends the comparison of its row.
-        loss_difference: largest relative difference of a loss.
-    """
+    """How an engine answered."""
 
     engine: Engine
     version: str

@@ -24,13 +24,7 @@ FORMATS: Mapping[Engine, Format] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What to write for an engine.
-
-    Attributes:
-        format: of the export.
-        layout: None for graphs, which hold any widths.
-        told: what it costs, for people.
-    """
+    """What to write for an engine."""
 
     format: Format
     layout: Layout | None
