@@ -61,9 +61,6 @@ def spread(
     """The layers that are pruned, and the units that stay in each of their blocks.
 
     ``floor``, ``losses`` and ``over`` are those of :class:`AllocationInputs`.
-
-    Raises:
-        UserError: no such allocation, the method has its own, or the allocation cannot be made.
     """
     name = method.allocation if allocation is None else allocation
     if name == "searched":
@@ -120,9 +117,6 @@ def settled_floors(plan: Plan, keys: Collection[BlockKey], floor: float | None, 
         keys: every block of the model, those of layers that the plan skips included.
         floor: for both kinds of blocks; None takes the first of :data:`FLOORS` that lets enough go.
         tokens: length of a text.
-
-    Raises:
-        UserError: the floor is out of range, or less could go than uniform counts would save.
     """
     if floor is not None and not 0.0 <= floor <= 1.0:
         raise UserError(f"floor is the fraction that every block keeps and must be in [0, 1], not {floor}")
@@ -179,11 +173,7 @@ _OUTLIER, _SPREAD = 5.0, 0.08
 
 
 def by_outliers(plan: Plan, inputs: AllocationInputs) -> tuple[Plan, dict[BlockKey, int]]:
-    """Ratios per layer, of the same mean: layers with more of their output's energy in outliers keep more.
-
-    Raises:
-        UserError: statistics are missing.
-    """
+    """Ratios per layer, of the same mean: layers with more of their output's energy in outliers keep more."""
     statistics = inputs.statistics
     if statistics is None:
         raise UserError("allocation=outliers needs calibration statistics: pass the result of calibrate()")

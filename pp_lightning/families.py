@@ -77,51 +77,16 @@ class Family:
 
 _ALL_HEADS = "it normalises queries and keys over all heads together"
 
+_NOTHING_PARTICULAR = (
+    *("apertus", "arcee", "clip_vision_model", "cohere2", "deit", "dinov2", "ernie4_5", "eurobert", "exaone4"),
+    *("gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_neox", "granite", "granitemoe", "helium"),
+    *("hunyuan_v1_dense", "llama", "llama4_text", "ministral", "ministral3", "mistral", "mixtral", "modernbert"),
+    *("nanochat", "nemotron", "olmo", "phi", "qwen2", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_next"),
+    *("seed_oss", "siglip_vision_model", "smollm3", "starcoder2", "vit"),
+)
+
 FAMILIES = (
-    Family(
-        (
-            "apertus",
-            "arcee",
-            "clip_vision_model",
-            "cohere2",
-            "deit",
-            "dinov2",
-            "ernie4_5",
-            "eurobert",
-            "exaone4",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "glm",
-            "glm4",
-            "gpt_neox",
-            "granite",
-            "granitemoe",
-            "helium",
-            "hunyuan_v1_dense",
-            "llama",
-            "llama4_text",
-            "ministral",
-            "ministral3",
-            "mistral",
-            "mixtral",
-            "modernbert",
-            "nanochat",
-            "nemotron",
-            "olmo",
-            "phi",
-            "qwen2",
-            "qwen3",
-            "qwen3_5_text",
-            "qwen3_moe",
-            "qwen3_next",
-            "seed_oss",
-            "siglip_vision_model",
-            "smollm3",
-            "starcoder2",
-            "vit",
-        )
-    ),
+    Family(_NOTHING_PARTICULAR),
     Family(
         ("opt",),
         query_counts=("num_heads",),
@@ -147,11 +112,7 @@ FAMILIES = (
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """What is particular about a model's type; nothing where it is not known.
-
-    Raises:
-        UserError: this configuration of the type cannot be pruned.
-    """
+    """What is particular about a model's type; nothing where it is not known."""
     known = (family for family in FAMILIES if config.model_type in family.model_types)
     family = next(known, Family((config.model_type,)))
     if family.unless is not None:
@@ -279,11 +240,7 @@ class OutputWeights(Mapping[BlockKey, Tensor]):
 
 
 def stack_path(model: PreTrainedModel) -> tuple[str, str]:
-    """Path of the module that loops over the layers, and the name of its list of them.
-
-    Raises:
-        UserError: there is no list of layers, or there are several, as in models of texts and images.
-    """
+    """Path of the module that loops over the layers, and the name of its list of them."""
     paths: list[str] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{found}.") for found in paths)

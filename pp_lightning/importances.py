@@ -39,11 +39,7 @@ class Importances(CalibrationData):
     members: dict[BlockKey, Members] = field(default_factory=dict)
 
     def of(self, key: BlockKey, kind: str) -> list[Tensor]:
-        """The vectors of one block.
-
-        Raises:
-            UserError: they are of another kind, or do not cover the block.
-        """
+        """The vectors of one block."""
         if self.kind != kind:
             raise UserError(f"these importances are {self.kind}, but the method asks for {kind}: collect them again")
         if key not in self.members:

@@ -31,9 +31,6 @@ class LayerByLayer:
         batches: as :func:`~pp_lightning.calibrate` takes them.
         folder: keep hidden states in files in there instead of in memory; None keeps them on the model's device.
         about: what tells these batches, and the model, from others; empty begins anew in any case.
-
-    Raises:
-        UserError: the layers are not called one after the other, or the disk is full.
     """
 
     @torch.no_grad()

@@ -129,9 +129,6 @@ def ranked_after_update(
 
     ``ranked`` has the units (U,) of each target, the one that stays longest first, and ``counts`` how many stay where
     it is pruned alone.
-
-    Raises:
-        UserError: second moments are singular or not finite.
     """
     found, modules = {}, blocks_of(model)
     folder = None if update.folder is None else Path(update.folder) / "ranking"

@@ -36,11 +36,7 @@ def installed_version(package: str) -> str | None:
 
 
 def check_place(out: Path) -> None:
-    """Refuse a folder that cannot be written into. It is not made yet.
-
-    Raises:
-        UserError: it is, or lies below, a file, or a folder that must not be written to.
-    """
+    """Refuse a folder that cannot be written into. It is not made yet."""
     try:
         out.absolute().lstat()
     except (FileNotFoundError, NotADirectoryError):

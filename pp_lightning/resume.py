@@ -13,11 +13,7 @@ from pp_lightning.files import read_json
 
 
 class ResumeFile:
-    """Results of finished parts of a run on disk, with the settings they were obtained under.
-
-    Raises:
-        UserError: the file exists and is not one of ours, is damaged, or holds results under other settings.
-    """
+    """Results of finished parts of a run on disk, with the settings they were obtained under."""
 
     def __init__(self, path: str | Path | None, settings: Mapping[str, Any], form: str) -> None:
         self._path = None if path is None else Path(path)

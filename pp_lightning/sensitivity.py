@@ -77,9 +77,6 @@ def loss_rises(
     layer, 2 L + 1 of the head, and so many copies of the batches' hidden states.
 
     ``folder`` keeps hidden states and what was found, where an interrupted run goes on; None is memory.
-
-    Raises:
-        UserError: a loss is not finite, nothing is predicted, or the disk is full.
     """
     file = None if folder is None else folder / "rises.safetensors"
     if file is not None and described(file) == about:
@@ -127,9 +124,6 @@ def mean_loss(batches: Batches, loss_of: Callable[[int, Tensor], Tensor]) -> flo
     """Mean next-token loss over the real tokens of all batches, in nats.
 
     ``loss_of`` gives a batch's mean loss, by its number and labels (B, S).
-
-    Raises:
-        UserError: nothing is predicted: texts of one token.
     """
     total, predicted = 0.0, 0
     for number, batch in enumerate(batches):

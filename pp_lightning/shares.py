@@ -90,9 +90,6 @@ def own_share(model: PreTrainedModel, *, for_good: bool = False) -> Iterator[Sha
     """Within this context blocks have the units of this process alone; None where no other process has any.
 
     ``for_good`` gives the share back after a mistake alone, and otherwise when :func:`give_back` is called.
-
-    Raises:
-        UserError: the model is spread in a way that has no share of units for each process.
     """
     take_(model)
     kept = False

@@ -40,9 +40,6 @@ class Place:
 
         Args:
             take: of the tensor, which is a file mapped into memory: only what is taken is read.
-
-        Raises:
-            UserError: the file is gone, cut off, or holds something else.
         """
         with opened(self.file) as file:
             try:
@@ -276,11 +273,7 @@ def _detached(tensor: Tensor) -> Tensor:
 
 
 def places_in(folder: Path) -> dict[str, Place]:
-    """Where each tensor of a checkpoint folder is.
-
-    Raises:
-        UserError: there are no safetensors, or a file is missing or cut off.
-    """
+    """Where each tensor of a checkpoint folder is."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     files: Iterable[str] = [single.name]
     if index.is_file():

@@ -36,11 +36,7 @@ class Placeholder:
 
 
 def write_tensors(tensors: Mapping[str, Placeholder], file: Path, metadata: Mapping[str, str]) -> None:
-    """Write a file as safetensors' own writer does: wide types first, then by name.
-
-    Raises:
-        OSError: the disk is full.
-    """
+    """Write a file as safetensors' own writer does: wide types first, then by name."""
     names = sorted(tensors, key=lambda name: (-tensors[name].like.element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0

@@ -89,11 +89,7 @@ _Solved = tuple[UpdatedBlock, Tensor, Tensor | None]  # columns (D, K) and bias 
 
 
 class Updating:
-    """Updates one block after the other while a static method prunes.
-
-    Raises:
-        UserError: no batches, or a model whose layers are not called one after the other.
-    """
+    """Updates one block after the other while a static method prunes."""
 
     def __init__(self, model: PreTrainedModel, update: LeastSquares, restores_means: bool) -> None:
         if not update.batches:
@@ -114,11 +110,7 @@ class Updating:
         self._time.skip(self._carried.layer)
 
     def __call__(self, target: BlockToPrune, modules: BlockModules, choice: StaticChoice) -> StaticChoice:
-        """The choice with new columns and bias for the block's output matrix.
-
-        Raises:
-            UserError: states are not finite, or their second moments are singular.
-        """
+        """The choice with new columns and bias for the block's output matrix."""
         self._carry_to(target.layer)
         if len(choice.kept) == target.units.number:
             return choice

@@ -8,12 +8,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from pp_lightning.app.pictures import picture
 from pp_lightning.app.words import spelled_out
-from pp_lightning.benchmark import BenchmarkSettings, run_benchmark
-from pp_lightning.benchmark.break_even import write_break_even
+from pp_lightning.benchmark import BenchmarkSettings
 from pp_lightning.benchmark.rows import Row
-from pp_lightning.benchmark.write import caption, write_results
-from pp_lightning.progress import write_line
-from pp_lightning.records import check_place
+from pp_lightning.benchmark.write import caption, measure_into
 
 
 def main(words: Sequence[str]) -> None:
@@ -21,12 +18,9 @@ def main(words: Sequence[str]) -> None:
     options = _parser().parse_args(spelled_out(["benchmark", *words])[1:])
     settings = BenchmarkSettings.from_plain(_settings(options))
     out = Path(options.out)
-    check_place(out)
-    if settings.calibrate_break_even:
-        print(write_break_even(settings, out, write_line))
+    rows = measure_into(out, settings)
+    if not rows:
         return
-    rows = run_benchmark(settings, tell=write_line, keep=lambda so_far: write_results(so_far, settings, out))
-    print(write_results(rows, settings, out))
     plot(rows, caption(settings), out / "results.png")
     rank_zero_info("written to %s", out)
 

@@ -1,9 +1,11 @@
-"""The rows of a comparison, and what each of them is compared with."""
+"""The rows of a comparison: what each of them is compared with, and which a run that was killed has finished."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from pp_lightning.app.module import PrunedLM
@@ -12,7 +14,13 @@ from pp_lightning.app.results import Comparison, Evaluation
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.methods import DynamicMethod, LoRAPrune, PruningMethod
+from pp_lightning.records import environment
 from pp_lightning.recovery import Recovery
+from pp_lightning.resume import ResumeFile
+from pp_lightning.statistics import fingerprint
+
+_FORMAT = "pp-lightning comparison 1"
+_UNFINISHED = "unfinished-compare.json"
 
 
 @dataclass(frozen=True)
@@ -83,3 +91,37 @@ def changed(target: object, values: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(target, name, value)
+
+
+class FinishedRows:
+    """Rows of a comparison that are evaluated already, kept until all are."""
+
+    def __init__(self, out: Path, model: PrunedLM, data: EvaluationData) -> None:
+        settings = {
+            "model": fingerprint(model.model),
+            **asdict(replace(model.settings, pruning_ratio=0.0, importances=None)),  # rows have their own ratios
+            **{name: value for name, value in data.describe().items() if name != "seed"},
+            "precision": model.trainer.precision,
+            "compiled": model.compiles,
+            "versions": environment(model.device, 1)["versions"],
+            "calibrated": {
+                "samples": data.calibration_samples,
+                **{name: str(value) for name, value in vars(data.calibration).items()},
+            },
+        }
+        self._file = ResumeFile(out / _UNFINISHED, settings, _FORMAT)
+
+    def __getitem__(self, key: str) -> Evaluation | None:
+        """The row of this key; None where it is not finished."""
+        found = self._file.result_of(key)
+        return None if found is None else Evaluation.from_dict(found)
+
+    def __setitem__(self, key: str, row: Evaluation) -> None:
+        """Keep a finished row."""
+        self._file.add(key, asdict(row))
+
+
+def key_of(label: str, method: PruningMethod | None, ratio: float, seed: int | None, changes: Mapping[str, Any]) -> str:
+    """What tells a row from others; ``seed`` is None where it has no part in the row."""
+    settings = None if method is None else method.settings()
+    return json.dumps([label, settings, ratio, seed, *([changes] if changes else [])], sort_keys=True, default=str)

@@ -1,7 +1,14 @@
-"""How long work will take, said once its pace is known, where that is more than a minute."""
+"""Batches of long work: how long all of them take, said once, and their end at SIGTERM.
+
+Lightning notes the signal, and looks at its note between the batches of its own loops only.
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pp_lightning.progress import Tell
 
@@ -38,3 +45,27 @@ class Forecast:
 def _minutes(seconds: float) -> str:
     minutes = max(1, round(seconds / 60))
     return f"{minutes} minute{'s' if minutes > 1 else ''}"
+
+
+class UntilTerminated:
+    """Batches that a loop of ours goes through inside a run of the trainer's, until that is told to end."""
+
+    def __init__(
+        self, batches: Sequence[Mapping[str, Any]], trainer: L.Trainer, forecast: Forecast | None = None
+    ) -> None:
+        self.batches = batches
+        self.trainer = trainer
+        self.forecast = forecast
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        """One after the other."""
+        for batch in self.batches:
+            if self.trainer.received_sigterm:
+                raise SIGTERMException
+            yield batch
+            if self.forecast is not None:
+                self.forecast.batch_done()

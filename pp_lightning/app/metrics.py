@@ -33,51 +33,42 @@ class Perplexity(Metric):
     full_state_update = False
     higher_is_better = False
     nll: Tensor
+    batches: Tensor
     tokens: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        for name in ("batches", "tokens"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: logits (B, S, V), labels (B, S)."""
+        """Add a batch: logits (B, S, V), labels (B, S); one without a predicted token is run for other processes."""
         nll, tokens = finite_nll(logits, labels)
-        self.nll += nll
-        self.tokens += tokens
+        if tokens > 0:
+            self.nll += self.summed(nll, tokens)
+            self.batches += 1
+            self.tokens += tokens
+
+    def summed(self, nll: Tensor, tokens: Tensor) -> Tensor:
+        """What is added up of a batch's total NLL."""
+        return nll
 
     def compute(self) -> Tensor:
         """Perplexity, float64, 0-d."""
         return (self.nll / self.tokens).exp()
 
 
-class BatchMeanPerplexity(Metric):
+class BatchMeanPerplexity(Perplexity):
     """``exp(mean over batches of the batch's mean loss)``: the published code's, for the ``paper`` protocol only."""
 
-    full_state_update = False
-    higher_is_better = False
-    losses: Tensor
-    batches: Tensor
-    tokens: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("losses", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("batches", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: logits (B, S, V), labels (B, S)."""
-        nll, tokens = finite_nll(logits, labels)
-        if tokens == 0:  # a batch that was run for the sake of other processes
-            return
-        self.losses += nll / tokens
-        self.batches += 1
-        self.tokens += tokens
+    def summed(self, nll: Tensor, tokens: Tensor) -> Tensor:
+        """A batch's mean loss."""
+        return nll / tokens
 
     def compute(self) -> Tensor:
         """Perplexity, float64, 0-d."""
-        return (self.losses / self.batches).exp()
+        return (self.nll / self.batches).exp()
 
 
 def finite_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,11 +80,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def read_config(path: str) -> PreTrainedConfig:
-    """The config of a folder, a file or a hub id.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The config of a folder, a file or a hub id."""
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and the hub client raise a dozen unrelated types

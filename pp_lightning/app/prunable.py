@@ -10,9 +10,7 @@ import lightning as L
 from transformers import PreTrainedModel
 
 from pp_lightning.allocation import settled_floors
-from pp_lightning.app.calibration_data import importances_for
-from pp_lightning.app.forecast import Forecast
-from pp_lightning.app.stopping import UntilTerminated
+from pp_lightning.app.forecast import Forecast, UntilTerminated
 from pp_lightning.calibration import calibrate
 from pp_lightning.calibration_data import CalibrationData
 from pp_lightning.data.base import EvaluationData
@@ -20,15 +18,16 @@ from pp_lightning.data.datamodule import first_batch
 from pp_lightning.errors import UserError
 from pp_lightning.families import layers_of, shape_of
 from pp_lightning.freezing import choice_for
+from pp_lightning.gradients import taylor_importances
 from pp_lightning.importances import Importances
-from pp_lightning.methods import DynamicMethod, PruningMethod, StaticMethod, Updated
+from pp_lightning.methods import DynamicMethod, LLMPruner, LoRAPrune, PruningMethod, StaticMethod, Updated
 from pp_lightning.methods.frozen import FrozenOnHistory
 from pp_lightning.methods.gradient import GradientMethod
 from pp_lightning.plan import Amounts, make_plan
 from pp_lightning.prefill import BreakEven, Prefill, break_even_file, checked_refresh
 from pp_lightning.progress import Tell, ignore_line, write_line
 from pp_lightning.pruning import check_family, is_pruned, prune_, pruning_of, unprune_
-from pp_lightning.recovery import Adapters, Recovered
+from pp_lightning.recovery import Adapters, Recovered, lora_importances
 from pp_lightning.statistics import Statistics
 from pp_lightning.stored import is_settled
 from pp_lightning.updating import LeastSquares
@@ -36,6 +35,7 @@ from pp_lightning.updating import LeastSquares
 FrozenOn = Literal["history", "text"]
 UpdateName = Literal["least_squares"]
 _RANKED = ("global", "searched")
+_ROWS_AT_ONCE = 2  # published micro-batch of LoRAPrune
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ class PrunableModule(L.LightningModule):
         plan = make_plan(shape, method, self.amounts)
         layers = plan.layers if self.settings.importances is None else range(shape.num_layers)
         shown = self.trainer.progress_bar_callback is not None
-        found = importances_for(method, self.model, data, layers, shown)
+        found = _importances(method, self.model, data, layers, shown)
         if self.settings.importances is not None:
             found.save(self.settings.importances)
         return found
@@ -330,6 +330,18 @@ class PrunableModule(L.LightningModule):
         if self.reuse:
             self._statistics = statistics
         return statistics
+
+
+def _importances(
+    method: GradientMethod, model: PreTrainedModel, data: EvaluationData, layers: Sequence[int], progress: bool
+) -> Importances:
+    """What a method that chooses by gradients needs, from the data's calibration text."""
+    if isinstance(method, LoRAPrune):
+        batches = data.calibration_batches(method.samples, method.window, batch_size=_ROWS_AT_ONCE)
+        return lora_importances(model, batches, rank=method.rank, layers=layers, seed=data.seed, progress=progress)
+    assert isinstance(method, LLMPruner)
+    batches = data.calibration_batches(method.samples, method.window, batch_size=method.samples)
+    return taylor_importances(model, batches, method.taylor, layers=layers, progress=progress)
 
 
 def _check_can_rank(method: PruningMethod) -> None:

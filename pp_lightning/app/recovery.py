@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
-from pp_lightning.app.curve import write_curve
+from pp_lightning.app.pictures import write_curve
 from pp_lightning.blocks import BlockKey
 from pp_lightning.calibration_data import CalibrationData, fingerprint
 from pp_lightning.errors import UserError
@@ -46,9 +46,6 @@ class RecoveryRun:
         gradual: LoRAPrune's masks, None for other methods.
         skipped: steps that were skipped because their gradients were not finite.
         losses: mean loss of each optimiser step (of this process's rows).
-
-    Raises:
-        UserError: the method is not a static one, the schedule is too short, or what pruning raises.
     """
 
     def __init__(
@@ -104,11 +101,7 @@ class RecoveryRun:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state`.
-
-        Raises:
-            UserError: it is of another model, or pruned otherwise.
-        """
+        """Go on from :meth:`state`."""
         if state["model"] != self._fingerprint:
             raise UserError(
                 f"{self.folder / UNFINISHED} has adapters of another model: remove it or name another folder"
@@ -225,11 +218,7 @@ class RecoverySteps(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Skip the step, or take its gradients into the scores, clipped as the optimiser will see them.
-
-        Raises:
-            UserError: the loss itself is not finite.
-        """
+        """Skip the step, or take its gradients into the scores, clipped as the optimiser will see them."""
         run, step = self.run(), trainer.global_step + 1
         gradients = [p.grad for p in run.adapters.parameters() if p.grad is not None]
         if not all(bool(values_of(gradient.isfinite().all())) for gradient in gradients):

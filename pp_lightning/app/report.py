@@ -25,15 +25,6 @@ NAMES = {
     "llm_pruner": "LLM-Pruner",
     "lora_prune": "LoRAPrune",
     "static_best": "static best (ours)",
-    "ppsp_updated": "static PPsp, updated",
-    "flap_updated": "FLAP, updated",
-    "wanda_sp_updated": "Wanda-sp, updated",
-    "llm_pruner_updated": "LLM-Pruner, updated",
-    "ppsp_lora": "static PPsp, LoRA",
-    "flap_lora": "FLAP, LoRA",
-    "wanda_sp_lora": "Wanda-sp, LoRA",
-    "llm_pruner_lora": "LLM-Pruner, LoRA",
-    "lora_prune_lora": "LoRAPrune, LoRA",
 }
 
 HEADINGS = (
@@ -57,6 +48,9 @@ ACCURACIES = {"acc": "accuracy", "acc_norm": "accuracy, per character", "acc_tok
 
 def name_of(label: str) -> str:
     """The name of a row in tables and pictures."""
+    for end, told in (("_updated", ", updated"), ("_lora", ", LoRA")):
+        if label.endswith(end):
+            return name_of(label.removesuffix(end)) + told
     return NAMES.get(label, label)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 
 from pp_lightning.app.checks import check_ratio, check_seed
-from pp_lightning.app.comparing import Row, changed, draws, side_by_side
+from pp_lightning.app.comparing import FinishedRows, Row, changed, draws, key_of, side_by_side
 from pp_lightning.app.export_plan import ExportSettings, Quantize
 from pp_lightning.app.exporting import export_pruned
 from pp_lightning.app.module import PrunedLM
@@ -17,7 +17,6 @@ from pp_lightning.app.overlap import Overlap
 from pp_lightning.app.prune_command import PruneSettings, prune_and_export
 from pp_lightning.app.recovery import check_recovery
 from pp_lightning.app.results import Comparison, Evaluation
-from pp_lightning.app.resuming import FinishedRows, key_of
 from pp_lightning.app.spreading import check_alone
 from pp_lightning.app.studies import Study, study_named
 from pp_lightning.app.training import check_same, train_recovery

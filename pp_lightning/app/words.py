@@ -36,11 +36,7 @@ _WITHOUT_VALUE = {"--help", "-h", "--version", "--print_config"}
 
 
 def spelled_out(words: Sequence[str]) -> list[str]:
-    """The command line (without the program's name) as the parser takes it.
-
-    Raises:
-        UserError: a value is missing, or names no method, text or readable config.
-    """
+    """The command line (without the program's name) as the parser takes it."""
     command, *rest = words or [""]
     full: list[str] = [command] if words else []
     seen: set[str] = set()

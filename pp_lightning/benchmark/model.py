@@ -108,11 +108,7 @@ class BenchmarkModel:
 
 
 def chosen_device(settings: BenchmarkSettings) -> torch.device:
-    """The device of the settings; an accelerator where none is named and one is there.
-
-    Raises:
-        UserError: there is no such device here.
-    """
+    """The device of the settings; an accelerator where none is named and one is there."""
     found = torch.accelerator.current_accelerator(check_available=True)
     if settings.device is None:
         return torch.device("cpu") if found is None else found

@@ -64,9 +64,6 @@ def group_questions(
 
     ``longest_first`` orders questions by the tokens of their longest row, descending, before they are split; equals
     stay in the order of the data set.
-
-    Raises:
-        UserError: a question has more than ``max_rows`` rows.
     """
     groups: list[list[EncodedQuestion]] = []
     free = 0

@@ -80,11 +80,7 @@ class CommonsenseData(EvaluationData):
         super().use_tokenizer(tokenizer)
 
     def questions(self, task: str) -> list[Question]:
-        """A task's questions in the order of its rows; read once.
-
-        Raises:
-            UserError: a file or row cannot be used, or two of the tasks have the same rows.
-        """
+        """A task's questions in the order of its rows; read once."""
         if task not in self._questions:
             questions = read_questions(task_named(task), self.path, self.limit)
             for other, theirs in self._questions.items():
@@ -103,11 +99,7 @@ class CommonsenseData(EvaluationData):
         return len(self._share(task, rank, world))
 
     def test_batches(self, task: str, rank: int = 0, world: int = 1) -> Iterator[ChoiceBatch]:
-        """A task's batches in order, or one process's share: every batch once over all processes, none twice.
-
-        Raises:
-            UserError: a row cannot be used, or a question does not fit into a batch.
-        """
+        """A task's batches in order, or one process's share: every batch once over all processes, none twice."""
         for group in self._share(task, rank, world):
             yield collate_questions(group, self._pad_id)
 

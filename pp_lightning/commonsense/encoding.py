@@ -78,9 +78,6 @@ def encoded_row(context: Sequence[int], continuation: Sequence[int], window: int
     The harness joins the two parts, which matters where a continuation changes how the end of its context is split.
 
     ``continuation`` is what follows as many tokens as ``context`` has in the two texts together.
-
-    Raises:
-        UserError: a part has no tokens, or the continuation alone exceeds the window.
     """
     if not context or not continuation:
         raise UserError(f"{origin}: the tokenizer leaves no token for {'a choice' if context else 'the context'}")

@@ -46,9 +46,6 @@ def with_prompts(batch: RowBatch) -> RowBatch:
     It is what the rows of a question have in common in front of the position that predicts the first scored token. In
     WinoGrande that ends where the options differ. Rows with nothing in common have a beginning of their own, up to that
     position; it may be empty, and then has no say in the choice.
-
-    Raises:
-        UserError: all beginnings are empty.
     """
     shared, owner, rows = batch["prefix_tokens"], batch["prefix_of_input"], batch["row_input"]
     whole = torch.full_like(owner, batch["input_ids"].shape[1])

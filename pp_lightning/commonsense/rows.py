@@ -41,11 +41,7 @@ class Row:
         return UserError(f"{self.origin}: {reason}")
 
     def text(self, name: str, *, may_be_empty: bool = False) -> str:
-        """A field that must be text.
-
-        Raises:
-            UserError: it is missing, not text, or empty.
-        """
+        """A field that must be text."""
         value = self.fields.get(name)
         if not isinstance(value, str):
             raise self.error(f"expected text in the field {name!r}")
@@ -58,11 +54,7 @@ class Row:
         return text
 
     def answer(self, *names: str) -> Any:
-        """The first of these fields that is there and filled.
-
-        Raises:
-            UserError: none is: the row has no answer, as in a test split without labels.
-        """
+        """The first of these fields that is there and filled."""
         for name in names:
             value = self.fields.get(name)
             if value is not None and value != "":
@@ -70,11 +62,7 @@ class Row:
         raise self.error(f"the row has no answer (field {' or '.join(map(repr, names))})")
 
     def question(self, context: str | Sequence[str], choices: Sequence[str], gold: int) -> Question:
-        """A question of this row.
-
-        Raises:
-            UserError: a context or choice is empty, or ``gold`` is outside the choices.
-        """
+        """A question of this row."""
         contexts = [context] * len(choices) if isinstance(context, str) else list(context)
         if not 0 <= gold < len(choices):
             raise self.error(f"the label {gold} is outside the {len(choices)} choices")

@@ -92,11 +92,7 @@ def sum_rows(batch: RowBatch, log_probabilities: Tensor) -> RowScores:
 
 
 def check_window(model: PreTrainedModel, window: int) -> None:
-    """Refuse a window that the model has no positions for.
-
-    Raises:
-        UserError: ``window`` is larger than the config's ``max_position_embeddings``.
-    """
+    """Refuse a window that the model has no positions for."""
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and window > longest:
         raise UserError(f"a window of {window} tokens exceeds the {longest} positions of the model: use a smaller one")

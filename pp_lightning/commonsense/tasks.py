@@ -49,11 +49,7 @@ class Task:
     labels_file: str | None = None
 
     def question(self, row: Row) -> Question:
-        """The question in a row.
-
-        Raises:
-            UserError: the row is malformed, or it is one of another task.
-        """
+        """The question in a row."""
         missing = sorted(self.signature - row.fields.keys())
         if missing:
             raise row.error(f"no field {missing[0]!r}, so this is no row of {self.name}{_belongs_to(row.fields)}")

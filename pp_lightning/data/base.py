@@ -63,11 +63,7 @@ class EvaluationData(L.LightningDataModule, ABC):
         self._windows: dict[tuple[int, int, int], list[Tensor]] = {}
 
     def suit(self, positions: int, device: torch.device) -> None:
-        """Take what nobody asked for by the model and where it runs.
-
-        Raises:
-            UserError: a window was asked for that the model cannot run on.
-        """
+        """Take what nobody asked for by the model and where it runs."""
         if self.window > positions and self._window is not None:
             asked = f"windows of {self.window} tokens"
             raise UserError(f"{asked} exceed the model's {positions} positions: lower --data.window")

@@ -75,11 +75,7 @@ class LanguageModelling(EvaluationData):
         self.limit_tokens = limit_tokens
 
     def suit(self, positions: int, device: torch.device) -> None:
-        """As for all data; a prompt is half of the window that comes out.
-
-        Raises:
-            UserError: the window is too long, or no longer than the prompt that was asked for.
-        """
+        """As for all data; a prompt is half of the window that comes out."""
         before = self.window
         super().suit(positions, device)
         if self.window != before:

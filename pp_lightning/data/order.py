@@ -1,6 +1,7 @@
 """The order in which training rows are seen: the same for any number of processes, and after an interruption."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from pp_lightning.data.windows import Batch, collate_labelled
 Row = tuple[Tensor, Tensor]  # ids and labels, (S,) each
 
 
+@dataclass
 class ShuffledBatches:
     """Batches of rows, shuffled anew each epoch; iterating goes on where :meth:`load_state_dict` says.
 
@@ -21,26 +23,15 @@ class ShuffledBatches:
     An optimiser step takes ``accumulate`` batches of each process.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        batch_size: int,
-        pad_id: int,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        accumulate: int = 1,
-    ) -> None:
-        self.rows = rows
-        self.batch_size = batch_size
-        self.pad_id = pad_id
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        self.accumulate = accumulate
-        self.epoch = 0
-        self.position = 0
+    rows: Sequence[Row]
+    batch_size: int
+    pad_id: int
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+    epoch: int = 0
+    position: int = 0
 
     def __len__(self) -> int:
         """Batches of this process in an epoch."""

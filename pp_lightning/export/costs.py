@@ -67,11 +67,7 @@ def costs_of(model: PreTrainedModel, target: Target) -> Costs:
 
 
 def compare_layouts(model: PreTrainedModel) -> list[Costs]:
-    """The price of every layout of a pruned model, also of those that cannot hold it.
-
-    Raises:
-        UserError: the model is pruned per batch.
-    """
+    """The price of every layout of a pruned model, also of those that cannot hold it."""
     PrunedSizes.of(model)
     table = []
     for layout in LAYOUTS:

@@ -51,11 +51,7 @@ class DynamicBehaviour:
         return DynamicBehaviour(batches, logits, kept, after)
 
     def check(self, session: Session, histories: Sequence[Tensor], dtype: torch.dtype, num_layers: int) -> Agreement:
-        """Run the graph on the same batches, feeding its histories back.
-
-        Raises:
-            UserError: a choice, a logit or a history differs by more than rounding.
-        """
+        """Run the graph on the same batches, feeding its histories back."""
         state, worst, swapped, allowed = list(histories), 0.0, 0, 0.0
         for (ids, mask), logits, kept in zip(self.batches, self.logits, self.kept, strict=True):
             outputs = session([ids, mask, *state])

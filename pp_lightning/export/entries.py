@@ -47,11 +47,7 @@ class Entry:
         return torch.empty(self.shape, dtype=self.source.dtype, device="meta")
 
     def make(self) -> Tensor:
-        """The tensor, on the CPU and contiguous: the source itself where nothing has to be added to it.
-
-        Raises:
-            UserError: it is not finite.
-        """
+        """The tensor, on the CPU and contiguous: the source itself where nothing has to be added to it."""
         if self.absent:
             return torch.zeros(self.shape, dtype=self.source.dtype)
         source = values_of(self.source).detach()

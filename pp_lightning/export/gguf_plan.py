@@ -84,11 +84,7 @@ class GgufPlan:
 
 
 def check_family(config: PreTrainedConfig, layout: str) -> None:
-    """Refuse what llama.cpp cannot compute, from the config alone.
-
-    Raises:
-        UserError: an unknown type, windows, an activation or rotary scaling that its architecture does not have.
-    """
+    """Refuse what llama.cpp cannot compute, from the config alone."""
     kind = config.model_type
     if kind not in KNOWN:
         raise UserError(
@@ -133,11 +129,7 @@ def check_biases(model: PreTrainedModel, *, more: bool = False) -> None:
 
 
 def plan_for(model: PreTrainedModel, target: Target) -> GgufPlan:
-    """Names, order and description of what a target holds.
-
-    Raises:
-        UserError: llama.cpp has no architecture that computes it.
-    """
+    """Names, order and description of what a target holds."""
     config = model.config
     check_family(config, target.layout)
     alike = len(set(target.layers)) == 1

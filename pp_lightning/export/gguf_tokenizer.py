@@ -31,9 +31,6 @@ def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> dic
     """Fields ``tokenizer.*`` of a GGUF.
 
     Ids up to ``vocabulary`` that the tokenizer does not have are filled up as unused.
-
-    Raises:
-        UserError: llama.cpp has no tokenizer that does the same.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -64,11 +64,7 @@ def _loaded(folder: Path, bundled_code: bool, **more: TorchAoConfig) -> PreTrain
 
 
 def _compare_matrices(model: PreTrainedModel, unquantised: Path) -> int:
-    """Read every matrix again, one at a time; returns how many are int8.
-
-    Raises:
-        UserError: none is, or one differs by more than half a step of its row.
-    """
+    """Read every matrix again, one at a time; returns how many are int8."""
     quantised = {name: one for name, one in model.named_parameters() if type(one.data).__module__.startswith("torchao")}
     if not quantised:
         raise UserError("torchao quantises no matrix of this model: leave --quantize out")

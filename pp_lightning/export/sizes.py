@@ -52,11 +52,7 @@ class PrunedSizes:
 
     @staticmethod
     def of(model: PreTrainedModel) -> "PrunedSizes":
-        """Read the sizes of a model; a dense one has the same widths everywhere.
-
-        Raises:
-            UserError: see :func:`check_exportable`, or the model is pruned per batch: no narrower weights exist.
-        """
+        """Read the sizes of a model; a dense one has the same widths everywhere."""
         check_exportable(model)
         if is_pruned(model) and pruning_of(model).pruners:
             raise UserError("a choice per batch fits no checkpoint: freeze it first, or export the graph (onnx, pt2)")
@@ -91,11 +87,7 @@ class PrunedSizes:
 
 
 def check_exportable(model: PreTrainedModel) -> str:
-    """Refuse what no exporter of ours writes; returns the name of the model's class in transformers.
-
-    Raises:
-        UserError: transformers does not know the model as one that predicts the next token, or processes share it.
-    """
+    """Refuse what no exporter of ours writes; returns the name of the model's class in transformers."""
     check_whole(model, "an export")
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
     if kind is None or not isinstance(model, kind):

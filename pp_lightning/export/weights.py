@@ -22,12 +22,7 @@ def check_shard_size(max_shard_size: str) -> None:
 
 
 def write_weights(entries: Sequence[Entry], folder: Path, max_shard_size: str) -> None:
-    """Write ``model.safetensors``, or numbered shards and their index.
-
-    Raises:
-        UserError: a weight is not finite.
-        OSError: the disk is full.
-    """
+    """Write ``model.safetensors``, or numbered shards and their index."""
     by_name = {entry.name: entry for entry in entries}
     plan = split_torch_state_dict_into_shards(
         {name: entry.placeholder for name, entry in by_name.items()}, max_shard_size=max_shard_size

@@ -157,16 +157,6 @@ class WholeBatchMethod(DynamicMethod):
         """All rows and tokens."""
         return num_rows, num_tokens
 
-    def select(
-        self,
-        residual: Tensor,
-        normed: Tensor,
-        real: Tensor | None,
-        sizes: tuple[int, int] | None = None,
-        *,
-        samples: Tensor | None = None,
-        importance: Tensor | None = None,
-        mixes_tokens: bool = True,
-    ) -> AnyProbe | None:
+    def select(self, *_: object, **__: object) -> AnyProbe | None:
         """Everything."""
         return None

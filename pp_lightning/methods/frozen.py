@@ -77,11 +77,7 @@ class FrozenOnText(FrozenMethod):
         self.kept = kept
 
     def unit_scores(self, block: BlockToPrune, statistics: Statistics) -> Tensor:
-        """One for the units that were kept, zero for the others: (U,) float32.
-
-        Raises:
-            UserError: the choice was made for other layers or ratios.
-        """
+        """One for the units that were kept, zero for the others: (U,) float32."""
         kept = self.kept.get(block.key)
         if kept is None or len(kept) != block.plan.keep:
             raise UserError(

@@ -87,11 +87,7 @@ class CachedHeads:
 
 
 def check_can_narrow(cache: Any) -> None:
-    """Refuse, before a dense prompt, a cache whose heads cannot be dropped afterwards.
-
-    Raises:
-        UserError: it keeps keys in a form of its own.
-    """
+    """Refuse, before a dense prompt, a cache whose heads cannot be dropped afterwards."""
     for layer in getattr(cache, "layers", ()):
         if hasattr(layer, "_quantize"):
             raise UserError(

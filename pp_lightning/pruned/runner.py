@@ -26,9 +26,8 @@ class BlockRunner:
     """Runs the stock code of one block on all units, on the kept ones, or up to its output projection.
 
     Attributes:
-        modules: see above.
         units: of the block.
-        keep: see above.
+        keep: K, how many units slices have.
         module: that owns the projections.
         names: of its arguments.
         projections: of the block, the output last.

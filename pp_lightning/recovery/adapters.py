@@ -25,9 +25,6 @@ class Adapters:
     """Fresh adapters ``c B A`` (B zero) beside every projection of a model; its own weights stop training.
 
     c is ``alpha / rank``; ``seed`` is of A.
-
-    Raises:
-        UserError: peft is not installed.
     """
 
     def __init__(self, model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0.0, seed: int = 0) -> None:
@@ -86,11 +83,7 @@ class Adapters:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over A and B.
-
-        Raises:
-            UserError: they do not fit this model.
-        """
+        """Take over A and B."""
         own = self.state()
         strangers = {n for n in own.keys() ^ state.keys()} | {
             n for n in own if n in state and own[n].shape != state[n].shape

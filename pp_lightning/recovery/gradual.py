@@ -45,11 +45,7 @@ class GradualPruning:
 
     @torch.no_grad()
     def after_gradients(self, step: int) -> None:
-        """Take the gradients of optimiser step ``step`` (from 1) into the averages, and remove units when it is time.
-
-        Raises:
-            UserError: the scores of a block are all zero or not finite.
-        """
+        """Take the gradients of step ``step`` (from 1) into the averages, and remove units when it is time."""
         found = adapter_members(self.adapters, sorted({block.layer for block in self.blocks}))
         calibration_data = Importances("", LORA, found)
         momentum = self.method.momentum

@@ -12,11 +12,7 @@ TABLES = (".parquet", ".arrow")
 
 
 def read_records(path: str, column: str, kind: str) -> list[str]:
-    """The texts in file order.
-
-    Raises:
-        UserError: there is no such file, it cannot be read, or a record has no such text; the line is named.
-    """
+    """The texts in file order."""
     check_file(path, kind)
     found = _column(path, column) if path.lower().endswith(TABLES) else _json_lines(path, column)
     with reading(path):

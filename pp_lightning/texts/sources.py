@@ -25,11 +25,7 @@ class TextSource(ABC):
     file_kind: ClassVar[str] = "text file"
 
     def check(self) -> None:
-        """Refuse a source that is not there, before any work: a file is looked for, a data set of the hub is loaded.
-
-        Raises:
-            UserError: there is no such file or data set.
-        """
+        """Refuse a source that is not there, before any work: a file is looked for, a data set of the hub is loaded."""
         if self.path is not None:
             check_file(self.path, self.file_kind)
         else:

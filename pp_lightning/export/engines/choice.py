@@ -38,9 +38,6 @@ def choice_for(
 
     ``own_counts`` says whether layers are going to differ in their numbers of units unless they are told not to.
     ``format`` and ``layout`` are what the user asked for; None leaves them open.
-
-    Raises:
-        UserError: the engine does not load what was asked for; the message names what does.
     """
     written = FORMATS[engine]
     if format not in (None, written):
