@@ -124,8 +124,6 @@ class BlockPlan:
     """What happens to one block in every pruned layer.
 
     Attributes:
-        block: which block.
-        units: its units.
         ratio: fraction to remove in a pruned layer, before rounding.
         keep: units that stay under uniform ratios.
         round_to: kept counts are multiples of this.

@@ -140,12 +140,10 @@ class BlockModules:
     """Where one block of one layer keeps its modules. Modules are looked up anew each time: adapters wrap them.
 
     Attributes:
-        block: which block.
         layer: the decoder (or encoder) layer.
         path: of the block's own module inside the layer; empty where the layer itself runs the projections.
         inputs: projections into the block by their name inside that module, with the roles of their rows.
         output: name of the projection that leaves the block, weight (D, C).
-        family: what is particular.
     """
 
     block: Block

@@ -60,9 +60,6 @@ class BreakEven:
     Attributes:
         tokens: these; None where it never did.
         seconds: of prompts, by tokens, ``dense`` and with a ``probe``.
-        pruning_ratio: fraction that was removed.
-        dtype: of the weights.
-        environment: machine and versions.
     """
 
     tokens: int | None

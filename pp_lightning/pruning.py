@@ -68,10 +68,8 @@ class Pruning:
     """What :func:`prune_` did to a model: enough to report it and to undo it.
 
     Attributes:
-        method: the policy.
         plan: layers and uniform counts.
         keep: units that stay, for every pruned block (FLAP's differ from layer to layer).
-        shape: sizes of the dense model.
         context: shared by the blocks of a dynamically pruned model; None for a static method.
         pruners: the blocks that choose, of a dynamic method.
         choices: the units of a static method, and of blocks that keep all.

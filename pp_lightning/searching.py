@@ -25,12 +25,9 @@ class Movable:
     """One block, as the search sees it.
 
     Attributes:
-        modules: of the block.
         ranked: its units (U,) int64, the one that stays longest first.
         moments: E[x x^T] at its output matrix, (C, C) float32, on the dense model.
-        unit_flops: FLOPs that one unit takes.
         step: units that move at a time.
-        floor: units that stay.
     """
 
     modules: BlockModules
@@ -57,7 +54,6 @@ class Search:
     Attributes:
         model: dense; output matrices are changed while the search lasts.
         blocks: in the model's order.
-        batches: held out.
         ridge: of the updates.
         passes: evaluations of the batches that are left.
         path: what was accepted, for result files.

@@ -35,7 +35,6 @@ class PrunedAlone:
     """One block as it would be with fewer channels.
 
     Attributes:
-        modules: of the block.
         kept: its channels that stay (K,) int64, in any order.
         columns: gives the columns of its output matrix for these, (D, K).
     """

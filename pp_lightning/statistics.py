@@ -52,7 +52,6 @@ class Statistics(CalibrationData):
         counts: real tokens seen at each position, (P,) float32.
         sums: one entry for each block of each calibrated layer.
         residuals: sum of ||R||^2 by position, (P,) float32, of the residual R that enters each of these blocks.
-        num_batches: batches seen.
         batches_digest: SHA-256 (hex) over the batches seen, in order.
     """
 

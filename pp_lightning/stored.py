@@ -60,7 +60,6 @@ class Merged:
     Attributes:
         parts: of each expert, the tensors (rows, D) that lie one below the other in it.
         shape: (experts, all rows, D).
-        dtype: see :class:`Place`.
     """
 
     parts: tuple[tuple[Place, ...], ...]

@@ -74,7 +74,6 @@ class UpdatedBlock:
     """What the update of one block came to.
 
     Attributes:
-        ridge: the one that was taken.
         error_before: squared error of the block's output on the tokens held out, without the update, as a fraction of
             the output's square.
         error: the same with it.

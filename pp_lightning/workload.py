@@ -32,8 +32,6 @@ class Workload:
         tokens: of a row, S.
         calibration_rows: rows that are calibrated on.
         test_tokens: that are evaluated.
-        dtype: of the weights.
-        pruning_ratio: fraction removed.
         means: whether statistics have means.
     """
 
@@ -67,7 +65,6 @@ class Sizes:
     """Bytes of a model's parts, and its numbers of weights.
 
     Attributes:
-        shape: of its layers.
         parameters: weights, tied ones once.
         whole: bytes of all weights.
         outside: of those that are in no layer: embeddings, last norm, head.

@@ -3,12 +3,15 @@
 import contextlib
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 
 from pp_lightning.app.descriptions import COMMANDS
 from pp_lightning.app.help import help_for
 from pp_lightning.app.mistakes import in_one_line, mistake_behind
 from pp_lightning.errors import UserError, unknown
+
+_OWN_PARSER = {"benchmark": "benchmarking", "plan": "planning", "demo": "demo"}  # commands by module
 
 
 def main() -> None:
@@ -38,18 +41,8 @@ def _run(words: Sequence[str]) -> None:
         raise unknown("command", command, COMMANDS)
     if command == "lm-eval":
         _run_harness(rest)
-    elif command == "benchmark":
-        from pp_lightning.app import benchmarking
-
-        benchmarking.main(rest)
-    elif command == "plan":
-        from pp_lightning.app import planning
-
-        planning.main(rest)
-    elif command == "demo":
-        from pp_lightning.app import demo
-
-        demo.main(rest)
+    elif command in _OWN_PARSER:
+        import_module(f"pp_lightning.app.{_OWN_PARSER[command]}").main(rest)
     else:
         from pp_lightning.app import commands
 

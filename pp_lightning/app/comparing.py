@@ -28,7 +28,6 @@ class Row:
     """One row of a comparison still to be evaluated: a method, at a ratio, with or without recovery.
 
     Attributes:
-        label: its name.
         method: with its settings; None is the dense model.
         pruning_ratio: fraction removed.
         recovery: how it is trained, where it is.

@@ -14,7 +14,7 @@ from pp_lightning.app.forecast import Forecast
 from pp_lightning.app.prunable import PrunableModule, PruningSettings
 from pp_lightning.app.recovery import RecoveryRun, described, recovery_callbacks
 from pp_lightning.app.results import Evaluation
-from pp_lightning.app.scoring import Scoring, scoring_for, streamed_scoring_for
+from pp_lightning.app.scoring import Scoring, scoring_for
 from pp_lightning.app.spreading import spread, spreads
 from pp_lightning.checkpoints import Dtype, load_tokenizer, new_model, open_model, usual_dtype
 from pp_lightning.commonsense import CommonsenseData
@@ -166,9 +166,7 @@ class PrunedLM(PrunableModule):
         resume_file = (
             Path(self.trainer.default_root_dir) / f"unfinished-{self.label}-{self.settings.pruning_ratio}.json"
         )
-        self._scoring = (
-            streamed_scoring_for(self.data, self.model, self.tell) if self.is_streamed else scoring_for(self.data)
-        )
+        self._scoring = scoring_for(self.data, self.model, self.tell if self.is_streamed else None)
         self._scoring.start(self.device, resume_file, progress)
         self._forecast = self._evaluation_forecast()
 

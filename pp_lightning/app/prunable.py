@@ -80,7 +80,6 @@ class PrunableModule(L.LightningModule):
 
     Attributes:
         model: dense, or pruned between :meth:`prune` and :meth:`restore`.
-        method: None is the dense model.
         settings: how it is pruned and run.
         recovered: the recovered model that is evaluated, if one is.
         label: name of the row that is evaluated.

@@ -3,7 +3,6 @@
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,13 @@ from pp_lightning.updating import LeastSquares
 _PASSES_OF_UPDATE = 3  # over the calibration text, beside one that calibrates
 
 
-@dataclass(frozen=True)
-class PruneSettings:
-    """What the user asked of ``prune`` beside what is written."""
-
-    target: str | None
-    export: ExportSettings
-
-
 def prune_and_export(
     module: PrunedLM,
     data: LanguageModelling,
     device: torch.device,
     out: Path,
-    settings: PruneSettings,
+    target: str | None,
+    export: ExportSettings,
     evaluated: Callable[[], Evaluation],
 ) -> None:
     """Say what will be done, evaluate, calibrate, choose, update, evaluate again, write and verify.
@@ -53,14 +45,14 @@ def prune_and_export(
             before.
     """
     check_exportable(module.model)
-    check_free(out, settings.export.overwrite)
+    check_free(out, export.overwrite)
     method = module.method or StaticBest()
     if not isinstance(method, StaticMethod):
         raise UserError(f"prune writes one choice for good and {method.label} chooses per batch: name a static method")
-    if settings.export.layout == "uniform":
+    if export.layout == "uniform":
         module.change(uniform=True)
-    if settings.target is not None:
-        module.change(pruning_ratio=_ratio(module, method, data, Target.parse(settings.target)))
+    if target is not None:
+        module.change(pruning_ratio=_ratio(module, method, data, Target.parse(target)))
     module.method = None
     module.prepare(data)
     module.check_plan(method, data.window)
@@ -86,7 +78,7 @@ def prune_and_export(
         )
         return {"dense": before.as_dict(), "pruned": row.as_dict(), "data": data.describe()}
 
-    export_pruned(module, data, device, out, settings.export, after)
+    export_pruned(module, data, device, out, export, after)
     shutil.rmtree(unfinished, ignore_errors=True)
 
 

@@ -19,9 +19,7 @@ class Timing:
     def of(milliseconds: list[float]) -> "Timing":
         """Summary of at least one measurement; the first is left out where there are others (warm-up)."""
         kept = sorted(milliseconds[1:] or milliseconds)
-        middle = len(kept) // 2
-        median = kept[middle] if len(kept) % 2 else (kept[middle - 1] + kept[middle]) / 2
-        return Timing(median, kept[0], kept[-1], len(kept))
+        return Timing(statistics.median(kept), kept[0], kept[-1], len(kept))
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,9 @@ class Evaluation:
     Attributes:
         method: label of the method, ``dense`` for none.
         pruning_ratio: asked fraction removed.
-        flops: FLOPs ratios.
         kept: smallest and largest count of kept units over the pruned layers, by block.
-        settings: of the method.
         perplexity: on a text.
         tokens: predicted tokens of the text.
-        time: milliseconds a batch of the text.
         tasks: results of multiple-choice tasks, as ``TaskResults.as_dict`` has them.
         compiled: graphs, seconds and reasons of recompilations, as ``Compilation.as_dict`` has them.
         perplexities: one a seed, where there are several; ``perplexity`` is then their mean.
@@ -123,7 +118,6 @@ class Comparison:
     """An evaluation beside the dense model's, from the same run; without one there is nothing to compare with.
 
     Attributes:
-        evaluation: the row itself.
         degradation: perplexity above the dense model's.
         time_ratio: time over dense time.
         efficiency: FLOPs ratio over time ratio; 1 means every saved operation became saved time.

@@ -4,7 +4,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from functools import singledispatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,7 +35,6 @@ class Scoring(ABC):
     """Scores a model on one data module, batch by batch.
 
     Attributes:
-        data: the data module.
         flops: dense and actual FLOPs of every batch.
         after: the same of what follows a prompt, where there is one.
     """
@@ -224,27 +222,17 @@ class TaskScoring(Scoring):
         return {"tasks": self.results.as_dict()}
 
 
-def streamed_scoring_for(data: EvaluationData, model: PreTrainedModel, tell: Tell) -> Scoring:
-    """The way to score a model whose layers' weights stay on disk: with all batches together, where that can be."""
-    if isinstance(data, LanguageModelling) and data.protocol != "continuation" and goes_layer_by_layer(model):
-        return LayerwiseTextScoring(data, tell)
-    return scoring_for(data)
+def scoring_for(data: EvaluationData, model: PreTrainedModel, tell: Tell | None) -> Scoring:
+    """The way to score this kind of data.
 
-
-@singledispatch
-def scoring_for(data: EvaluationData) -> Scoring:
-    """The way to score this kind of data."""
-    raise NotImplementedError(f"no scoring for {type(data).__name__}")
-
-
-@scoring_for.register
-def _(data: LanguageModelling) -> Scoring:
-    return ContinuationScoring(data) if data.protocol == "continuation" else TextScoring(data)
-
-
-@scoring_for.register
-def _(data: CommonsenseData) -> Scoring:
-    return TaskScoring(data)
+    ``tell`` is for a model whose layers' weights stay on disk: it runs all batches together, where that can be.
+    """
+    if isinstance(data, CommonsenseData):
+        return TaskScoring(data)
+    assert isinstance(data, LanguageModelling)
+    if data.protocol == "continuation":
+        return ContinuationScoring(data)
+    return TextScoring(data) if tell is None or not goes_layer_by_layer(model) else LayerwiseTextScoring(data, tell)
 
 
 def _synchronise(device: torch.device) -> None:

@@ -23,7 +23,6 @@ class Study:
     """A question and the rows that answer it.
 
     Attributes:
-        title: the question.
         rows: at any ratio. The first is the one that the others are compared with.
         continues: whether it is about what follows a prompt: for protocol ``continuation`` only.
         overlap: whether each layer's kept units are compared with those of Full-Batch Probing too.

@@ -14,7 +14,7 @@ from pp_lightning.app.export_plan import ExportSettings, Quantize
 from pp_lightning.app.exporting import export_pruned
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.overlap import Overlap
-from pp_lightning.app.prune_command import PruneSettings, prune_and_export
+from pp_lightning.app.prune_command import prune_and_export
 from pp_lightning.app.recovery import check_recovery
 from pp_lightning.app.results import Comparison, Evaluation
 from pp_lightning.app.spreading import check_alone
@@ -216,10 +216,8 @@ class PruningTrainer(L.Trainer):
             raise UserError("prune evaluates and calibrates on text: leave out --data commonsense")
         self._suit(model, datamodule)
         export = ExportSettings("safetensors", layout, dtype, True, overwrite, max_shard_size)
-        out, device = Path(self.default_root_dir), self.strategy.root_device
-        prune_and_export(
-            model, datamodule, device, out, PruneSettings(target, export), partial(self._tested, model, datamodule)
-        )
+        out, device, evaluated = Path(self.default_root_dir), self.strategy.root_device, partial(self._tested, model)
+        prune_and_export(model, datamodule, device, out, target, export, partial(evaluated, datamodule))
 
     def _suit(self, model: PrunedLM, datamodule: EvaluationData) -> None:
         """Settle what depends on the model and on where it runs, before anything is checked."""

@@ -25,8 +25,6 @@ class Meeting:
     """What a block meets in one batch.
 
     Attributes:
-        hidden: what enters it.
-        given: the other arguments of its module.
         residual: what entered the norm in front; ``hidden`` where none is in front.
         inputs: the batch, as pruned blocks see it.
     """

@@ -2,35 +2,22 @@
 
 import itertools
 import time
-from abc import ABC, abstractmethod
 
 import torch
 
 
-class Stopwatch(ABC):
-    """Takes marks along a run; their distances are read afterwards."""
-
-    @abstractmethod
-    def mark(self) -> None:
-        """Note this moment, without waiting for the device."""
-
-    @abstractmethod
-    def laps(self) -> list[float]:
-        """Seconds between successive marks. Waits for the device, and clears the marks."""
-
-
-class WallStopwatch(Stopwatch):
-    """For a CPU, where calls return when they are done."""
+class Stopwatch:
+    """Takes marks along a run, and gives their distances. For a CPU, where calls return when they are done."""
 
     def __init__(self) -> None:
         self._marks: list[float] = []
 
     def mark(self) -> None:
-        """Note the time."""
+        """Note this moment, without waiting for the device."""
         self._marks.append(time.perf_counter())
 
     def laps(self) -> list[float]:
-        """Seconds between successive marks."""
+        """Seconds between successive marks. Waits for the device, and clears the marks."""
         marks, self._marks = self._marks, []
         return [after - before for before, after in itertools.pairwise(marks)]
 
@@ -57,4 +44,4 @@ class DeviceStopwatch(Stopwatch):
 
 def stopwatch_for(device: torch.device) -> Stopwatch:
     """The right clock for a device."""
-    return WallStopwatch() if device.type == "cpu" else DeviceStopwatch(device)
+    return Stopwatch() if device.type == "cpu" else DeviceStopwatch(device)

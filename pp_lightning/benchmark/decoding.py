@@ -1,6 +1,5 @@
 """Decoding: one token a row at a time, on the choice that the prompt made."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -69,35 +68,23 @@ def decoding_rows(
     ]
 
 
-class Decoder(ABC):
-    """One way to decode."""
+class EagerDecoder:
+    """Decodes operator by operator, with a cache that grows."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    @abstractmethod
     def empty_cache(self) -> Cache:
         """A cache for the next prompt."""
-
-    @abstractmethod
-    def logits(self, token: Tensor, cache: Cache, number: int) -> Tensor:
-        """Logits (B, 1, V) after the tokens (B, 1) that are ``number`` tokens behind the prompt."""
-
-
-class EagerDecoder(Decoder):
-    """Operator by operator, with a cache that grows."""
-
-    def empty_cache(self) -> Cache:
-        """A new one."""
         return DynamicCache(config=self.model.config)
 
     def logits(self, token: Tensor, cache: Cache, number: int) -> Tensor:
-        """See :class:`Decoder`."""
+        """Logits (B, 1, V) after the tokens (B, 1) that are ``number`` tokens behind the prompt."""
         logits: Tensor = self.model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits
 
 
-class GraphDecoder(Decoder):
+class GraphDecoder(EagerDecoder):
     """The whole model in one graph, with a cache of fixed size: what ``generate`` does with it on accelerators."""
 
     def __init__(self, model: PreTrainedModel, rows: int, prompt: int, new_tokens: int, mode: CompileMode) -> None:
@@ -115,13 +102,13 @@ class GraphDecoder(Decoder):
         return self._cache
 
     def logits(self, token: Tensor, cache: Cache, number: int) -> Tensor:
-        """See :class:`Decoder`."""
+        """The same in the graph."""
         place = {"position_ids": self._positions[number], "attention_mask": self._masks[number]}
         logits: Tensor = self._step(input_ids=token, past_key_values=cache, use_cache=True, **place).logits
         return logits
 
 
-def decoding_runner(decoder: Decoder, prompts: Sequence[Tensor], new_tokens: int) -> Runner:
+def decoding_runner(decoder: EagerDecoder, prompts: Sequence[Tensor], new_tokens: int) -> Runner:
     """Decodes greedily after a prompt: ``prompt`` is the time of the prompt, ``decoding`` that of one token after it.
 
     From the second prompt on, the slices for decoding are made along with the prompt; the first token after the first

@@ -33,16 +33,13 @@ class Row:
             ``MLP block``, ``prompt`` (in front of what is decoded) or ``decoding`` (one token).
         dtype, rows, tokens, pruning_ratio: the case.
         median, fastest, slowest: milliseconds; of one token in decoding.
-        rounds: timed rounds.
         flops_ratio: FLOPs over dense FLOPs of this part, probes included.
         time_ratio: median over rounds of the time over the dense time of the same round; dense is compiled where the
             variant is.
-        tokens_per_second: tokens of the batch over the median.
         changed: mean share of the kept units that the batch before had not kept.
         compile_seconds: time spent compiling before the timed rounds.
         graphs: compiled graphs, recompilations included.
         peak_megabytes: resident memory on a CPU, allocated memory on an accelerator.
-        perplexity: on the batches, where they are real text.
         prr: perplexity lost per millisecond saved.
     """
 

@@ -29,7 +29,6 @@ class Variant:
     """One way to run the model.
 
     Attributes:
-        method: how it is pruned; None is dense.
         compiled: whether its layers are compiled. It stands against the dense model that is, or is not, compiled too.
         decodes: whether decoding is timed; ways to choose that hold a choice as others do need not be.
         whole: whether batches without a cache are timed.

@@ -29,15 +29,10 @@ class TaskResult:
     """What one task came to.
 
     Attributes:
-        questions: questions scored.
-        rows: choices scored.
         cut_rows: rows whose context lost tokens on the left.
         acc: accuracy by summed log-likelihood, in [0, 1].
-        acc_stderr: its standard error.
         acc_norm: accuracy by log-likelihood per character.
-        acc_norm_stderr: its standard error.
         acc_token: accuracy by log-likelihood per token, the published code's.
-        acc_token_stderr: its standard error.
         seconds: wall time of tokenising and scoring.
     """
 

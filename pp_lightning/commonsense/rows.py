@@ -14,7 +14,6 @@ class Question:
     Attributes:
         contexts: what each choice is conditioned on; the same text for all choices except in WinoGrande.
         continuations: what is scored after each context: the delimiter, one space, and the choice's text.
-        gold: index of the right choice.
         origin: where the question comes from, ``file, line number``, for messages.
     """
 

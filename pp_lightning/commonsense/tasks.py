@@ -35,7 +35,6 @@ class Task:
         hub: where the hub has it.
         file: the local file of rows, one JSON object a line.
         signature: fields that tell its rows from those of other tasks.
-        parse: from a row to a question.
         harness_metrics: what the harness reports for it.
         labels_file: a second local file, with one label a line, where the original keeps labels apart.
     """

@@ -20,7 +20,6 @@ class Costs:
     """A layout's price.
 
     Attributes:
-        layout: its name.
         model_class: of transformers, that loads it; what stands in the way where none does.
         loads_in: who can read it.
         parameters: weights as written, padding included; 0 where the layout is impossible.

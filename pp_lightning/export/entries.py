@@ -24,7 +24,6 @@ class Entry:
     """One tensor of the checkpoint.
 
     Attributes:
-        name: in the state dict.
         source: the model's tensor; of a bias that the target class insists on, another one of its dtype.
         shape: as written, no smaller than the source.
         taken: rows of the source (n,) that are written, in order; None takes all.

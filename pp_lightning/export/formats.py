@@ -36,7 +36,6 @@ class GraphFormat:
         write: into a folder; the number of bytes of the weights is given. Tells each part of it that is slow.
         load: from the folder, in the runtime that its users have.
         check: refuse what is missing on this machine, before any work is done.
-        runs_in: for people.
         copies: of the weights on disk.
     """
 

@@ -22,7 +22,6 @@ class Architecture:
     """One of llama.cpp's architectures, the same counts in every layer.
 
     Attributes:
-        name: llama.cpp's.
         plus: added to the weights of norms.
         interleaves: whether rows of queries and keys are interleaved, as LLaMA's are there.
         reads_biases: of output projections and MLPs.

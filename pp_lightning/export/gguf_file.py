@@ -36,7 +36,6 @@ class GgufCheck:
     Attributes:
         architecture: llama.cpp's name.
         tensors: that were compared.
-        bytes: of the file.
         largest_difference: of a number from the model's, relative to the largest of its tensor; rounding to the type.
         kept_wider: tensors whose rows q8_0's blocks do not divide: float16 instead.
     """

@@ -48,9 +48,7 @@ class GgufTensor:
     """One tensor of the file.
 
     Attributes:
-        name: as llama.cpp calls it.
         source: what it is made from; a tensor as it stands, or an entry of the export.
-        shape: as written.
         rows: first row and number of rows of the source; None takes all.
         interleave: heads whose two halves of rows are interleaved, as llama.cpp rotates them; 0 leaves the order.
         plus: added to every number.

@@ -35,11 +35,9 @@ class Target:
     """What is going to be written.
 
     Attributes:
-        layout: its name.
         config: content of ``config.json``.
         model_class: name of the class that loads it.
         layers: widths of every layer as written, padding included.
-        entries: the tensors.
         code: the modelling file that goes with it; None where transformers' own does.
         loads_in: who can read it.
     """

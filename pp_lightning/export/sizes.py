@@ -39,8 +39,6 @@ class PrunedSizes:
 
     Attributes:
         config: the model's own, which still has the dense sizes.
-        shape: the dense sizes.
-        layers: the widths of every layer.
         key_heads: of layers that lost single query heads of a group, by number: the key/value head (K,) of each that
             stays. No class gives query heads their share of keys one by one, so each is written with its own.
     """

@@ -90,7 +90,6 @@ class BlockToPrune:
     """One block of one layer as a static method sees it.
 
     Attributes:
-        layer: layer index.
         plan: its units, and how many stay under uniform ratios.
         output: the output matrix, (D, C), or what makes or reads it.
         over: makes of scores (U,) those that all processes count units by, where several share the block.

@@ -20,7 +20,6 @@ class Choices(CalibrationData):
 
     Attributes:
         model: fingerprint of the dense model.
-        choices: by block.
         about: plain values to keep with them: method, settings, ratios.
     """
 

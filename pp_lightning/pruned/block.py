@@ -52,9 +52,6 @@ class PrunedBlock(nn.Module):
     without. ``norm`` is the one in front of the block; None where the residual itself enters.
 
     Attributes:
-        block: attention or MLP.
-        key: layer and block.
-        units: of the block.
         cached_heads: what a cache holds of an attention block; None of an MLP.
     """
 

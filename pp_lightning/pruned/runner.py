@@ -31,9 +31,6 @@ class BlockRunner:
         module: that owns the projections.
         names: of its arguments.
         projections: of the block, the output last.
-        inputs: those into the block.
-        output: the one that leaves it.
-        slices: of these.
         fields: what else fixes the number of heads; None where nothing does.
         lock: of the block's modules, which run in one way at a time.
     """

@@ -118,7 +118,6 @@ class Sliceable:
     """A projection that units have rows in (of the output: columns), and where its slice lies in memory.
 
     Attributes:
-        name: inside its block.
         module: with ``weight`` (out, in) and ``bias``.
         rows: which of its rows belong to units; of the output the columns, as rows of its transpose.
         is_output: whether it leaves the block.

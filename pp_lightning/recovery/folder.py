@@ -27,7 +27,6 @@ class Recovered:
     Attributes:
         choices: the units that stay; ``about`` has the method, its settings and the ratios.
         adapter: A and B of the pruned model's projections, by peft's names.
-        rank: r of the adapters.
         alpha: their scale times r.
     """
 

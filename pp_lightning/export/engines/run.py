@@ -52,7 +52,6 @@ class Answer:
     """What an engine found.
 
     Attributes:
-        version: package and version.
         tokens: greedy continuation of every prompt.
         losses: negative log-likelihood of every window, summed over all of its tokens but the first.
         texts: token ids of texts by its own tokenizer, where it has one.
