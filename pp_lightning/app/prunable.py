@@ -20,9 +20,9 @@ from pp_lightning.families import layers_of, shape_of
 from pp_lightning.freezing import choice_for
 from pp_lightning.gradients import taylor_importances
 from pp_lightning.importances import Importances
-from pp_lightning.methods import DynamicMethod, LLMPruner, LoRAPrune, PruningMethod, StaticMethod, Updated
+from pp_lightning.methods import DynamicMethod, LLMPruner, LoRAPrune, PruningMethod, StaticMethod, Updated, name_of
 from pp_lightning.methods.frozen import FrozenOnHistory
-from pp_lightning.methods.gradient import GradientMethod
+from pp_lightning.methods.gradient import GradientMethod, gradient_method
 from pp_lightning.plan import Amounts, make_plan
 from pp_lightning.prefill import BreakEven, Prefill, break_even_file, checked_refresh
 from pp_lightning.progress import Tell, ignore_line, write_line
@@ -95,7 +95,7 @@ class PrunableModule(L.LightningModule):
         self.method = method
         self.settings = settings
         self.recovered: Recovered | None = None
-        self.label = "dense" if method is None else method.label
+        self.label = "dense" if method is None else name_of(method)
         self.reuse = False
         self.update_folder: Path | None = None
         self._scratch: TemporaryDirectory[str] | None = None
@@ -147,7 +147,7 @@ class PrunableModule(L.LightningModule):
 
     def check_importances(self, methods: Sequence[PruningMethod]) -> None:
         """Refuse, before any work is done, a file of importances that is not for all of these methods."""
-        by_kind = {method.kind: method for method in methods if isinstance(method, GradientMethod)}
+        by_kind = {found.kind: found for method in methods if (found := gradient_method(method)) is not None}
         if self.settings.importances is None:
             return
         if len(by_kind) > 1:
@@ -158,7 +158,7 @@ class PrunableModule(L.LightningModule):
 
     def reads_calibration(self, method: PruningMethod) -> bool:
         """Whether pruning by this method reads the calibration text, for statistics or for gradients."""
-        if isinstance(method, GradientMethod):
+        if gradient_method(method) is not None and not method.updates:
             return not _exists(self.settings.importances)
         return method.needs_statistics or method.updates or self._ranks_globally(method)
 
@@ -196,11 +196,11 @@ class PrunableModule(L.LightningModule):
             UserError: it is of another model, or of another kind than the method chooses from.
         """
         method = self.method
-        if isinstance(method, GradientMethod):
-            found = self._importances_in_file(method)
+        if (gradient := gradient_method(method)) is not None:
+            found = self._importances_in_file(gradient)
             if found is None:
                 return None
-            self._importances[method] = found
+            self._importances[gradient] = found
             return self.settings.importances
         if method is None or method.calibration_data is not Statistics or not _exists(self.settings.statistics):
             return None
@@ -231,8 +231,8 @@ class PrunableModule(L.LightningModule):
         """What the method chooses from: the same in every process."""
         if self.recovered is not None:
             return self.recovered.choices
-        if isinstance(method, GradientMethod):
-            return self._gradient_importances(method, data)
+        if (gradient := gradient_method(method)) is not None:
+            return self._gradient_importances(gradient, data)
         return self._calibrated(data) if self.reads_calibration(method) else None
 
     def method_settings(self) -> dict[str, object]:
@@ -345,8 +345,9 @@ def _importances(
 
 def _check_can_rank(method: PruningMethod) -> None:
     """Refuse a ranking over all layers for methods that cannot have one."""
-    name = type(method).__name__
-    if isinstance(method, GradientMethod):
+    gradient = gradient_method(method)
+    name = type(gradient or method).__name__
+    if gradient is not None:
         raise UserError(
             f"allocation=global ranks by calibration statistics and {name} has none: leave out --model.allocation "
             "(LLMPruner ranks by its own scores with --model.method.global_ranking true)"

@@ -11,7 +11,7 @@ from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.errors import UserError
 from pp_lightning.methods import LoRAPrune, StaticMethod
-from pp_lightning.methods.gradient import GradientMethod
+from pp_lightning.methods.gradient import gradient_method
 from pp_lightning.sharding import shard_
 
 
@@ -62,5 +62,5 @@ def _check(module: PrunableModule, data: EvaluationData, sharding: int, splittin
             raise UserError("each process has statistics of its own units: leave out --model.statistics")
         if module.method is not None and (module.settings.update or module.method.updates):
             raise UserError(f"{module.method.label} updates whole blocks: set tensor_parallel_size 1")
-        if isinstance(module.method, GradientMethod):
+        if gradient_method(module.method) is not None:
             raise UserError(f"{module.method.label} needs gradients of whole blocks: set tensor_parallel_size 1")

@@ -62,6 +62,15 @@ def method_named(label: str) -> PruningMethod:
     return named[label]()
 
 
+def name_of(method: PruningMethod) -> str:
+    """The name under which tables show a method: a preset's, where it has its settings, otherwise its label."""
+    for name, preset in PRESETS.items():
+        known = preset()
+        if type(known) is type(method) and known.settings() == method.settings():
+            return name
+    return method.label
+
+
 __all__ = [
     "FLAP",
     "METHODS",
@@ -81,4 +90,5 @@ __all__ = [
     "WandaSP",
     "method_labels",
     "method_named",
+    "name_of",
 ]

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pp_lightning.calibration_data import CalibrationData
 from pp_lightning.importances import Importances
-from pp_lightning.methods.base import StaticMethod
+from pp_lightning.methods.base import PruningMethod, StaticMethod
 
 
 class GradientMethod(StaticMethod[Importances]):
@@ -18,3 +18,9 @@ class GradientMethod(StaticMethod[Importances]):
     @abstractmethod
     def kind(self) -> str:
         """:attr:`~pp_lightning.importances.Importances.kind` of those that it chooses from."""
+
+
+def gradient_method(method: PruningMethod | None) -> GradientMethod | None:
+    """What chooses by gradients: this method, or the one whose choice it updates; None for others."""
+    origin = getattr(method, "origin", method)
+    return origin if isinstance(origin, GradientMethod) else None

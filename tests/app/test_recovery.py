@@ -143,6 +143,19 @@ def test_fit_writes_a_small_folder_that_test_evaluates(run, settings, tmp_path, 
     assert recovered["perplexity"] < pruned["perplexity"]
 
 
+def test_what_gradients_choose_is_updated_too(run, settings, tmp_path):
+    """With importances from a file, and with new ones."""
+    asked = {"method": METHODS["llm_pruner"], "pruning_ratio": 0.4, "importances": str(tmp_path / "it.safetensors")}
+    assert run("test", evaluated(settings, **asked), "plain") == 0
+    updated = {**asked, "update": "least_squares"}
+    assert run("test", evaluated(settings, **updated), "read") == 0
+    assert run("test", evaluated(settings, **{**updated, "importances": None}), "new") == 0
+    plain, read, new = (row(tmp_path / name) for name in ("plain", "read", "new"))
+    assert read["method"] == new["method"] == "llm_pruner_updated" and read["kept"] == plain["kept"]
+    assert read["perplexity"] == pytest.approx(new["perplexity"], rel=1e-6)
+    assert read["perplexity"] != pytest.approx(plain["perplexity"], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_llm_pruner_keeps_the_same_units_with_and_without_recovery(run, settings, tmp_path):
     """And recovery with a learning rate of zero is no recovery: the same perplexity."""

@@ -7,6 +7,7 @@ import yaml
 
 from pp_lightning.app.words import config_settings, spelled_out
 from pp_lightning.errors import UserError
+from pp_lightning.methods import ProbePruning, method_labels, method_named, name_of
 
 
 def parsed(*words):
@@ -24,6 +25,12 @@ def test_methods_have_the_same_names_everywhere():
     assert parsed("compare", "--method", "pp") == {"--methods": "[pp]"}
     assert parsed("benchmark", "--method", "pp,flap") == {"--variants": "[pp,flap]"}
     assert parsed("test", "--model.method", "my.own.Method") == {"--model.method": "my.own.Method"}
+
+
+def test_tables_show_the_name_that_was_given():
+    for name in method_labels():
+        assert name_of(method_named(name)) == name
+    assert name_of(ProbePruning(token_ratio=0.25)) == "pp"  # a setting of its own makes no preset
 
 
 def test_lists_with_and_without_brackets():
