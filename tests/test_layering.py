@@ -26,6 +26,7 @@ LAYERS = [
     {"allocation"},
     {"target", "measured"},
     {"pruned"},
+    {"surgery"},
     {"pruning"},
     {"state", "freezing", "continuation", "passes", "sharding"},
     {"collecting", "calibration", "gradients"},
