@@ -26,6 +26,7 @@ LAYERS = [
     {"allocation"},
     {"target", "measured"},
     {"pruned"},
+    {"surgery"},
     {"pruning"},
     {"state", "freezing", "continuation", "passes", "sharding"},
     {"collecting", "calibration", "gradients"},
@@ -209,7 +210,7 @@ def test_no_cycles():
 def test_the_reader_of_imports_sees_what_is_there():
     """Or all of the above would pass on anything."""
     assert "torch" in imports("pruning")
-    assert {"pruned.context", "statistics", "plan"} <= own("pruning")
+    assert {"pruned.check", "statistics", "plan"} <= own("pruning")
     assert any("lightning" in imports(name) or "lightning.pytorch" in imports(name) for name in MODULES)
 
 

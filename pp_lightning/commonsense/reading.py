@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from pp_lightning.commonsense.rows import Question, Row
 from pp_lightning.commonsense.tasks import Task
@@ -76,16 +75,12 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _hub_rows(task: Task) -> Iterator[Row]:
-    for number, fields in enumerate(_hub_split(task), start=1):
-        yield Row(fields, f"{task.hub}, row {number}")
-
-
-def _hub_split(task: Task) -> Sequence[Mapping[str, Any]]:
     from datasets import load_dataset  # slow to import, and not needed for local files
 
     try:
-        rows: Sequence[Mapping[str, Any]] = load_dataset(task.hub.path, task.hub.name, split=task.hub.split)
+        rows = load_dataset(task.hub.path, task.hub.name, split=task.hub.split)
     except Exception as error:  # the hub client raises many unrelated types: offline, gated, renamed, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot load {task.hub} from the hub ({reason}): give a local folder with .path") from error
-    return rows
+    for number, fields in enumerate(rows, start=1):
+        yield Row(fields, f"{task.hub}, row {number}")
