@@ -14,6 +14,7 @@ from pp_lightning.benchmark.settings import Case, MeasuredDtype
 from pp_lightning.benchmark.timing import Runner, measured
 from pp_lightning.benchmark.variants import Variant, reference_of
 from pp_lightning.blocks import ModelShape
+from pp_lightning.caches import CACHE
 from pp_lightning.compilation import CompileMode, torch_mode
 from pp_lightning.families import shape_of
 from pp_lightning.flops import continued_flops, prompt_flops
@@ -106,7 +107,7 @@ class EagerDecoder(Decoder):
 
     def logits(self, token: Tensor, cache: Cache, number: int) -> Tensor:
         """See :class:`Decoder`."""
-        logits: Tensor = self.model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits: Tensor = self.model(input_ids=token, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
         return logits
 
 
@@ -138,7 +139,7 @@ class GraphDecoder(Decoder):
     def logits(self, token: Tensor, cache: Cache, number: int) -> Tensor:
         """See :class:`Decoder`."""
         place = {"position_ids": self._positions[number], "attention_mask": self._masks[number]}
-        logits: Tensor = self._step(input_ids=token, past_key_values=cache, use_cache=True, **place).logits
+        logits: Tensor = self._step(input_ids=token, **{CACHE: cache}, use_cache=True, **place).logits
         return logits
 
 
@@ -156,7 +157,7 @@ def decoding_runner(decoder: Decoder, prompts: Sequence[Tensor], new_tokens: int
     def run(index: int) -> Mapping[str, float]:
         cache = decoder.empty_cache()
         clock.mark()
-        start = model(input_ids=prompts[index], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        start = model(input_ids=prompts[index], **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         token = start.logits.argmax(-1)
         clock.mark()
         for number in range(new_tokens):
