@@ -27,6 +27,7 @@ from pp_lightning.benchmark.rows import paired_ratio
 from pp_lightning.benchmark.settings import BenchmarkSettings, Case, ModelChoice
 from pp_lightning.benchmark.timing import Runner, measured
 from pp_lightning.benchmark.variants import Variant
+from pp_lightning.caches import CACHE
 from pp_lightning.methods import ProbePruning, StaticPPsp
 from pp_lightning.records import environment, write_json
 
@@ -59,7 +60,7 @@ def arguments() -> argparse.Namespace:
 
 
 def prompt(model: PreTrainedModel, text: Tensor) -> None:
-    model(input_ids=text, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+    model(input_ids=text, **{CACHE: DynamicCache(config=model.config)}, use_cache=True, logits_to_keep=1)
 
 
 def prompt_runner(model: PreTrainedModel, texts: list[Tensor]) -> Runner:

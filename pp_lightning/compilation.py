@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
+from pp_lightning.caches import cache_name
 from pp_lightning.errors import UserError
 from pp_lightning.families import layers_of, stack_of
 from pp_lightning.functional.tracing import is_traced
@@ -222,9 +223,6 @@ class _TwoGraphs:
         return self
 
 
-_CACHES = ("past_key_values", "layer_past")  # what families call the cache that a layer is given
-
-
 class _CompiledLayer:
     """Stands in for ``forward`` of a layer.
 
@@ -261,7 +259,7 @@ class _CompiledLayer:
         """The layer, in a graph where there is one for it."""
         context = self._context
         batch = None if context is None else context.batch
-        name = next((name for name in _CACHES if kwargs.get(name) is not None), None)
+        name = cache_name(kwargs)
         cache = None if name is None else kwargs[name]
         stays_eager = is_traced() or (batch is not None and batch.decoding)
         stays_eager = stays_eager or (context is not None and is_checkpointed(self._layer))  # run again in no graph

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pp_lightning.caches import CACHE
 from pp_lightning.pruning import is_pruned, pruning_of
 
 
@@ -29,10 +30,8 @@ def continued_logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: 
     for start, end in pieces(input_ids.shape[1], prefix, step):
         given: dict[str, Any] = {} if start else {"logits_to_keep": 1}
         mask = None if attention_mask is None else attention_mask[:, :end]
-        out = model(
-            input_ids=input_ids[:, start:end], attention_mask=mask, past_key_values=cache, use_cache=True, **given
-        )
-        cache = out.past_key_values
+        out = model(input_ids=input_ids[:, start:end], attention_mask=mask, **{CACHE: cache}, use_cache=True, **given)
+        cache = out[CACHE]
         found.append(out.logits[:, -1:] if not start else out.logits)
     return torch.cat(found, 1)
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pp_lightning.caches import CACHE
 from pp_lightning.errors import UserError
 from pp_lightning.families import layers_of, random_inputs
 from pp_lightning.interfaces import without_head
@@ -37,7 +38,7 @@ def counted_flops(make: Callable[[], nn.Module], rows: int, tokens: int, past: i
     try:
         with torch.no_grad():
             if past:
-                given["past_key_values"] = run(**random_inputs(model, rows, past), use_cache=True).past_key_values
+                given[CACHE] = run(**random_inputs(model, rows, past), use_cache=True)[CACHE]
             return _flops_of(layers_of(model), lambda: run(**given))
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(

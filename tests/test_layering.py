@@ -14,7 +14,7 @@ PACKAGE = "pp_lightning"
 # Lowest first; a module imports its own layer and lower ones. A package stands for everything inside.
 LAYERS = [
     {"errors"},
-    {"files", "interfaces", "parallel", "prefill", "progress", "saving", "tensor_files"},
+    {"caches", "files", "interfaces", "parallel", "prefill", "progress", "saving", "tensor_files"},
     {"stored", "hidden"},
     {"checkpoint_files", "records", "resume", "tables", "functional"},
     {"blocks"},

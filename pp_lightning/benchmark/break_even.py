@@ -13,6 +13,7 @@ from pp_lightning.benchmark.model import BenchmarkModel
 from pp_lightning.benchmark.settings import BenchmarkSettings, Case
 from pp_lightning.benchmark.timing import Runner, measured
 from pp_lightning.benchmark.variants import VARIANTS, Variant
+from pp_lightning.caches import CACHE
 from pp_lightning.errors import UserError
 from pp_lightning.methods import ProbePruning
 from pp_lightning.prefill import BreakEven, break_even_file
@@ -81,10 +82,10 @@ def _prompt_runner(model: PreTrainedModel, prompts: Sequence[Tensor]) -> Runner:
     def run(index: int) -> Mapping[str, float]:
         cache = DynamicCache(config=model.config)
         clock.mark()
-        out = model(input_ids=prompts[index], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=prompts[index], **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         clock.mark()
         (seconds,) = clock.laps()
-        model(input_ids=out.logits.argmax(-1), past_key_values=cache, use_cache=True)
+        model(input_ids=out.logits.argmax(-1), **{CACHE: cache}, use_cache=True)
         return {"prompt": seconds}
 
     return run

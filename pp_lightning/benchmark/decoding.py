@@ -13,6 +13,7 @@ from pp_lightning.benchmark.settings import Case, MeasuredDtype
 from pp_lightning.benchmark.timing import Runner, measured
 from pp_lightning.benchmark.variants import Variant, reference_of
 from pp_lightning.blocks import ModelShape
+from pp_lightning.caches import CACHE
 from pp_lightning.compilation import CompileMode, torch_mode
 from pp_lightning.families import shape_of
 from pp_lightning.flops import continued_flops, prompt_flops
@@ -80,7 +81,7 @@ class EagerDecoder:
 
     def logits(self, token: Tensor, cache: Cache, number: int) -> Tensor:
         """Logits (B, 1, V) after the tokens (B, 1) that are ``number`` tokens behind the prompt."""
-        logits: Tensor = self.model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits: Tensor = self.model(input_ids=token, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
         return logits
 
 
@@ -104,7 +105,7 @@ class GraphDecoder(EagerDecoder):
     def logits(self, token: Tensor, cache: Cache, number: int) -> Tensor:
         """The same in the graph."""
         place = {"position_ids": self._positions[number], "attention_mask": self._masks[number]}
-        logits: Tensor = self._step(input_ids=token, past_key_values=cache, use_cache=True, **place).logits
+        logits: Tensor = self._step(input_ids=token, **{CACHE: cache}, use_cache=True, **place).logits
         return logits
 
 
@@ -119,7 +120,7 @@ def decoding_runner(decoder: EagerDecoder, prompts: Sequence[Tensor], new_tokens
     def run(index: int) -> Mapping[str, float]:
         cache = decoder.empty_cache()
         clock.mark()
-        start = model(input_ids=prompts[index], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        start = model(input_ids=prompts[index], **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         token = start.logits.argmax(-1)
         clock.mark()
         for number in range(new_tokens):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from pp_lightning.caches import CACHE
 from pp_lightning.commonsense.batching import RowBatch
 from pp_lightning.errors import UserError
 
@@ -62,9 +63,9 @@ def with_prompts(batch: RowBatch) -> RowBatch:
 def continuation_states(decoder: nn.Module, batch: RowBatch, device: torch.device) -> Tensor:
     """The states that predict the batch's continuation tokens, (K, D)."""
     first, second = beginnings(batch), remainders(batch)
-    cache = decoder(**_on(device, first), use_cache=True).past_key_values
+    cache = decoder(**_on(device, first), use_cache=True)[CACHE]
     cache.batch_select_indices(batch["prefix_of_input"].to(device))
-    hidden = decoder(**_on(device, second), past_key_values=cache, use_cache=True).last_hidden_state
+    hidden = decoder(**_on(device, second), **{CACHE: cache}, use_cache=True).last_hidden_state
     inputs = batch["row_input"][batch["target_row"]]
     columns = batch["target_position"] - batch["prefix_tokens"][batch["prefix_of_input"]][inputs]
     states: Tensor = hidden[inputs.to(device), columns.to(device)]

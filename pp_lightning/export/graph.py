@@ -12,6 +12,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from pp_lightning.caches import CACHE
 from pp_lightning.errors import UserError
 from pp_lightning.interfaces import attention_implementation, sizes_without_special_cases
 from pp_lightning.pruning import is_pruned, pruning_of
@@ -101,7 +102,7 @@ class _WithCache(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=cache is not None,
         )
         if cache is None:
@@ -155,7 +156,7 @@ def _keys_and_values(model: PreTrainedModel) -> list[Tensor]:
     Raises:
         UserError: a layer keeps something else.
     """
-    cache = model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True).past_key_values
+    cache = model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)[CACHE]
     if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         raise UserError("not all layers of this model keep keys and values: say --kv_cache false")
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]

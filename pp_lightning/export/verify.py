@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pp_lightning.caches import CACHE
 from pp_lightning.checkpoints import load_streamed
 from pp_lightning.errors import UserError
 from pp_lightning.export.entries import tensors_of
@@ -205,10 +206,10 @@ def model_runner(model: PreTrainedModel) -> Runner:
             input_ids=prompt.to(model.device),
             attention_mask=mask.to(model.device),
             position_ids=positions_of(mask, prompt.shape[1]).to(model.device),
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
         )
-        return output.logits.float().cpu(), output.past_key_values
+        return output.logits.float().cpu(), output[CACHE]
 
     return run
 

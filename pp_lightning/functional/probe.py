@@ -119,15 +119,13 @@ Arguments = dict[str, Any]
 
 
 def probe_arguments(given: Arguments, probe: object) -> Arguments:
-    """A block's arguments cut to the probe's rows and tokens, at their true positions and without a cache.
+    """A block's arguments cut to the probe's rows and tokens, at their true positions.
 
     Args:
         given: by name, without the hidden states.
         probe: None is the whole batch.
     """
     cut = dict(given)
-    for name in _WITHOUT_CACHE.keys() & cut.keys():
-        cut[name] = _WITHOUT_CACHE[name]
     mask = cut.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 4:  # a cache of fixed size has room behind the batch
         cut["attention_mask"] = mask[..., : mask.shape[2]]
@@ -178,4 +176,3 @@ _CUTS: Mapping[str, Callable[[Any, Probe], Any]] = {
     "position_embeddings": _by_row_and_token,
     "position_ids": _by_row_and_token,
 }
-_WITHOUT_CACHE: Mapping[str, Any] = {"past_key_values": None, "layer_past": None, "use_cache": False}

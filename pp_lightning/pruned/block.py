@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pp_lightning.blocks import Block, BlockKey
+from pp_lightning.caches import without_cache
 from pp_lightning.functional.compensation import channel_mean, update_mean_
 from pp_lightning.functional.linear import wants_rows
 from pp_lightning.functional.moments import TokenPositions, placed_second_moment, second_moment, update_history_
@@ -257,7 +258,7 @@ class PrunedBlock(nn.Module):
         if ahead is not None and probe is not None:
             ahead = {name: probe.take(states) for name, states in ahead.items()}
         if given:
-            given = probe_arguments(given, probe)
+            given = probe_arguments(without_cache(given), probe)
         return self._choice(self.runner.states(part, given, ahead), probe, inputs, shared=plan.shares)
 
     def _choose_ahead(self, earlier: Earlier, given: Arguments, inputs: BatchInputs, plan: ExecutionPlan) -> Choice:
@@ -272,7 +273,7 @@ class PrunedBlock(nn.Module):
             else:  # the norm of all tokens would take longer than the probe
                 probe = self._probe(residual, residual, inputs, plan)
                 part = self._normed(residual if probe is None else probe.take(residual))
-            return self._choice(self.runner.states(part, probe_arguments(given, probe)), probe, inputs)
+            return self._choice(self.runner.states(part, probe_arguments(without_cache(given), probe)), probe, inputs)
 
         side = self.context.side_stream(earlier.residual.device)
         return choose() if side is None else side.join(side.start(earlier.since or side.moment(), choose))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pp_lightning.blocks import AttentionUnit, Block, BlockKey, ModelShape, units_of
+from pp_lightning.caches import without_cache
 from pp_lightning.errors import UserError
 from pp_lightning.families import BlockModules, layers_config, layers_of, random_inputs
 from pp_lightning.functional.probe import Arguments
@@ -177,8 +178,7 @@ def _note_inputs(
 ) -> None:
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
     hidden = given.pop(names[0])
-    cached = {name: None for name in ("past_key_values", "layer_past") if name in given}
-    seen[key] = Meeting(hidden, given | cached, made[id(hidden)][0] if id(hidden) in made else None)
+    seen[key] = Meeting(hidden, without_cache(given), made[id(hidden)][0] if id(hidden) in made else None)
 
 
 def _stop(*_: object) -> None:

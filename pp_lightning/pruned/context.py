@@ -10,6 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from pp_lightning.caches import CACHE, cache_in
 from pp_lightning.calibration_data import fingerprint
 from pp_lightning.errors import UserError
 from pp_lightning.functional.moments import TokenPositions, all_finite
@@ -35,7 +36,7 @@ from pp_lightning.pruned.slices import SliceMemory
 from pp_lightning.pruned.streams import SideStream
 
 _SHAPED = ("input_ids", "inputs_embeds", "hidden_states")  # arguments of a stack that tell the batch's rows and tokens
-_PACKED = ("cu_seq_lens_q", "cache")  # arguments of a batch whose rows are several texts one after the other
+_PACKED = "cu_seq_lens_q"  # argument of a batch whose rows are several texts one after the other
 
 
 class ModelContext:
@@ -148,9 +149,9 @@ class ModelContext:
             UserError: the cache belongs to no prompt of this model, or texts are packed into one row.
         """
         given = dict(zip(self._stack_names, args, strict=False)) | dict(kwargs)
-        if any(given.get(name) is not None for name in _PACKED):
+        if given.get(_PACKED) is not None:
             raise UserError("pruned models take one text a row: generate_batch and packed rows need the dense model")
-        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        cache, mask = cache_in(given), given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() not in (2, 4):
             raise UserError("pruned models need a 2-D attention mask (rows, tokens), to tell padding from text")
         self._leave_batch()
@@ -266,13 +267,13 @@ class ModelContext:
     def end_batch(self, stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Forward hook of the module that loops over the layers: states move, and the cache is told its choice."""
         batch, given = self.batch, self._here.given
-        cache = given.get("past_key_values")
+        cache = cache_in(given)
         if batch is not None and batch.decoding:
             self._end_decoding(batch, cache)
         elif batch is not None and self.part is not None:
             self._remember(batch, [block for block in self.blocks if block.index == self.part])
         elif batch is not None and len(batch.results) == len(self.blocks):
-            self._end_prompt(batch, getattr(output, "past_key_values", None) if cache is None else cache)
+            self._end_prompt(batch, getattr(output, CACHE, None) if cache is None else cache)
         self._leave_batch()
 
     def _end_prompt(self, batch: BatchInputs, cache: Any) -> None:

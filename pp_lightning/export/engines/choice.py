@@ -60,7 +60,7 @@ _TOLD: Mapping[tuple[Engine, Layout], str] = {
     ("lm-eval", "per-layer"): "needs trust_remote_code=True in --model_args",
     ("lm-eval", "uniform"): "a stock class, no code of ours",
     ("lm-eval", "padded"): "a stock class, filled with zeros to the widest layer",
-    ("transformers", "per-layer"): "needs trust_remote_code=True; versions 4.57 to 5.23 were seen to load it",
+    ("transformers", "per-layer"): "needs trust_remote_code=True; versions 4.57 to 5.24 were seen to load it",
     ("transformers", "uniform"): "a stock class, no code of ours",
     ("transformers", "padded"): "a stock class, filled with zeros to the widest layer",
 }
