@@ -36,6 +36,7 @@ from pp_lightning.freezing import choice_for
 from pp_lightning.methods import FLAP, FullBatchProbing, ProbePruning, StaticPPsp, WandaSP
 from pp_lightning.pruning import is_pruned, last_choices, pruning_of
 from tests.models import choices, histories, masked_dense, padded, ragged
+from tests.replicas import replicas
 
 LAYERS, HEADS, CHANNELS, LABELS = 4, 8, 160, 7
 SIZES: dict[str, Any] = {
@@ -111,11 +112,11 @@ STATIC = {"ppsp": StaticPPsp, "wanda_sp": WandaSP, "flap": FLAP}
 
 def tiny(name: str, **overrides: Any) -> PreTrainedModel:
     """A new copy of a tiny encoder, always with the same weights."""
-    return copy.deepcopy(_tiny(name, tuple(overrides.items())))
+    return _tiny(name, tuple(overrides.items()))()
 
 
 @lru_cache
-def _tiny(name: str, overrides: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
+def _tiny(name: str, overrides: tuple[tuple[str, Any], ...]) -> Callable[[], Any]:
     row = ENCODERS[name]
     kind = getattr(transformers, row.model)
     model = kind._from_config(row.config(), **{"attn_implementation": "sdpa", **dict(overrides)}).eval()
@@ -124,7 +125,7 @@ def _tiny(name: str, overrides: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
         for path, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(1 + 0.2 * noise if "norm" in path and path.endswith("weight") else 0.15 * noise)
-    return model
+    return replicas(model)
 
 
 def batch(name: str, seed: int = 0, rows: int = 4) -> dict[str, Tensor]:
@@ -140,12 +141,12 @@ def batches(name: str) -> list[dict[str, Tensor]]:
 
 
 def statistics(name: str) -> Statistics:
-    return copy.deepcopy(_statistics(name))
+    return _statistics(name)()
 
 
 @lru_cache
-def _statistics(name: str) -> Statistics:
-    return calibrate(tiny(name), batches(name), progress=False)
+def _statistics(name: str) -> Callable[[], Any]:
+    return replicas(calibrate(tiny(name), batches(name), progress=False))
 
 
 def pruned(name: str, method: Any, **settings: Any) -> PreTrainedModel:

@@ -50,7 +50,7 @@ def equal(found, expected):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_masked_dense(name, method):
-    dense, model = tiny(name), tiny(name)
+    model = tiny(name)
     prune_(model, METHODS[method](), statistics(name), **SETTINGS)
     for seed in (50, 51):
         text = ids(seed=seed)
@@ -60,7 +60,7 @@ def test_equals_masked_dense(name, method):
         if method != "flap_without_bias":  # whose counts differ from layer to layer
             heads = 2 if MODELS[name].grouped else 3
             assert all((len(k.attention), len(k.mlp)) == (heads, 64) for k in kept.values())
-        equal(found, logits(masked_dense(dense, kept, default_units(name)), text))
+        equal(found, logits(masked_dense(tiny(name), kept, default_units(name)), text))
 
 
 @pytest.mark.parametrize("name", GROUPED)
