@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import (
@@ -225,6 +226,22 @@ FAMILIES = MODELS | {
         refuses={Block.ATTENTION: "its heads share one latent projection"},
     ),
 }
+
+
+# One of each kind of layer: plain and grouped heads, caps, fused and parallel blocks, norms, recurrences, experts.
+CORE = ("llama_gqa", "opt", "gemma2", "phi3", "falcon", "gpt_neox", "cohere_qk_norm", "qwen3_next", "gpt_oss")
+
+
+def families(core: Iterable[str] = CORE, names: Iterable[str] = FAMILIES) -> list[Any]:
+    """All of them, for ``parametrize``: those of the core in every run, the others among the slow tests."""
+    return [name if name in core else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def pairs(names: Iterable[str], others: Iterable[Any]) -> list[tuple[str, Any]]:
+    """The first name with every other, and each name with one of them in turn: not all with all."""
+    names, others = list(names), list(others)
+    in_turn = [(name, others[number % len(others)]) for number, name in enumerate(names)]
+    return list(dict.fromkeys([(names[0], other) for other in others] + in_turn))
 
 
 def config(name: str, **overrides: Any) -> PreTrainedConfig:
