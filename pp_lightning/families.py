@@ -239,12 +239,7 @@ class OutputWeights(Mapping[BlockKey, Tensor]):
 
 def stack_path(model: PreTrainedModel) -> tuple[str, str]:
     """Path of the module that loops over the layers, and the name of its list of them."""
-    paths: list[str] = []
-    for path, module in model.named_modules():
-        inside = any(path.startswith(f"{found}.") for found in paths)
-        if not inside and isinstance(module, nn.ModuleList) and any(_looks_like_a_layer(one) for one in module):
-            paths.append(path)
-    kind = model.config.model_type
+    paths, kind = list(_stacks(model, "")), model.config.model_type
     if not paths:
         raise UserError(f"model type {kind!r} has no list of transformer layers that can be pruned")
     if len(paths) > 1:
@@ -253,6 +248,15 @@ def stack_path(model: PreTrainedModel) -> tuple[str, str]:
         )
     parent, _, name = paths[0].rpartition(".")
     return parent, name
+
+
+def _stacks(module: nn.Module, prefix: str) -> Iterator[str]:
+    """Paths of the lists of layers, without a look into the layers: they are most of a model."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList) and any(_looks_like_a_layer(one) for one in child):
+            yield f"{prefix}{name}"
+        else:
+            yield from _stacks(child, f"{prefix}{name}.")
 
 
 def stack_of(model: PreTrainedModel) -> nn.Module:

@@ -84,4 +84,8 @@ def in_stock_python(_stock_process):
 def only_traced(monkeypatch):
     """Graphs run as they were traced: that is enough to see how many there are, and what they compute."""
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend="eager", fullgraph=True))
+
+    def traced(function, dynamic=None, **_):
+        return real(function, backend="eager", fullgraph=True, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", traced)

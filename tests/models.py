@@ -4,12 +4,12 @@ A new architecture is one row in ``FAMILIES``: every test of ``test_families.py`
 parametrised over the few in ``MODELS``.
 """
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import (
@@ -30,6 +30,7 @@ from pp_lightning.errors import UserError
 from pp_lightning.families import blocks_of
 from pp_lightning.pruned.block import PrunedBlock
 from pp_lightning.pruning import pruning_of
+from tests.replicas import replicas
 
 VOCABULARY = 96
 HEADS, GROUPS, MLP_WIDTH, LAYERS = 8, 4, 160, 5
@@ -227,6 +228,22 @@ FAMILIES = MODELS | {
 }
 
 
+# One of each kind of layer: plain and grouped heads, caps, fused and parallel blocks, norms, recurrences, experts.
+CORE = ("llama_gqa", "opt", "gemma2", "phi3", "falcon", "gpt_neox", "cohere_qk_norm", "qwen3_next", "gpt_oss")
+
+
+def families(core: Iterable[str] = CORE, names: Iterable[str] = FAMILIES) -> list[Any]:
+    """All of them, for ``parametrize``: those of the core in every run, the others among the slow tests."""
+    return [name if name in core else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def pairs(names: Iterable[str], others: Iterable[Any]) -> list[tuple[str, Any]]:
+    """The first name with every other, and each name with one of them in turn: not all with all."""
+    names, others = list(names), list(others)
+    in_turn = [(name, others[number % len(others)]) for number, name in enumerate(names)]
+    return list(dict.fromkeys([(names[0], other) for other in others] + in_turn))
+
+
 def config(name: str, **overrides: Any) -> PreTrainedConfig:
     """The config of a tiny model."""
     row = FAMILIES[name]
@@ -248,11 +265,11 @@ def config(name: str, **overrides: Any) -> PreTrainedConfig:
 
 def tiny(name: str, **overrides: Any) -> PreTrainedModel:
     """A new copy of the tiny model, always with the same weights."""
-    return copy.deepcopy(_tiny(name, tuple(sorted(overrides.items()))))
+    return cast(PreTrainedModel, _tiny(name, tuple(sorted(overrides.items())))())
 
 
 @lru_cache
-def _tiny(name: str, overrides: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
+def _tiny(name: str, overrides: tuple[tuple[str, Any], ...]) -> Callable[[], Any]:
     given = dict(overrides)
     attention = given.pop("attn_implementation", FAMILIES[name].attention)
     model = AutoModelForCausalLM.from_config(config(name, **given), attn_implementation=attention).eval()
@@ -262,7 +279,7 @@ def _tiny(name: str, overrides: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
             noise = torch.randn(weight.shape, generator=generator)
             is_norm = path.endswith("weight") and any(part in path for part in ("norm", "ln_"))
             weight.copy_(weight + 0.2 * noise if is_norm else noise if path.endswith("sinks") else 0.15 * noise)
-    return model
+    return replicas(model)
 
 
 def ids(rows: int = ROWS, tokens: int = TOKENS, seed: int = 0) -> Tensor:
@@ -299,12 +316,12 @@ def calibration_batches(number: int = 3, tokens: int = CALIBRATED) -> list[dict[
 
 def statistics(name: str) -> Statistics:
     """The statistics of ``tiny(name)`` over ``calibration_batches()``; a new copy, so that a test may spoil it."""
-    return copy.deepcopy(_statistics(name))
+    return cast(Statistics, _statistics(name)())
 
 
 @lru_cache
-def _statistics(name: str) -> Statistics:
-    return calibrate(tiny(name), calibration_batches(), progress=False)
+def _statistics(name: str) -> Callable[[], Any]:
+    return replicas(calibrate(tiny(name), calibration_batches(), progress=False))
 
 
 @torch.no_grad()
@@ -340,21 +357,20 @@ def choices(kept: dict[int, KeptUnits]) -> dict[int, tuple[list[int], list[int]]
 
 
 def masked_dense(dense: PreTrainedModel, kept: dict[int, KeptUnits], num_units: int) -> PreTrainedModel:
-    """A dense copy whose output matrices are zero in the columns of the units that were dropped.
+    """A dense model with zeros in its output matrices, in the columns of the units that were dropped.
 
     Args:
-        dense: left as it is.
+        dense: changed, and returned.
         kept: of a pruned model with the same weights.
         num_units: attention units of a layer: query heads, or key/value groups.
     """
-    masked = copy.deepcopy(dense)
-    blocks = blocks_of(masked)
+    blocks = blocks_of(dense)
     for index, units in kept.items():
         for block, own in ((Block.ATTENTION, units.attention), (Block.MLP, units.mlp)):
             if len(own):  # a layer may have no such block
                 weight = blocks[index, block].output_weight
                 _zero_dropped(weight, own, weight.shape[1] // num_units if block is Block.ATTENTION else 1)
-    return masked
+    return dense
 
 
 def output_weights(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:

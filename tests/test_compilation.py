@@ -259,6 +259,7 @@ def test_compiled_prompts_leave_their_slices_for_decoding(name):
         torch.testing.assert_close(histories(compiled)[key], history, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positioned", [False, True])
 @pytest.mark.parametrize("tokens", [24, 40])
 def test_padding_makes_no_new_graph(only_traced, positioned, tokens):

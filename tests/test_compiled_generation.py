@@ -35,7 +35,6 @@ METHODS = {
     "full_batch": FullBatchProbing,
     "query_head": lambda: ProbePruning(attention_unit="query_head"),
 }
-QUICK = {("llama", "paper", False), ("opt", "best", True)}
 # Every model with both methods, with padding under one of them.
 COMBINATIONS = [
     *((name, method, (number % 2 == 0) == (method == "best")) for number, name in enumerate(MODELS) for method in BOTH),
@@ -43,7 +42,6 @@ COMBINATIONS = [
     ("llama_gqa", "query_head", True),
     ("qwen3", "query_head", False),
 ]
-CASES = [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in COMBINATIONS]
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +73,8 @@ def prompt(model, seed=1, tokens=20):
     return cache
 
 
-@pytest.mark.parametrize(("name", "method", "padded"), CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "method", "padded"), COMBINATIONS)
 def test_one_graph_decodes_for_all_prompts(name, method, padded):
     eager, model = (pruned(name, method=METHODS[method]) for _ in range(2))
     found = []
@@ -126,6 +125,7 @@ def test_one_graph_for_conversations_side_by_side():
     assert graphs() == 2
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_cache_of_another_model_is_refused():
     model, other = pruned("llama"), pruned("llama")
@@ -138,6 +138,7 @@ def test_a_cache_of_another_model_is_refused():
     decode(input_ids=ids(3, 1), past_key_values=own, use_cache=True)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_copied_cache_goes_on():
     model = pruned("llama")
@@ -147,6 +148,7 @@ def test_a_copied_cache_goes_on():
     assert torch.equal(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 @torch.no_grad()
 def test_an_emptied_cache_is_a_new_prompt(name):
@@ -184,6 +186,7 @@ def test_what_decoding_reads_stays_where_it_is(name):
     assert found[1][1] != found[2][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_gqa", "opt"])
 @torch.inference_mode()
 def test_a_whole_model_compiles_once_for_all_batches(name):

@@ -14,7 +14,7 @@ from pp_lightning.families import Recipe, shape_of, shape_of_model
 from pp_lightning.flops import continued_flops, dense_flops, probe_flops, pruned_flops
 from pp_lightning.methods import FullBatchProbing, ProbePruning, WandaSP
 from pp_lightning.pruning import pruning_of
-from tests.models import FAMILIES, MODELS, SETTINGS, calibration_batches, config, ids, statistics, tiny
+from tests.models import FAMILIES, MODELS, SETTINGS, calibration_batches, config, families, ids, pairs, statistics, tiny
 
 PUBLISHED = {
     "llama-2-7b": LlamaConfig(),
@@ -52,7 +52,7 @@ def countable(name):
     return model
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_dense_model_agrees_with_the_counter(name):
     model, shape = countable(name), shape_of(tiny(name).config)
     text = ids(ROWS, TOKENS)
@@ -66,7 +66,7 @@ def test_dense_model_agrees_with_the_counter(name):
 WINDOWED = [name for name in FAMILIES if getattr(config(name), "sliding_window", None)]
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WINDOWED])
+@pytest.mark.parametrize("name", families(names=[name for name in FAMILIES if name not in WINDOWED]))
 def test_decoding_agrees_with_the_counter(name):
     model, text = countable(name), ids(ROWS, 12)
     shape, blocks = shape_of(model.config), FAMILIES[name].blocks
@@ -81,7 +81,7 @@ def test_decoding_agrees_with_the_counter(name):
         )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_pruned_families_agree_with_the_counter(name):
     model, row = countable(name), FAMILIES[name]
     shape, text = shape_of(model.config), ids(ROWS, TOKENS)
@@ -116,10 +116,11 @@ def restoring(attention_unit):
     return ProbePruning(compensation="probe", rank_by="random", allocation="global", attention_unit=attention_unit)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "method"), pairs(["llama_gqa", *MODELS], [ProbePruning, FullBatchProbing, WandaSP, restoring])
+)
 @pytest.mark.parametrize("unit", [None, "query_head"])
-@pytest.mark.parametrize("method", [ProbePruning, FullBatchProbing, WandaSP, restoring])
-def test_pruned_model_agrees_with_the_counter(name, unit, method):
+def test_pruned_model_agrees_with_the_counter(name, method, unit):
     model = tiny(name, attn_implementation="eager")
     shape = shape_of(model.config)
     prune_(model, method(attention_unit=unit), statistics(name), **SETTINGS)

@@ -100,7 +100,7 @@ def test_several_tokens_at_once_continue_a_cache(name):
 
 
 @pytest.mark.parametrize(("name", "unit"), CASES)
-@pytest.mark.parametrize("method", [ProbePruning, FullBatchProbing])
+@pytest.mark.parametrize("method", [ProbePruning, pytest.param(FullBatchProbing, marks=pytest.mark.slow)])
 def test_left_padded_prompts(name, unit, method):
     model = pruned(name, unit, method)
     batch = ragged([20, 4, 13], "left", 5)
@@ -118,7 +118,7 @@ def test_padding_alone_does_not_change_the_tokens(name):
 
 
 @pytest.mark.parametrize(("name", "unit"), CASES)
-@pytest.mark.parametrize("method", [ProbePruning, FullBatchProbing])
+@pytest.mark.parametrize("method", [ProbePruning, pytest.param(FullBatchProbing, marks=pytest.mark.slow)])
 def test_static_cache(name, unit, method):
     for batch in ({"input_ids": ids(3, 20, 1)}, ragged([20, 4, 13], "left", 5)):
         dynamic, static = pruned(name, unit, method), pruned(name, unit, method)

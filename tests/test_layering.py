@@ -3,10 +3,9 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "pp_lightning"
@@ -106,90 +105,61 @@ def layer(name: str) -> int | None:
     return next((level for level, names in enumerate(LAYERS) if head in names), None)
 
 
-LAYERED = [name for name in MODULES if layer(name) is not None]
-LIBRARY = [name for name in LAYERED if name.split(".")[0] not in TOP]
+def heads(names: Iterable[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+LIBRARY = [name for name in MODULES if layer(name) is not None and not heads([name]) & TOP]
+EXPORT = [name for name in MODULES if heads([name]) == {"export"}]
+RUNNERS = [name for name in EXPORT if name.split(".")[-1].startswith("run_")]  # run in an engine's own Python
+STDLIB = set(sys.stdlib_module_names)
+
+
+def unwanted(names: Iterable[str], rule: Callable[[str], set[str]]) -> dict[str, set[str]]:
+    """What is against a rule, by module: nothing, if all is well."""
+    return {name: found for name in names if (found := rule(name))}
 
 
 def test_the_layers_exist():
-    heads = {name.split(".")[0] for name in MODULES}
-    assert {name for names in LAYERS for name in names} <= heads
-    assert len(LIBRARY) > 20
+    assert {name for names in LAYERS for name in names} <= heads(MODULES)
+    assert len(LIBRARY) > 20 and RUNNERS
 
 
-@pytest.mark.parametrize("name", LAYERED)
-def test_imports_go_down(name):
-    for imported in own(name):
-        level = layer(imported)
-        assert level is not None, f"{name} imports {imported or PACKAGE}, which is above the library's layers"
-        assert level <= layer(name), f"{name} imports {imported}, which is in a higher layer"
+def test_imports_go_down():
+    def not_below(name: str) -> set[str]:
+        return {i for i in own(name) if (level := layer(i)) is None or level > layer(name)}
+
+    assert not unwanted((name for name in MODULES if layer(name) is not None), not_below)
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.split(".")[0] == "functional"])
-def test_the_arithmetic_imports_torch_only(name):
-    for imported in imports(name):
-        head = imported.split(".")[0]
-        if head == PACKAGE:
-            assert imported.split(".")[1] in ("errors", "functional")
-        else:
-            assert head == "torch" or head in sys.stdlib_module_names, f"{name} imports {imported}"
+def test_the_library_needs_torch_transformers_and_safetensors():
+    """Its arithmetic torch alone; heavy packages and the users of the library are unknown to all of it."""
+    allowed = {PACKAGE, "torch", "transformers", "safetensors", "huggingface_hub", "yaml"} | STDLIB
+    seen = {name: at_the_top(name) if heads([name]) <= READERS else imports(name) for name in MODULES}
+    assert not unwanted(LIBRARY, lambda name: heads(seen[name]) - allowed)
+    below = [name for name in MODULES if not heads([name]) & TOP]
+    assert not unwanted(below, lambda name: heads(seen[name]) & HEAVY | heads(own(name)) & TOP)
+    arithmetic = [name for name in MODULES if heads([name]) == {"functional"}]
+    assert arithmetic and not unwanted(arithmetic, lambda name: heads(own(name)) - {"errors", "functional"})
+    assert not unwanted(arithmetic, lambda name: heads(imports(name)) - STDLIB - {"torch", PACKAGE})
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.split(".")[0] not in TOP])
-def test_the_library_does_without_heavy_packages(name):
-    heavy = {i for i in (at_the_top if name.split(".")[0] in READERS else imports)(name) if i.split(".")[0] in HEAVY}
-    assert not heavy
-    assert not {i for i in own(name) if i.split(".")[0] in TOP}, "the library does not know its users"
-
-
-@pytest.mark.parametrize("name", LIBRARY)
-def test_layers_import_torch_and_transformers_only(name):
-    allowed = {PACKAGE, "torch", "transformers", "safetensors", "huggingface_hub", "yaml"} | sys.stdlib_module_names
-    found = (at_the_top if name.split(".")[0] in READERS else imports)(name)
-    assert {i.split(".")[0] for i in found} <= allowed
-
-
-SOURCES = {path: ast.parse(path.read_text()) for path in sorted((ROOT / PACKAGE / "export").rglob("*.py"))}
-RUNNERS = {path: tree for path, tree in SOURCES.items() if path.name.startswith("run_")}  # in an engine's own Python
-EXPORT = {path: tree for path, tree in SOURCES.items() if path not in RUNNERS}
-
-
-def imported_by(tree: ast.Module) -> set[str]:
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    return names | {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-
-
-@pytest.mark.parametrize("path", EXPORT, ids=lambda path: str(path.relative_to(ROOT)))
-def test_export_stands_on_the_library_alone(path):
+def test_export_stands_on_the_library_alone():
     """No Lightning, no data, no command line; onnx and its runtime only inside the functions that need them."""
-    allowed = {PACKAGE, "torch", "transformers", "safetensors", "huggingface_hub"}
+    allowed = {PACKAGE, "torch", "transformers", "safetensors", "huggingface_hub"} | STDLIB
     allowed |= {"onnxruntime", "onnxscript", "gguf", "numpy", "torchao"}
-    names = imported_by(EXPORT[path])
-    assert {name.split(".")[0] for name in names} <= allowed | sys.stdlib_module_names
-    ours = {name for name in names if name.split(".")[0] == PACKAGE}
-    assert not {name for name in ours if set(name.split(".")[1:2]) & (TOP - {"export"})}
-    at_top = {name for node in EXPORT[path].body for name in imported_by(ast.Module([node], []))}
-    functions = (ast.FunctionDef, ast.ClassDef)
-    inside = [node for node in EXPORT[path].body if isinstance(node, functions)]
-    lazily = {name for node in inside for name in imported_by(ast.Module([node], []))}
-    assert not {name for name in at_top - lazily if name.split(".")[0] in HEAVY}
-
-
-@pytest.mark.parametrize("path", RUNNERS, ids=lambda path: path.name)
-def test_what_runs_in_an_engines_own_python_knows_nothing_of_us(path):
-    assert PACKAGE not in {name.split(".")[0] for name in imported_by(RUNNERS[path])}
+    exporting = [name for name in EXPORT if name not in RUNNERS]
+    assert not unwanted(exporting, lambda name: heads(imports(name)) - allowed | heads(own(name)) & TOP - {"export"})
+    assert not unwanted(exporting, lambda name: heads(at_the_top(name)) & HEAVY)
+    assert not unwanted(RUNNERS, lambda name: heads(imports(name)) & {PACKAGE})
+    bundled = [name for name in EXPORT if name.startswith("export.bundled.")]
+    assert bundled and not unwanted(bundled, lambda name: heads(imports(name)) - STDLIB - {"torch", "transformers"})
 
 
 def test_the_library_does_not_know_export():
-    users = {name for name in MODULES if any(i.split(".")[0] == "export" for i in own(name))}
-    assert {name.split(".")[0] for name in users} == {"app", "export"}
+    assert heads(name for name in MODULES if "export" in heads(own(name))) == {"app", "export"}
     assert (ROOT / "export").resolve() == ROOT / PACKAGE / "export"
-    assert not [name for name in MODULES if "export" in {i.split(".")[0] for i in imports(name)}], "not by the link"
-
-
-def test_bundled_code_needs_transformers_only():
-    for path in (ROOT / PACKAGE / "export" / "bundled").glob("*.py"):
-        names = {name.split(".")[0] for name in imported_by(EXPORT[path])} - sys.stdlib_module_names
-        assert names <= {"torch", "transformers"}
+    assert not [name for name in MODULES if "export" in heads(imports(name))], "not by the link"
 
 
 def test_no_cycles():
@@ -212,6 +182,7 @@ def test_the_reader_of_imports_sees_what_is_there():
     assert "torch" in imports("pruning")
     assert {"pruned.check", "statistics", "plan"} <= own("pruning")
     assert any("lightning" in imports(name) or "lightning.pytorch" in imports(name) for name in MODULES)
+    assert "onnxscript" in set().union(*map(imports, EXPORT)) - set().union(*map(at_the_top, EXPORT))
 
 
 def test_import_leaves_lightning_and_cuda_alone():

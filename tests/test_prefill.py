@@ -21,6 +21,7 @@ from tests.models import (
     PRUNED,
     SETTINGS,
     choices,
+    families,
     ids,
     logits,
     masked_dense,
@@ -75,7 +76,7 @@ def close(found, expected):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_a_dense_prompt_and_masked_dense_behind_it(name):
     blocks = FAMILIES[name].blocks
     model = pruned(name, lambda: ProbePruning(blocks=blocks), skip_layers=(0,))
@@ -170,7 +171,7 @@ def test_generate_with_a_static_cache_equals_a_growing_one():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["paper", "generation"])
-def test_compiled_layers_run_dense_prompts(method):
+def test_compiled_layers_run_dense_prompts(only_traced, method):
     model = pruned(method=METHODS[method])
     compilation = compile_(model)
     with frozen_history(model):
@@ -237,9 +238,10 @@ def test_griffins_statistic_is_that_of_a_loop():
         assert not len(kept_units(model)[layer].attention) or len(kept_units(model)[layer].attention) == HEADS
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
-@pytest.mark.parametrize("prefill", ["dense", "probe"])
-@pytest.mark.parametrize("method", ["paper", "best", "griffin"])
+@pytest.mark.parametrize(
+    ("name", "prefill", "method"),
+    [("llama", "dense", "paper"), ("opt", "probe", "paper"), ("llama", "probe", "best"), ("opt", "dense", "griffin")],
+)
 class TestRefresh:
     EVERY = 4
 

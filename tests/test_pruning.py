@@ -27,6 +27,7 @@ from tests.models import (
     logits,
     masked_dense,
     output_weights,
+    pairs,
     plant,
     pruned_blocks,
     run_frozen,
@@ -74,8 +75,7 @@ def assert_stock(model, dense):
 
 
 class TestUndo:
-    @pytest.mark.parametrize("name", MODELS)
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize(("name", "method"), pairs(MODELS, METHODS))
     def test_the_dense_model_again(self, name, method):
         model = pruned(name, METHODS[method])
         logits(model, ids())
@@ -116,8 +116,7 @@ class TestUndo:
 
 
 class TestDynamicPruningChangesNoWeight:
-    @pytest.mark.parametrize("name", MODELS)
-    @pytest.mark.parametrize("method", DYNAMIC)
+    @pytest.mark.parametrize(("name", "method"), pairs(MODELS, DYNAMIC))
     def test_state_dict(self, name, method):
         dense, model = tiny(name), tiny(name)
         stats = calibrate(model, calibration_batches(), progress=False)
@@ -208,8 +207,7 @@ class TestStaticPruning:
         logits(model, ids())
         assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == before
 
-    @pytest.mark.parametrize("name", GROUPED)
-    @pytest.mark.parametrize("method", [StaticPPsp, WandaSP, FLAP])
+    @pytest.mark.parametrize(("name", "method"), pairs(GROUPED, [StaticPPsp, WandaSP, FLAP]))
     def test_single_query_heads_of_grouped_ones(self, name, method):
         """They run on their own keys and values: the dense model with the other heads silenced."""
         model = tiny(name)
@@ -419,14 +417,12 @@ class TestCopies:
 
 
 class TestNegativeControls:
-    @pytest.mark.parametrize("name", MODELS)
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize(("name", "method"), pairs(MODELS, METHODS))
     def test_pruned_differs_from_dense(self, name, method):
         found, dense = logits(pruned(name, METHODS[method]), ids()), logits(tiny(name), ids())
         assert (found - dense).norm() / dense.norm() > 0.05
 
-    @pytest.mark.parametrize("name", MODELS)
-    @pytest.mark.parametrize("method", DYNAMIC)
+    @pytest.mark.parametrize(("name", "method"), pairs(MODELS, DYNAMIC))
     def test_another_text_another_choice(self, name, method):
         model = pruned(name, DYNAMIC[method])
         found = []

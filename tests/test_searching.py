@@ -28,6 +28,7 @@ def trained_a_little(name):
     return model.eval(), batches
 
 
+@pytest.mark.slow
 def test_a_search_lowers_the_held_out_loss_at_no_more_flops():
     model, batches = trained_a_little("llama")
     stats, text = calibrate(model, batches, progress=False), ids()
@@ -51,6 +52,7 @@ def test_a_search_lowers_the_held_out_loss_at_no_more_flops():
     assert any("passes left" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_same_batches_give_the_same_counts_and_no_passes_the_ranking():
     model, batches = trained_a_little("opt")
     stats = calibrate(model, batches, progress=False)

@@ -117,6 +117,7 @@ class TestCommandLine:
     def rows(self, folder):
         return {row["method"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
 
+    @pytest.mark.slow
     def test_compare(self, type_in, arguments, tmp_path):
         options = {**arguments, "--data.protocol": "continuation", "--data.prefix": 20}
         extra = ["--methods", "[pp,best_generation,griffin,flap]", "--ratios", "[0.4]", "--seeds", "[0,1]"]
@@ -175,6 +176,7 @@ class TestCommandLine:
         assert type_in("test", given, extra=extra) == 0
         assert (self.rows(tmp_path / "out")["pp"]["probe_share"] == 0) == dense
 
+    @pytest.mark.slow
     def test_choosing_again_has_its_price(self, type_in, arguments, tmp_path):
         given = {**arguments, "--data.protocol": "continuation", "--model.method": "ProbePruning"}
         for refresh in (16, 4):  # of 16 tokens that are scored: nothing is chosen again behind the last one
@@ -233,6 +235,7 @@ def _loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder).float().eval(), AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_break_even_is_measured_and_read(type_in, arguments, place, capfd, tmp_path):
     """``benchmark --calibrate-break-even`` writes beside the statistics what ``--model.prefill auto`` reads there."""
     file = tmp_path / "stats.safetensors"

@@ -73,6 +73,7 @@ def test_a_checkpoint_keeps_its_dtype(given, dtype, type_in, arguments, tmp_path
     assert f", {dtype};" in (tmp_path / "out" / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_killed_goes_on(type_in, arguments, tmp_path, monkeypatch):
     real, seen = PruningTrainer._evaluated, []
 

@@ -147,6 +147,7 @@ def test_the_model_card_says_how_to_load_it(layout, type_in, chosen, tmp_path, i
     assert in_stock_python(code, tmp_path / "model") is True
 
 
+@pytest.mark.slow
 def test_an_export_can_be_pruned_again(type_in, chosen, tmp_path):
     """A mistral folder that was a llama is a model like any other."""
     assert type_in("export", chosen, extra=["--out", tmp_path / "once"]) == 0
@@ -182,6 +183,7 @@ def test_graphs(method, type_in, shallow, tmp_path, capsys):
         assert record["graph"]["inputs"][3] == "past_key_values.0.key"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "phases"), [("pt2", ["tracing", "writing", "loading"]), ("safetensors", ["writing", "loading"])]
 )

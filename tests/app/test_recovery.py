@@ -125,6 +125,7 @@ def refused(capsys):
     return lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_fit_writes_a_small_folder_that_test_evaluates(run, settings, tmp_path, method):
     assert run("fit", fitted(settings, method), "trained") == 0
@@ -228,6 +229,7 @@ def test_gradients_that_are_not_finite_skip_the_step_visibly(run, settings, tmp_
     assert all(tensor.isfinite().all() for tensor in adapter(tmp_path / "out").values())
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(run, settings, tmp_path, monkeypatch, capsys):
     real = PrunedLM.training_step
 
@@ -454,6 +456,7 @@ def test_compare_refuses_models_trained_otherwise(run, settings, tmp_path, capsy
     assert "was trained with other amounts: remove it or name another --out" in refused(capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_an_exported_recovered_model_is_stock_transformers(run, settings, tmp_path, method):
     settings["model"]["skip_layers"] = []
@@ -471,6 +474,7 @@ def test_an_exported_recovered_model_is_stock_transformers(run, settings, tmp_pa
     assert not any("lora" in path for path, _ in stock.named_modules())
 
 
+@pytest.mark.slow
 def test_export_of_skipped_layers_says_how(run, settings, tmp_path, capsys):
     assert run("fit", fitted(settings, "llm_pruner"), "trained") == 0
     given = evaluated(settings, recovered=str(tmp_path / "trained"))
@@ -526,6 +530,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, run, settings, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_adapters_of_another_model(run, settings, place, tmp_path, capsys):
     assert run("fit", fitted(settings, "llm_pruner"), "trained") == 0
     other = tiny("llama", vocab_size=VOCABULARY)

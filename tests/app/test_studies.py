@@ -82,6 +82,7 @@ def test_a_study_is_compared_over_seeds(type_in, arguments, tmp_path):
     assert "±" in table and "batch 4 x 32" in table and "float32" in table
 
 
+@pytest.mark.slow
 def test_a_study_measures_what_the_methods_do(type_in, arguments, tmp_path):
     extra = ["--ratios", "[0.4]", "--methods", "[pp,full_batch,ppsp,best]", "--study", "methods", "--out", tmp_path]
     assert type_in("compare", arguments, extra=extra) == 0
@@ -96,6 +97,7 @@ def given(monkeypatch, **known):
     monkeypatch.setattr("pp_lightning.app.commands.study_named", lambda name: known[name])
 
 
+@pytest.mark.slow
 def test_a_study_of_overlap_shows_each_layer(type_in, arguments, tmp_path, monkeypatch):
     study = Study("How?", [Row("pp", ProbePruning()), Row("full", FullBatchProbing())], overlap=True)
     given(monkeypatch, overlap=study)
@@ -121,6 +123,7 @@ def test_overlap_is_intersection_over_union():
     assert found.shares("key", run) == {"2.mlp": 0.75}
 
 
+@pytest.mark.slow
 def test_rows_put_back_what_is_their_own(type_in, arguments, tmp_path, monkeypatch):
     """A row's settings of the model and of the data are not the next row's."""
     seen, real = [], PruningTrainer._tested

@@ -107,6 +107,7 @@ def test_variants_share_what_they_can_with_each_other(measured):
     assert torch.equal(logits(models["PP, compiled"], ids()), logits(expected, ids()))
 
 
+@pytest.mark.slow
 def test_the_embedded_model_on_text(measured, monkeypatch):
     """Its embeddings are tied, as those of many checkpoints are."""
     eager(monkeypatch)

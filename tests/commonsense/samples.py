@@ -1,7 +1,7 @@
 """A few rows of each task in the original formats, made up for the tests, and tiny models to score them."""
 
-import copy
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTraine
 
 from pp_lightning.commonsense import CommonsenseData
 from tests.commonsense.tokenizers import VOCABULARY, tokenizer_of
+from tests.replicas import replicas
 
 
 def _arc(number: int, texts: list[str], answer: str, labels: str = "ABCDE") -> dict[str, Any]:
@@ -103,11 +104,11 @@ def data_of(folder: Path | str, kind: str, **settings: Any) -> CommonsenseData:
 
 def tiny_model(kind: str) -> PreTrainedModel:
     """A random model for that kind of tokenizer: OPT for ``opt``, else LLaMA. Always the same weights."""
-    return copy.deepcopy(_tiny_model("opt" if kind == "opt" else "llama"))
+    return _tiny_model("opt" if kind == "opt" else "llama")()
 
 
 @lru_cache
-def _tiny_model(family: str) -> PreTrainedModel:
+def _tiny_model(family: str) -> Callable[[], Any]:
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -122,4 +123,4 @@ def _tiny_model(family: str) -> PreTrainedModel:
         for path, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(1 + 0.1 * noise if "norm" in path and path.endswith("weight") else 0.1 * noise)
-    return model
+    return replicas(model)

@@ -97,6 +97,7 @@ def last_row_score(model: Any, ids: torch.Tensor, mask: torch.Tensor, start: int
     return float(logits.log_softmax(-1).gather(1, torch.tensor(tokens[start:])[:, None]).sum())
 
 
+@pytest.mark.slow
 def test_tasks_do_not_depend_on_one_another(tmp_path: Path) -> None:
     definitions = write_definitions(tmp_path, write_samples(tmp_path / "data"), limit=3)
     manager = TaskManager(include_path=str(definitions), include_defaults=False)

@@ -187,6 +187,7 @@ def test_dynamic_graph_follows_the_model_over_batches(form, name, tmp_path):
     assert choices[0] != choices[1] != choices[2]
 
 
+@pytest.mark.slow
 def test_a_smaller_batch_is_filled_up_with_padding(tmp_path):
     """Rows and columns that the mask leaves out change nothing."""
     model, twin = (small("llama", ProbePruning(row_ratio=0.5)) for _ in range(2))
@@ -201,6 +202,7 @@ def test_a_smaller_batch_is_filled_up_with_padding(tmp_path):
     torch.testing.assert_close(outputs[0][:3, :20], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tracing_leaves_the_model_as_it_was():
     model = small("llama", ProbePruning())
     before, attention = histories(model), model.config._attn_implementation
@@ -293,6 +295,7 @@ def test_the_check_of_a_dynamic_graph(fault, message, checked):
         expected.check(fault(session, len(start)), start, torch.float32, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [ProbePruning(row_ratio=0.5), FullBatchProbing()], ids=["pp", "full_batch"])
 def test_a_graph_has_no_operators_of_ours(method):
     """Whoever loads it has PyTorch alone."""

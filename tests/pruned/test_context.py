@@ -16,6 +16,7 @@ from tests.models import (
     ids,
     logits,
     padded,
+    pairs,
     ragged,
     statistics,
     tiny,
@@ -57,11 +58,11 @@ def assert_equal_histories(found, expected):
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        *((name, method) for name in ("llama", "opt") for method in METHODS),
-        *((name, method) for name in MODELS if name not in ("llama", "opt") for method in ("pp", "full_batch")),
+        *(("opt", method) for method in METHODS),
+        *((name, method) for name in MODELS if name != "opt" for method in ("pp", "full_batch")),
     ],
 )
-@pytest.mark.parametrize(("left", "right", "explicit"), [(6, 0, False), (6, 0, True), (0, 6, False), (2, 3, True)])
+@pytest.mark.parametrize(("left", "right", "explicit"), [(6, 0, False), (2, 3, True)])
 def test_padding_changes_nothing(name, method, left, right, explicit):
     plain, wide = pruned(name, METHODS[method]), pruned(name, METHODS[method])
     for seed in (60, 61):  # the second batch sees the history that the first one left
@@ -100,10 +101,9 @@ def test_history_does_not_see_the_side_of_the_padding(name):
     assert_equal_histories(found["left"][1], found["right"][1])
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
+@pytest.mark.parametrize(("name", "method"), pairs(["llama", "qwen2", "opt"], METHODS))
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("method", METHODS)
-def test_what_the_pads_hold_does_not_matter(name, side, method):
+def test_what_the_pads_hold_does_not_matter(name, method, side):
     found = []
     for pad in (5, 77):
         batch = ragged([24, 3, 17, 9, 12], side)
@@ -117,8 +117,7 @@ def test_what_the_pads_hold_does_not_matter(name, side, method):
     assert_equal_histories(found[0][2], found[1][2])
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("name", "method"), pairs(["llama", "opt"], METHODS))
 def test_rows_of_padding_alone_change_nothing(name, method):
     plain, more = pruned(name, METHODS[method]), pruned(name, METHODS[method])
     text = ids(5, 22, 60)

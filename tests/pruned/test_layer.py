@@ -21,6 +21,7 @@ from tests.models import (
     logits,
     masked_dense,
     padded,
+    pairs,
     plant,
     ragged,
     statistics,
@@ -47,10 +48,9 @@ def equal(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("name", "method"), pairs(["llama_gqa", *MODELS], METHODS))
 def test_equals_masked_dense(name, method):
-    dense, model = tiny(name), tiny(name)
+    model = tiny(name)
     prune_(model, METHODS[method](), statistics(name), **SETTINGS)
     for seed in (50, 51):
         text = ids(seed=seed)
@@ -60,7 +60,7 @@ def test_equals_masked_dense(name, method):
         if method != "flap_without_bias":  # whose counts differ from layer to layer
             heads = 2 if MODELS[name].grouped else 3
             assert all((len(k.attention), len(k.mlp)) == (heads, 64) for k in kept.values())
-        equal(found, logits(masked_dense(dense, kept, default_units(name)), text))
+        equal(found, logits(masked_dense(tiny(name), kept, default_units(name)), text))
 
 
 @pytest.mark.parametrize("name", GROUPED)
@@ -117,10 +117,9 @@ def add_flap_bias(model, kept, stats, num_units):
             output.bias = nn.Parameter(own + bias)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "method"), pairs(MODELS, [ProbePruning, FullBatchProbing, StaticPPsp]))
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", [ProbePruning, FullBatchProbing, StaticPPsp])
-def test_ratio_zero_is_the_stock_model(name, attention, method):
+def test_ratio_zero_is_the_stock_model(name, method, attention):
     stock, model = (tiny(name, attn_implementation=attention) for _ in range(2))
     prune_(model, method(), statistics(name), **{**SETTINGS, "pruning_ratio": 0.0})
     batch = padded(ids(), left=3)
@@ -146,10 +145,11 @@ def test_eager_attention_gives_the_same_as_sdpa(name):
     equal(found["sdpa"][2], found["eager"][2])
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize(
+    ("name", "method"), pairs(["llama", "opt"], [ProbePruning, FullBatchProbing, StaticPPsp, WandaSP, FLAP])
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", [ProbePruning, FullBatchProbing, StaticPPsp, WandaSP, FLAP])
-def test_half_precision_stays_near_float32(name, dtype, method):
+def test_half_precision_stays_near_float32(name, method, dtype):
     found = {}
     for precision in (torch.float32, dtype):
         model, planted = plant(tiny(name))

@@ -121,6 +121,7 @@ def test_a_probe_alone_is_normalised_in_front(rank_by, whole):
     assert sorted(sizes) == sorted([batch] * blocks + [of_probes] * blocks)
 
 
+@pytest.mark.slow
 def test_a_graph_holds_its_probes(monkeypatch):
     side = beside(monkeypatch, late=True)
     model = pruned("llama_gqa")
