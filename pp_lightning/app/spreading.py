@@ -62,5 +62,5 @@ def _check(module: PrunableModule, data: EvaluationData, sharding: int, splittin
             raise UserError("each process has statistics of its own units: leave out --model.statistics")
         if module.method is not None and (module.settings.update or module.method.updates):
             raise UserError(f"{module.method.label} updates whole blocks: set tensor_parallel_size 1")
-        if gradient_method(module.method) is not None:
-            raise UserError(f"{module.method.label} needs gradients of whole blocks: set tensor_parallel_size 1")
+        if (gradient := gradient_method(module.method)) is not None:
+            raise UserError(f"{gradient.label} needs gradients of whole blocks: set tensor_parallel_size 1")

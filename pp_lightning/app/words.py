@@ -28,6 +28,11 @@ SHORT = {
     "--stream": "--model.stream",
     "-c": "--config",
 }
+TRAINING_ROWS = (
+    "FirstWindows",
+    "Instructions",
+    "Packed",
+)  # values of --data.train that are no text; the parser knows them
 _METHOD = {"compare": "--methods", "benchmark": "--variants"}  # where several can be named
 _FLAGS = {"--calibrate-break-even": "--calibrate_break_even=true"}
 _TEXTS = ("--data.text", "--data.calibration")
@@ -126,7 +131,7 @@ def _option(option: str, value: str, seen: set[str]) -> list[str]:
         option.removesuffix(".path") in _TEXTS and option.endswith(".path") and option.removesuffix(".path") not in seen
     ):
         option, value = option.removesuffix(".path"), _in_json(_source(value))
-    elif option == "--data.train" and _is_word(value.strip("[]")):
+    elif option == "--data.train" and _is_word(value.strip("[]")) and value not in TRAINING_ROWS:
         value = json.dumps([_source(one.strip()) for one in value.strip("[]").split(",") if one.strip()])
     elif option in LISTS and value[:1] not in ("[", "{") and value not in ("null", ""):
         value = f"[{value}]"

@@ -5,7 +5,8 @@ import json
 import pytest
 import yaml
 
-from pp_lightning.app.words import config_settings, spelled_out
+from pp_lightning.app.words import TRAINING_ROWS, config_settings, spelled_out
+from pp_lightning.data import TrainingRows
 from pp_lightning.errors import UserError
 from pp_lightning.methods import ProbePruning, method_labels, method_named, name_of
 
@@ -31,6 +32,14 @@ def test_tables_show_the_name_that_was_given():
     for name in method_labels():
         assert name_of(method_named(name)) == name
     assert name_of(ProbePruning(token_ratio=0.25)) == "pp"  # a setting of its own makes no preset
+
+
+def test_ways_to_make_training_rows_are_not_taken_for_texts():
+    assert {one.__name__ for one in TrainingRows.__subclasses__()} == set(TRAINING_ROWS)
+    for name in TRAINING_ROWS:
+        assert parsed("fit", "--data.train", name) == {"--data.train": name}
+    with pytest.raises(UserError, match="Paked"):
+        parsed("fit", "--data.train", "Paked")
 
 
 def test_lists_with_and_without_brackets():
