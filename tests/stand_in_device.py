@@ -249,10 +249,10 @@ def _inspector(findings: Findings) -> Callable[[GraphModule, list[Tensor]], Call
 
 
 CASES: dict[str, Callable[[], Findings]] = {
-    **{f"{name}-paper": partial(inspect, name, PAPER) for name in ("llama", "llama_gqa", "mistral", "qwen3")},
-    **{f"{name}-best": partial(inspect, name, ProbePruning.best()) for name in ("llama_gqa", "qwen2", "opt")},
-    "llama_gqa-parallel": partial(inspect, "llama_gqa", ProbePruning(row_ratio=0.3, probe_source="previous")),
-    "opt-full_batch": partial(inspect, "opt", FullBatchProbing()),
+    **{f"{name}-paper": partial(inspect, name, PAPER) for name in ("llama_gqa", "mistral")},
+    **{f"{name}-best": partial(inspect, name, ProbePruning.best()) for name in ("qwen3", "opt")},
+    "qwen2-parallel": partial(inspect, "qwen2", ProbePruning(row_ratio=0.3, probe_source="previous")),
+    "llama-full_batch": partial(inspect, "llama", FullBatchProbing()),
     "llama_gqa-spread": partial(spread, "llama_gqa", PAPER),
     "opt-spread_best": partial(spread, "opt", ProbePruning.best()),
     "llama-spread_parallel": partial(spread, "llama", ProbePruning(row_ratio=0.3, probe_source="previous")),

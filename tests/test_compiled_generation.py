@@ -109,6 +109,7 @@ def test_with_compiled_layers_too():
     assert not compilation.graphs
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_graph_for_conversations_side_by_side():
     """Held or let go: slices that went are made in a second graph, token by token."""

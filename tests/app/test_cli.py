@@ -226,7 +226,7 @@ def test_mistakes_in_a_benchmark_are_one_line(words, named, monkeypatch, capsys)
 
 
 @pytest.mark.slow
-def test_compiled_rows_say_what_compiling_took(type_in, arguments, tmp_path):
+def test_compiled_rows_say_what_compiling_took(only_traced, type_in, arguments, tmp_path):
     """The same figures as eager ones, and the number of graphs in the table."""
     extra = ["--methods", "[pp]", "--ratios", "[0.4]"]
     assert type_in("compare", arguments, extra=[*extra, "--out", tmp_path / "eager"]) == 0

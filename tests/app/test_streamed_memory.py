@@ -13,7 +13,7 @@ from pp_lightning.families import empty_model, layers_of
 from pp_lightning.tensor_files import Placeholder, write_tensors
 from tests.app.conftest import tokenizer
 
-WINDOW, ROWS = 64, 4
+WIDTH, WINDOW, ROWS = 768, 64, 4
 # what runs in it, beside what the bound counts: states inside of a layer, statistics of one, logits, scores
 OTHER = 200e6
 
@@ -35,9 +35,9 @@ print(json.dumps({"before": before, "peak": of("VmHWM")}))
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A checkpoint of 650 MB with random weights, and a text."""
+    """A checkpoint of 350 MB with random weights, and a text."""
     folder = tmp_path_factory.mktemp("large")
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_hidden_layers": 12}
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 2112, "num_attention_heads": 16, "num_hidden_layers": 12}
     config = AutoConfig.for_model("llama", vocab_size=320, max_position_embeddings=WINDOW, **sizes)
     model = empty_model(config)
     tensors = {
@@ -61,7 +61,7 @@ def peak(folder: Path, out: Path, stream: str) -> int:
         "--model.pruning_ratio": 0.4,
         "--data.window": WINDOW,
         "--data.batch_size": ROWS,
-        "--data.calibration_samples": 16,
+        "--data.calibration_samples": 8,
         "--data.limit_tokens": 500,
         "--data.text": folder / "text.txt",
         "--data.calibration": folder / "text.txt",
@@ -80,6 +80,6 @@ def peak(folder: Path, out: Path, stream: str) -> int:
 @pytest.mark.slow
 def test_the_peak_is_two_layers_and_what_is_around_them(large, tmp_path):
     folder, layer, outside, whole = large
-    bound = 2 * layer + outside + ROWS * WINDOW * 1024 * 4 + OTHER
+    bound = 2 * layer + outside + ROWS * WINDOW * WIDTH * 4 + OTHER
     assert peak(folder, tmp_path / "streamed", "true") <= bound < whole
     assert peak(folder, tmp_path / "whole", "false") >= whole
