@@ -331,7 +331,8 @@ def test_importances_are_kept_in_a_file(run, settings, tmp_path, monkeypatch, me
     assert run("test", given, "written") == 0
     written = file.read_bytes()
     assert {layer for layer, _ in Importances.load(file).members} == {0, 1, 2, 3, 4}  # the skipped ones too
-    monkeypatch.setattr("pp_lightning.app.prunable.importances_for", None)
+    for name in ("taylor_importances", "lora_importances"):
+        monkeypatch.setattr(f"pp_lightning.app.prunable.{name}", None)
     assert run("test", given, "read") == 0
     perplexities = [row(tmp_path / out)["perplexity"] for out in ("without", "written", "read")]
     assert perplexities[0] == perplexities[1] == perplexities[2]
