@@ -28,11 +28,8 @@ SHORT = {
     "--stream": "--model.stream",
     "-c": "--config",
 }
-TRAINING_ROWS = (
-    "FirstWindows",
-    "Instructions",
-    "Packed",
-)  # values of --data.train that are no text; the parser knows them
+# Values of --data.train that are no text: the parser knows them.
+TRAINING_ROWS = ("FirstWindows", "Instructions", "Packed")
 _METHOD = {"compare": "--methods", "benchmark": "--variants"}  # where several can be named
 _FLAGS = {"--calibrate-break-even": "--calibrate_break_even=true"}
 _TEXTS = ("--data.text", "--data.calibration")
