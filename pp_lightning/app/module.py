@@ -177,7 +177,7 @@ class PrunedLM(PrunableModule):
         (batches,) = self.trainer.num_test_batches
         tokens = int(batches) * self.data.batch_size * self.data.window * self.trainer.world_size
         name = "dense" if self.method is None else f"{self.label} at {self.settings.pruning_ratio:g}"
-        return Forecast(f"evaluating {name}", "--data.limit_tokens", tokens, int(batches), write_line)
+        return Forecast(f"evaluating {name}", "--data.limit_tokens", tokens, int(batches), write_line, self.model)
 
     def test_step(self, batch: Any, batch_index: int) -> None:
         """Score one batch."""

@@ -316,10 +316,11 @@ class PrunableModule(L.LightningModule):
         plan = make_plan(shape_of(self.model.config), method, self.amounts)
         batches = data.calibration_batches()
         told = write_line if self.trainer.is_global_zero else ignore_line
-        samples = ("--data.calibration_samples", data.calibration_samples)
+        option = "--data.calibration_samples"
+        forecast = Forecast("calibrating", option, data.calibration_samples, len(batches), told, self.model)
         statistics = calibrate(
             self.model,
-            UntilTerminated(batches, self.trainer, Forecast("calibrating", *samples, len(batches), told)),
+            UntilTerminated(batches, self.trainer, forecast),
             means=shared or method.needs_means,
             layers=None if shared or self._ranks_globally(method) else plan.layers,
             save_to=self.settings.statistics if self.trainer.is_global_zero else None,
