@@ -143,7 +143,7 @@ class PrunedLM(PrunableModule):
 
     def prepare(self, data: EvaluationData) -> None:
         """Hand the tokenizer to the data module, and check before any work what can be checked."""
-        data.use_tokenizer(self.tokenizer)
+        data.use_tokenizer(self.tokenizer, self.model.get_input_embeddings().num_embeddings)
         data.suit(self.model.config.max_position_embeddings, self.trainer.strategy.root_device)
         if isinstance(data, CommonsenseData):
             data.check_refresh(self.settings.refresh)

@@ -73,11 +73,11 @@ class CommonsenseData(EvaluationData):
         self._questions: dict[str, list[Question]] = {}
         self._groups: dict[str, list[list[EncodedQuestion]]] = {}
 
-    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Tokenise with ``tokenizer`` from now on; the model that is evaluated brings it."""
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> None:
+        """Tokenise with ``tokenizer`` from now on, as for all data."""
         if tokenizer is not self._tokenizer:
             self._groups.clear()
-        super().use_tokenizer(tokenizer)
+        super().use_tokenizer(tokenizer, vocabulary)
 
     def questions(self, task: str) -> list[Question]:
         """A task's questions in the order of its rows; read once."""
@@ -131,6 +131,7 @@ class CommonsenseData(EvaluationData):
     def _share(self, task: str, rank: int, world: int) -> list[list[EncodedQuestion]]:
         if task not in self._groups:
             encoded = encode_questions(self.tokenizer, self.questions(task), self.window)
+            self._known([token for one in encoded for row in one.rows for token in (*row.inputs, *row.continuation)])
             by_row = self.longest_first and self.choose_on == "row"
             if self.longest_first and not by_row:
                 encoded = longest_context_first(encoded)

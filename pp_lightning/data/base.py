@@ -57,6 +57,7 @@ class EvaluationData(L.LightningDataModule, ABC):
         self.seed = seed
         self.train = train if isinstance(train, TrainingRows) else Packed(train) if train else None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._vocabulary: int | None = None
         self._pad_id = 0
         self._rows: list[Row] | None = None
         self._calibration_read = False
@@ -70,12 +71,15 @@ class EvaluationData(L.LightningDataModule, ABC):
         self.window = min(self.window, positions)
         self.calibration_samples = self._samples or samples_for(device)
 
-    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Tokenise with ``tokenizer`` from now on; the model that is evaluated brings it."""
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> None:
+        """Tokenise with ``tokenizer`` from now on; the model that is evaluated brings it.
+
+        ``vocabulary`` is how many tokens that model knows; None does not ask.
+        """
         if tokenizer is not self._tokenizer:
             self._rows = None
             self._windows.clear()
-        self._tokenizer = tokenizer
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
         # Padding is masked everywhere, so any valid id will do where a tokenizer has none.
         self._pad_id = int(tokenizer.pad_token_id or 0)
 
@@ -182,4 +186,14 @@ class EvaluationData(L.LightningDataModule, ABC):
 
     def _encode(self, text: str) -> list[int]:
         # verbose=False: a text is longer than any context by design; the warning about it would mislead
-        return list(self.tokenizer(text, verbose=False)["input_ids"])
+        return self._known(list(self.tokenizer(text, verbose=False)["input_ids"]))
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The same ids; one that the model has no embedding of is refused."""
+        highest = max(ids, default=0)
+        if self._vocabulary is not None and highest >= self._vocabulary:
+            raise UserError(
+                f"the text has token {highest}, and the model has {self._vocabulary} tokens: "
+                "its tokenizer belongs to another model"
+            )
+        return ids

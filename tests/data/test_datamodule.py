@@ -118,6 +118,16 @@ def test_empty_text(make, tmp_path, protocol):
         make(text=TextFile(str(empty)), protocol=protocol).test_batches()
 
 
+def test_the_tokenizer_of_another_model_is_refused(make, tokenizer):
+    data = make()
+    highest = max(tokenizer(data.text.text())["input_ids"])
+    data.use_tokenizer(tokenizer, highest + 1)
+    data.test_batches()
+    data.use_tokenizer(tokenizer, highest)
+    with pytest.raises(UserError, match=f"the text has token {highest}, and the model has {highest} tokens"):
+        data.test_batches()
+
+
 def test_no_training_text(make):
     with pytest.raises(UserError, match=r"no training text"):
         make().train_dataloader()
