@@ -28,7 +28,7 @@ examples:
   does saved arithmetic become saved time? its own options: pp-lightning benchmark --help
     pp-lightning benchmark --config configs/benchmark/cpu.yaml --out DIR
   what will it cost? nothing is loaded; its own options: pp-lightning plan --help
-    pp-lightning plan --model.path DIR --pruning_ratio 0.4
+    pp-lightning plan --model.path DIR --model.pruning_ratio 0.4
   any task of lm-evaluation-harness, its own options
     pp-lightning lm-eval --tasks hellaswag --batch_size 20 --method pp --model_args path=DIR,pruning_ratio=0.4
   from a checkpoint and a text to a smaller checkpoint

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from pp_lightning.app.report import Grid, show_grid
 from pp_lightning.checkpoints import Dtype, free_memory
+from pp_lightning.data.base import EvaluationData, samples_for
 from pp_lightning.errors import UserError
 from pp_lightning.functional.scores import energy_weight_norm
 from pp_lightning.stored import places_of
@@ -23,10 +24,11 @@ from pp_lightning.workload import JOBS, Job, Sizes, Workload, memory, moments_fl
 _EXAMPLES = """
 examples:
   a checkpoint folder, a hub id, or a config alone
-    pp-lightning plan --model.path DIR --pruning_ratio 0.4
-    pp-lightning plan --model.path configs/shapes/llama-3-70b.json --devices 4
+    pp-lightning plan --model.path DIR --model.pruning_ratio 0.4
+    pp-lightning plan --model.path configs/shapes/llama-3-70b.json --trainer.devices 4
   the work of an experiment of your own
-    pp-lightning plan --model.path DIR --window 128 --batch_size 4 --calibration_samples 16 --test_tokens 2000
+    pp-lightning plan --model.path DIR --data.window 128 --data.batch_size 4 --data.calibration_samples 16 \\
+        --data.limit_tokens 2000
 """
 _SECONDS = 1.4  # of each of the six measurements
 _OUTPUTS = 0.3  # of a model's weights are in output matrices
@@ -61,22 +63,21 @@ class Speeds:
 def main(words: Sequence[str]) -> None:
     """Read the options, measure for at most ten seconds, and show a table."""
     options = _parser().parse_args(list(words))
-    if options.devices < 1:
-        raise UserError(f"devices must be at least 1, not {options.devices}")
-    config = read_config(options.model.path)
-    dtype = (config.dtype or torch.float32) if options.dtype == "auto" else getattr(torch, options.dtype)
-    work = Workload(
-        options.batch_size,
-        options.window,
-        options.calibration_samples,
-        options.test_tokens,
-        dtype,
-        options.pruning_ratio,
-    )
+    model, data, devices = options.model, options.data, options.trainer.devices
+    for name, number in (*vars(data).items(), ("devices", devices)):
+        if number is not None and number < 1:
+            raise UserError(f"{name} must be at least 1, not {number}")
+    if not 0.0 <= model.pruning_ratio < 1.0:
+        raise UserError(f"pruning_ratio must be in [0, 1), not {model.pruning_ratio}")
+    config = read_config(model.path)
+    dtype = (config.dtype or torch.float32) if model.dtype == "auto" else getattr(torch, model.dtype)
     sizes = Sizes.of(config, dtype)
-    folder = Path(options.model.path)
+    window = data.window or min(EvaluationData.usual_window, config.max_position_embeddings)
+    samples = data.calibration_samples or samples_for(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    work = Workload(data.batch_size, window, samples, data.limit_tokens, dtype, model.pruning_ratio)
+    folder = Path(model.path)
     speeds = measured_speeds(sizes, work, folder if folder.is_dir() else None) if options.measure else None
-    show_grid(planned(options.model.path, sizes, work, options.devices, speeds))
+    show_grid(planned(model.path, sizes, work, devices, speeds))
 
 
 def read_config(path: str) -> PreTrainedConfig:
@@ -232,12 +233,13 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
     parser.add_argument("--model.path", type=str, required=True, help="A checkpoint folder, a config, or a hub id.")
-    parser.add_argument("--dtype", type=Dtype, default="auto", help="Of the weights.")
-    parser.add_argument("--pruning_ratio", type=float, default=0.4, help="Fraction removed.")
-    parser.add_argument("--window", type=int, default=1024, help="Tokens of a row.")
-    parser.add_argument("--batch_size", type=int, default=20, help="Rows of a batch.")
-    parser.add_argument("--calibration_samples", type=int, default=2000, help="Rows that are calibrated on.")
-    parser.add_argument("--test_tokens", type=int, default=300_000, help="Tokens that are evaluated.")
-    parser.add_argument("--devices", type=int, default=1, help="That share the batches of an evaluation.")
+    parser.add_argument("--model.dtype", type=Dtype, default="auto", help="Of the weights.")
+    parser.add_argument("--model.pruning_ratio", type=float, default=0.4, help="Fraction removed.")
+    parser.add_argument("--data.window", type=int, help="Tokens of a row; none takes 1024, or what the model has.")
+    parser.add_argument("--data.batch_size", type=int, default=20, help="Rows of a batch.")
+    samples = "Rows that are calibrated on; none takes 512 on an accelerator and 64 on a CPU."
+    parser.add_argument("--data.calibration_samples", type=int, help=samples)
+    parser.add_argument("--data.limit_tokens", type=int, default=300_000, help="Tokens that are evaluated.")
+    parser.add_argument("--trainer.devices", type=int, default=1, help="That share batches of an evaluation.")
     parser.add_argument("--measure", type=bool, default=True, help="Measure this machine for at most ten seconds.")
     return parser

@@ -85,6 +85,19 @@ def test_the_command_needs_a_config_alone(type_in, tmp_path, capsys):
     assert "cannot read a model config" in refused(capsys)
 
 
+def test_options_have_the_names_and_defaults_of_other_commands(type_in, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config("llama", max_position_embeddings=64).to_dict()))
+    given = {"--model.path": tmp_path, "--measure": "false", "--trainer.devices": 2}
+    assert type_in("plan", given) == 0
+    assert "batch of 20 x 64; 64 calibration rows" in " ".join(capsys.readouterr().out.split())
+    asked = {"--data.window": 32, "--data.batch_size": 4, "--data.calibration_samples": 8, "--model.pruning_ratio": 0.2}
+    assert type_in("plan", given | asked) == 0
+    assert "batch of 4 x 32; 8 calibration rows" in " ".join(capsys.readouterr().out.split())
+    for option, value in (("--data.window", 0), ("--trainer.devices", 0), ("--model.pruning_ratio", 1.5)):
+        assert type_in("plan", given | {option: value}) == 2
+        assert refused(capsys)
+
+
 def test_a_table_without_a_measurement_has_no_times():
     sizes = Sizes.of(config("llama"), torch.float32)
     assert {cell for row in planned("x", sizes, Workload(), 1, None).rows for cell in row[4:]} == {"-"}
