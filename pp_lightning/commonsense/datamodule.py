@@ -96,11 +96,11 @@ class CommonsenseData(EvaluationData):
 
     def num_batches(self, task: str, rank: int = 0, world: int = 1) -> int:
         """How many batches :meth:`test_batches` has."""
-        return len(self._share(task, rank, world))
+        return len(self.groups(task, rank, world))
 
     def test_batches(self, task: str, rank: int = 0, world: int = 1) -> Iterator[ChoiceBatch]:
         """A task's batches in order, or one process's share: every batch once over all processes, none twice."""
-        for group in self._share(task, rank, world):
+        for group in self.groups(task, rank, world):
             yield collate_questions(group, self._pad_id)
 
     def test_dataloader(self) -> DataLoader[list[str]]:
@@ -128,7 +128,8 @@ class CommonsenseData(EvaluationData):
         source = str(task.hub) if self.path is None else f"{self.path}/{task.name}/{task.file}"
         return {"source": source, "questions": len(questions), "sha256": digest(questions)}
 
-    def _share(self, task: str, rank: int, world: int) -> list[list[EncodedQuestion]]:
+    def groups(self, task: str, rank: int = 0, world: int = 1) -> list[list[EncodedQuestion]]:
+        """The questions of a task's batches in order, or those of one process's share."""
         if task not in self._groups:
             encoded = encode_questions(self.tokenizer, self.questions(task), self.window)
             self._known([token for one in encoded for row in one.rows for token in (*row.inputs, *row.continuation)])

@@ -49,7 +49,7 @@ def sum_of_squares(states: Tensor) -> Tensor:
     if is_traced():
         return states.float().square().sum(0)  # fused into one loop: no temporary
     if states.device.type != "cpu":
-        return _at_once(states)
+        return sum_of_squares_at_once(states)
     if len(states) == 1:
         return states[0].float().square()
     # Row by row: no float32 copy of the states, which can be the largest tensor of a block, and on a CPU many times
@@ -72,8 +72,8 @@ def sum_of_squares_about(states: Tensor, centre: Tensor) -> Tensor:
     return total
 
 
-def _at_once(states: Tensor) -> Tensor:
-    """In one pass, which an accelerator is asked for once."""
+def sum_of_squares_at_once(states: Tensor) -> Tensor:
+    """The same sum in one pass, which an accelerator is asked for once: (B, S, C) of any dtype to (S, C) float32."""
     exact = states.float() if states.dtype == torch.float64 else states
     return torch.linalg.vector_norm(exact, dim=0, dtype=torch.float32).square()
 

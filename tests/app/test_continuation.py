@@ -15,6 +15,7 @@ from pp_lightning.flops import continued_flops, dense_flops, prompt_flops
 from pp_lightning.methods import FLAP, FullBatchProbing, Griffin, ProbePruning, WandaSP
 from pp_lightning.prefill import BreakEven, break_even_file
 from pp_lightning.pruning import pruning_of
+from tests.app.conftest import tokenizer
 from tests.app.test_cli import refused
 from tests.models import SETTINGS, choices, ids, logits, ragged, statistics, tiny
 
@@ -216,9 +217,10 @@ class TestCommandLine:
         assert "seeds must be different numbers" in refused(capsys)
 
 
-def test_a_text_that_is_shorter_than_a_prompt():
-    data = LanguageModelling(window=32, protocol="continuation")
-    data._tokens_of = lambda source: torch.arange(10)
+def test_a_text_that_is_shorter_than_a_prompt(tmp_path):
+    (short := tmp_path / "short.txt").write_text("a few words")
+    data = LanguageModelling(_text(short), window=32, protocol="continuation")
+    data.use_tokenizer(tokenizer())
     with pytest.raises(UserError, match="needs more than 16"):
         data.test_batches()
 

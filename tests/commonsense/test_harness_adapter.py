@@ -149,7 +149,7 @@ def test_it_loads_calibrates_and_prunes_what_model_args_name(tmp_path: Path) -> 
     ours = PrunedHFLM(
         batch_size=2, calibration=str(text), calibration_samples=4, max_length=WINDOW, device="cpu", **arguments
     )
-    assert ours.model._pp_lightning.method.label == "pp"
+    assert pruning_of(ours.model).method.label == "pp"
     assert pruning_of(ours.model).keep[1, Block.MLP] < ours.model.config.intermediate_size
     assert len(ours.loglikelihood(requests("likelihood"))) == len(PAIRS)
     with pytest.raises(UserError, match="there is no method 'magic'"):

@@ -1,6 +1,7 @@
 """Dense scores equal lm-evaluation-harness's own, row by row, for all tasks and three kinds of tokenizers."""
 
 import os
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,10 @@ def check_accuracies(ours: Any, theirs: dict[str, float], metrics: tuple[str, ..
 
 def row_scores(model: Any, data: Any, task: str) -> torch.Tensor:
     """Scores of all rows in the order of the data set."""
-    data.longest_first = False
-    data._groups.clear()
-    scores = [score_batch(model, batch).log_likelihood for batch in data.test_batches(task)]
+    in_order = copy(data)
+    in_order.longest_first = False
+    in_order.use_tokenizer(deepcopy(data.tokenizer))  # what was cut for the other order is not read again
+    scores = [score_batch(model, batch).log_likelihood for batch in in_order.test_batches(task)]
     return torch.cat(scores)
 
 

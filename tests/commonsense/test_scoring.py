@@ -56,7 +56,7 @@ def question(*lengths: tuple[int, int], start: int = 10, gold: int = 0) -> Encod
 def all_scores(model: Any, data: Any, task: str) -> dict[tuple[int, int], float]:
     """Scores by question and choice, whatever the order of batches."""
     scores = {}
-    questions = [question for group in data._share(task, 0, 1) for question in group]
+    questions = [question for group in data.groups(task) for question in group]
     rows = [(q.question.origin, i) for q in questions for i in range(len(q.rows))]
     scored = (score_batch(model, batch, choose_on=data.choose_on) for batch in data.test_batches(task))
     values = [s for scores in scored for s in scores.log_likelihood.tolist()]
@@ -82,7 +82,7 @@ def test_dense_scores_do_not_depend_on_batches(kind: str, tmp_path: Path) -> Non
         expected = expected or found
         for task, scores in found.items():
             assert scores == pytest.approx(expected[task], abs=1e-4)
-    for group in data._share("boolq", 0, 1):
+    for group in data.groups("boolq"):
         for one in group:
             for index, row in enumerate(one.rows):
                 assert reference(model, row) == pytest.approx(found["boolq"][one.question.origin, index], abs=1e-4)

@@ -52,10 +52,10 @@ def test_second_moment_equals_the_naive_loop(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_an_accelerator_sums_the_same_at_once(dtype):
     states = torch.randn(3, 4, 5).to(dtype)
-    at_once = moments._at_once(states)
+    at_once = moments.sum_of_squares_at_once(states)
     assert at_once.dtype == torch.float32
     torch.testing.assert_close(at_once, moments.sum_of_squares(states), rtol=1e-5, atol=1e-7)
-    assert moments._at_once(torch.full((2, 1, 1), 60000.0, dtype=torch.float16)).isfinite().all()
+    assert moments.sum_of_squares_at_once(torch.full((2, 1, 1), 60000.0, dtype=torch.float16)).isfinite().all()
 
 
 def test_half_precision_squares_do_not_overflow():
