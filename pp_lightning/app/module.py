@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -31,14 +31,6 @@ from pp_lightning.state import skipped_batches
 
 _DEFAULT_RATIO = 0.2
 _DEFAULT_SKIPPED = (0, 1, 2)
-
-
-@runtime_checkable
-class ShowsProgress(Protocol):
-    """A progress bar that has room for the steps of a long batch."""
-
-    def show(self, name: str, done: int, total: int) -> None:
-        """Show ``done`` of ``total`` steps of something called ``name``."""
 
 
 class PrunedLM(PrunableModule):
@@ -161,13 +153,10 @@ class PrunedLM(PrunableModule):
         if self.method is not None and not is_pruned(self.model):
             self.prune(self.data)
         self._compilation = compile_(self.model) if self.compiles else None
-        bar = self.trainer.progress_bar_callback
-        progress = bar.show if isinstance(bar, ShowsProgress) else None
-        resume_file = (
-            Path(self.trainer.default_root_dir) / f"unfinished-{self.label}-{self.settings.pruning_ratio}.json"
-        )
-        self._scoring = scoring_for(self.data, self.model, self.tell if self.is_streamed else None)
-        self._scoring.start(self.device, resume_file, progress)
+        progress = getattr(self.trainer.progress_bar_callback, "show", None)  # Lightning's own have no such room
+        resume_file = self.out / f"unfinished-{self.label}-{self.settings.pruning_ratio}.json"
+        told = self.tell if self.is_streamed else None
+        self._scoring = scoring_for(self.data, self.model, told, resume_file, progress)
         self._forecast = self._evaluation_forecast()
 
     def _evaluation_forecast(self) -> Forecast | None:

@@ -221,7 +221,7 @@ class PruningTrainer(L.Trainer):
 
     def _suit(self, model: PrunedLM, datamodule: EvaluationData) -> None:
         """Settle what depends on the model and on where it runs, before anything is checked."""
-        check_alone(self.strategy, "this command")
+        check_alone(self.strategy)
         model.trainer = self
         datamodule.suit(model.model.config.max_position_embeddings, self.strategy.root_device)
 
