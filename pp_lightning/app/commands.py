@@ -133,22 +133,18 @@ class PruningCLI(LightningCLI):
             return
         self._dump_config()
         caption = title + self._caption(rows[0].evaluation.tokens) + _compiling(rows)
-        record = self._record({"rows": [row.as_dict() for row in rows]})
+        record = {
+            "command": self.subcommand,
+            "rows": [row.as_dict() for row in rows],
+            "data": self.datamodule.describe(),
+            "environment": environment(self.model.device, self.trainer.world_size),
+            "settings": self.config_dump,
+        }
         lines = [line for row in rows for line in lines_of(row)]
         write_report(self.out / "results", markdown(grids(rows), caption), record, lines)
         for finished in self.out.glob("unfinished-*.json"):
             finished.unlink()
         show(grids(rows), f"{caption}\nwritten to {self.out}/results.json, {others}")
-
-    def _record(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Results with everything needed to repeat them."""
-        return {
-            "command": self.subcommand,
-            **results,
-            "data": self.datamodule.describe(),
-            "environment": environment(self.model.device, self.trainer.world_size),
-            "settings": self.config_dump,
-        }
 
     def _caption(self, tokens: int | None) -> str:
         """What a table must say about itself: machine, dtype, batch, length, versions."""

@@ -28,17 +28,33 @@ Quantize = Literal["q8_0", "int8"]
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What the user asked of ``export``; see :meth:`pp_lightning.app.trainer.PruningTrainer.export`."""
+    """What the user asks of ``export``.
 
-    format: Format | None
-    layout: Layout | None
-    dtype: Dtype | None
-    kv_cache: bool
-    overwrite: bool
-    max_shard_size: str
+    Attributes:
+        format: ``safetensors`` (the default) is a transformers folder; ``gguf`` a file for llama.cpp; ``onnx`` and
+            ``pt2`` (torch.export) are graphs; ``compiled`` adds kernels for this machine to ``pt2`` (AOTInductor).
+        engine: ``--for`` on the command line: choose the format and layout that this engine was seen to load.
+        check_with: ``--check-with``: engines to run the export in, found in this Python or in the folder that
+            ``PP_LIGHTNING_ENGINES`` names.
+        quantize: ``q8_0``: 8 bits a weight, of a GGUF; ``int8``: the same of a transformers folder, by torchao.
+        layout: of a transformers folder or a GGUF. ``uniform`` (the default) chooses the same counts in every layer
+            and writes a stock class; ``per-layer`` keeps a count of its own in every layer and brings a modelling
+            file; ``padded`` fills up to the widest layer.
+        dtype: of the weights written; none takes that of ``--model.dtype``.
+        kv_cache: whether the graph of a static choice takes and gives keys and values.
+        overwrite: replace an earlier export.
+        max_shard_size: of a weights file.
+    """
+
+    format: Format | None = None
     engine: Engine | None = None
-    check_with: tuple[Engine, ...] = ()
+    check_with: list[Engine] | None = None
     quantize: Quantize | None = None
+    layout: Layout | None = None
+    dtype: Dtype | None = None
+    kv_cache: bool = True
+    overwrite: bool = False
+    max_shard_size: str = "5GB"
 
     @property
     def written(self) -> Format:
@@ -82,7 +98,7 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> None:
     check_shard_size(settings.max_shard_size)
     if module.method is None:
         raise UserError("nothing to prune: name a method with --model.method")
-    for engine in settings.check_with:
+    for engine in settings.check_with or ():
         check_installed(engine)
     dynamic = chooses_per_batch(module)
     if settings.graph:

@@ -90,6 +90,8 @@ def model_options() -> dict[str, Option]:
 def command_options(command: str) -> list[Option]:
     """What one command alone takes."""
     options = options_of("", "app/trainer.py", "PruningTrainer", command)
+    if command == "export":
+        options += options_of("", "app/export_plan.py", "ExportSettings", "")
     return [Option(TYPED.get(one.name, one.name), one.default, one.text) for one in options]
 
 

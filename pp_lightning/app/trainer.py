@@ -10,7 +10,7 @@ import lightning as L
 
 from pp_lightning.app.checks import check_ratio, check_seed
 from pp_lightning.app.comparing import FinishedRows, Row, changed, draws, key_of, side_by_side
-from pp_lightning.app.export_plan import ExportSettings, Quantize
+from pp_lightning.app.export_plan import ExportSettings
 from pp_lightning.app.exporting import export_pruned
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.overlap import Overlap
@@ -26,8 +26,6 @@ from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.data.training import Packed, TrainingRows
 from pp_lightning.errors import UserError
 from pp_lightning.export import Layout
-from pp_lightning.export.engines.choice import Format
-from pp_lightning.export.engines.run import Engine
 from pp_lightning.importances import Importances
 from pp_lightning.methods import METHODS, FullBatchProbing, PruningMethod, StaticMethod, method_named
 from pp_lightning.recovery import Recovered, Recovery
@@ -138,15 +136,7 @@ class PruningTrainer(L.Trainer):
         self,
         model: PrunedLM,
         datamodule: EvaluationData,
-        format: Format | None = None,
-        engine: Engine | None = None,
-        check_with: list[Engine] | None = None,
-        quantize: Quantize | None = None,
-        layout: Layout | None = None,
-        dtype: Dtype | None = None,
-        kv_cache: bool = True,
-        overwrite: bool = False,
-        max_shard_size: str = "5GB",
+        **settings: Any,
     ) -> None:
         """Write the pruned model as a checkpoint or a graph that unmodified tools load, load it and compare.
 
@@ -154,36 +144,14 @@ class PruningTrainer(L.Trainer):
             model: the module; its method makes the choice.
             datamodule: the data to calibrate on; not read where ``--model.statistics`` names a finished file. Graphs of
                 dynamic methods are for batches of its ``batch_size`` and ``window``.
-            format: ``safetensors`` (the default) is a transformers folder; ``gguf`` a file for llama.cpp; ``onnx`` and
-                ``pt2`` (torch.export) are graphs; ``compiled`` adds kernels for this machine to ``pt2`` (AOTInductor).
-            engine: ``--for`` on the command line: choose the format and layout that this engine was seen to load.
-            check_with: ``--check-with``: engines to run the export in, found in this Python or in the folder that
-                ``PP_LIGHTNING_ENGINES`` names.
-            quantize: ``q8_0``: 8 bits a weight, of a GGUF; ``int8``: the same of a transformers folder, by torchao.
-            layout: of a transformers folder or a GGUF. ``uniform`` (the default) chooses the same counts in every layer
-                and writes a stock class; ``per-layer`` keeps a count of its own in every layer and brings a modelling
-                file; ``padded`` fills up to the widest layer.
-            dtype: of the weights written; none takes that of ``--model.dtype``.
-            kv_cache: whether the graph of a static choice takes and gives keys and values.
-            overwrite: replace an earlier export.
-            max_shard_size: of a weights file.
+            **settings: those of :class:`~pp_lightning.app.export_plan.ExportSettings`.
 
         Raises:
             UserError: whatever stands in the way; nothing is left behind.
         """
+        asked = ExportSettings(**settings)
         self._suit(model, datamodule)
-        settings = ExportSettings(
-            format,
-            layout,
-            dtype,
-            kv_cache,
-            overwrite,
-            max_shard_size,
-            engine=engine,
-            check_with=tuple(check_with or ()),
-            quantize=quantize,
-        )
-        export_pruned(model, datamodule, self.strategy.root_device, Path(self.default_root_dir), settings)
+        export_pruned(model, datamodule, self.strategy.root_device, Path(self.default_root_dir), asked)
 
     def prune(
         self,
@@ -215,7 +183,9 @@ class PruningTrainer(L.Trainer):
         if not isinstance(datamodule, LanguageModelling):
             raise UserError("prune evaluates and calibrates on text: leave out --data commonsense")
         self._suit(model, datamodule)
-        export = ExportSettings("safetensors", layout, dtype, True, overwrite, max_shard_size)
+        export = ExportSettings(
+            "safetensors", layout=layout, dtype=dtype, overwrite=overwrite, max_shard_size=max_shard_size
+        )
         out, device, evaluated = Path(self.default_root_dir), self.strategy.root_device, partial(self._tested, model)
         prune_and_export(model, datamodule, device, out, target, export, partial(evaluated, datamodule))
 
