@@ -167,7 +167,6 @@ class PruningCLI(LightningCLI):
 
 
 def _compiling(rows: Sequence[Comparison]) -> str:
-    """What compiling took, where anything was compiled."""
     compiled = [row.evaluation.compiled for row in rows if row.evaluation.compiled is not None]
     if not compiled:
         return ""

@@ -25,12 +25,9 @@ _UNFINISHED = "unfinished-compare.json"
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a comparison still to be evaluated: a method, at a ratio, with or without recovery.
+    """One row of a comparison still to be evaluated: a method, none for the dense model, at a ratio.
 
     Attributes:
-        method: with its settings; None is the dense model.
-        pruning_ratio: fraction removed.
-        recovery: how it is trained, where it is.
         model: settings of the module that are the row's own: ``allocation``, ``skip_layers``, ``refresh``.
         data: settings of the data that it is measured on: ``prefix``, ``batch_size``, ``distances``.
     """

@@ -131,7 +131,6 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> None:
 
 
 def _biased(module: PrunedLM) -> list[Block]:
-    """Blocks whose outputs are going to get biases."""
     assert module.method is not None
     ratios = {Block.ATTENTION: module.settings.attention_ratio, Block.MLP: module.settings.mlp_ratio}
     return [block for block in module.method.blocks if module.method.restores_means and ratios[block] != 0]

@@ -98,7 +98,7 @@ def _written(
 
 
 def _check_in_engines(out: Path, expected: Expected, engines: Sequence[Engine], *, exact: bool) -> None:
-    """Run the export in engines; one that cannot is said, and the export stays."""
+    """An engine that cannot run the export is said, and the export stays."""
     failed = []
     for engine in engines:
         try:

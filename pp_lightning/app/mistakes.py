@@ -55,7 +55,6 @@ def _mistakes() -> tuple[type[BaseException], ...]:
 
 
 def _of_parser(text: str, command: str) -> str:
-    """The parser's message in our words."""
     option = ".".join(_KEY.findall(text))
     option = TYPED.get(option, option)
     if unknown := _UNKNOWN.search(text):

@@ -282,7 +282,6 @@ class PrunableModule(L.LightningModule):
         return self._importances[method]
 
     def _importances_in_file(self, method: GradientMethod) -> Importances | None:
-        """What the file holds, if there is one."""
         file = self.settings.importances
         if file is None or not _exists(file):
             return None
@@ -335,7 +334,6 @@ class PrunableModule(L.LightningModule):
 def _importances(
     method: GradientMethod, model: PreTrainedModel, data: EvaluationData, layers: Sequence[int], progress: bool
 ) -> Importances:
-    """What a method that chooses by gradients needs, from the data's calibration text."""
     if isinstance(method, LoRAPrune):
         batches = data.calibration_batches(method.samples, method.window, batch_size=_ROWS_AT_ONCE)
         return lora_importances(model, batches, rank=method.rank, layers=layers, seed=data.seed, progress=progress)
@@ -345,7 +343,6 @@ def _importances(
 
 
 def _check_can_rank(method: PruningMethod) -> None:
-    """Refuse a ranking over all layers for methods that cannot have one."""
     gradient = gradient_method(method)
     name = type(gradient or method).__name__
     if gradient is not None:

@@ -36,13 +36,11 @@ UNFINISHED = "unfinished.ckpt"  # what an interrupted training goes on from
 class RecoveryRun:
     """One recovery training of one model, from the dense model to the folder and back.
 
-    LoRAPrune removes units while its adapters train; every other static method prunes first.
-
-    LoRAPrune takes no part in ``allocation`` and ``floor``. ``calibration_data`` and ``update`` give what the method
-    chooses from, and how the weights that stay are updated, if they are.
+    LoRAPrune removes units while its adapters train, and takes no part in ``allocation`` and ``floor``; every other
+    static method prunes first. ``calibration_data`` and ``update`` give what the method chooses from, and how the
+    weights that stay are updated, if they are.
 
     Attributes:
-        adapters: while training.
         gradual: LoRAPrune's masks, None for other methods.
         skipped: steps that were skipped because their gradients were not finite.
         losses: mean loss of each optimiser step (of this process's rows).

@@ -24,12 +24,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class FlopsRatios:
-    """FLOPs relative to the dense model's, over all batches of an evaluation.
+    """FLOPs relative to the dense model's, over all batches of an evaluation, probe included.
 
     Attributes:
-        model: probe and vocabulary projection included (``flops_model``).
-        layers: probe included, vocabulary projection left out (``flops_layers``).
-        probe: FLOPs of the probes over dense ``flops_layers``.
+        layers: without the vocabulary projection.
+        probe: FLOPs of the probes over dense ``layers``.
         after_prompt: as ``model``, of the tokens behind the prompts alone; None where the protocol has none.
     """
 
@@ -45,14 +44,12 @@ class Evaluation:
 
     Attributes:
         method: label of the method, ``dense`` for none.
-        pruning_ratio: asked fraction removed.
         kept: smallest and largest count of kept units over the pruned layers, by block.
-        perplexity: on a text.
+        perplexity: on a text; the mean of ``perplexities``, one a seed, where there are several.
         tokens: predicted tokens of the text.
         tasks: results of multiple-choice tasks, as ``TaskResults.as_dict`` has them.
         compiled: graphs, seconds and reasons of recompilations, as ``Compilation.as_dict`` has them.
-        perplexities: one a seed, where there are several; ``perplexity`` is then their mean.
-        perplexity_error: the standard error of that.
+        perplexity_error: the standard error of the mean.
         overlap: mean Jaccard index with the units that Full-Batch Probing keeps, by layer and block.
     """
 

@@ -196,7 +196,6 @@ class PruningTrainer(L.Trainer):
         datamodule.suit(model.model.config.max_position_embeddings, self.strategy.root_device)
 
     def _tested(self, model: PrunedLM, datamodule: EvaluationData) -> Evaluation:
-        """The module as it is."""
         self.test(model, datamodule=datamodule, verbose=False)
         assert model.evaluation is not None
         return model.evaluation
@@ -241,7 +240,6 @@ class PruningTrainer(L.Trainer):
             raise UserError("compare trains in one process: run fit in several, then test with --model.recovered")
 
     def _folder(self, row: Row) -> Path:
-        """Where the recovered model of a row is kept."""
         return Path(self.default_root_dir) / "recovered" / f"{row.label}-{row.pruning_ratio}"
 
     def _recover(self, model: PrunedLM, datamodule: EvaluationData, recovery: Recovery, folder: Path) -> Recovered:
@@ -277,7 +275,6 @@ class PruningTrainer(L.Trainer):
 
 
 def _trained_on(datamodule: EvaluationData) -> TrainingRows:
-    """What rows with recovery are trained on."""
     return datamodule.train or Packed([datamodule.calibration])
 
 
@@ -291,7 +288,6 @@ def _check_seeds(seeds: Sequence[int], model: PrunedLM, rows: Sequence[Row]) -> 
 
 
 def _check_comparison(methods: Sequence[str], ratios: Sequence[float], variants: Sequence[object]) -> None:
-    """Refuse a comparison of nothing, or of something twice."""
     if not (methods or variants):
         raise UserError("nothing to compare: give at least one of methods (or variants)")
     if len(set(methods)) < len(methods):

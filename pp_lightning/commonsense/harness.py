@@ -205,18 +205,10 @@ def run_harness(
 ) -> dict[str, Any]:
     """Run tasks of the harness on a model, dense or pruned, each from the histories that the model has now.
 
-    See this module on what the harness's order does to batch-wise choices. Tasks run one at a time and the histories
-    are put back after each, so a task's result does not depend on the others.
-
-    Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        tasks: names of tasks or groups.
-        batch_size: rows of a batch.
-        max_length: window in tokens; None takes the model's whole length. At most what the statistics cover.
-        limit: only the first documents of each task.
-        num_fewshot: examples in the context; None takes the task's own number.
-        task_manager: where tasks are found; None takes the harness's own. ``TaskManager(include_path=DIR)`` adds some.
+    Tasks run one at a time and the histories are put back after each, so a task's result does not depend on the others;
+    see this module on what the harness's order does to batch-wise choices. ``max_length`` is the window in tokens
+    (None: the model's whole length), at most what the statistics cover. ``TaskManager(include_path=DIR)`` finds tasks
+    of your own.
 
     Returns:
         ``results`` (as the harness has them, by task), ``versions``, ``n-samples``, and ``settings``: batch size,
@@ -300,7 +292,6 @@ def _statistics(
 
 
 def _policy(method: str, importances: str | None) -> PruningMethod:
-    """The method of this name."""
     policy = method_named(method)
     if policy.updates:
         raise UserError(f"{method} updates weights: write a folder with pp-lightning prune, and name that as path")

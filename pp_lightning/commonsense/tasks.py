@@ -32,10 +32,8 @@ class Task:
 
     Attributes:
         name: the harness's name of it, also the folder of its local files.
-        hub: where the hub has it.
         file: the local file of rows, one JSON object a line.
         signature: fields that tell its rows from those of other tasks.
-        harness_metrics: what the harness reports for it.
         labels_file: a second local file, with one label a line, where the original keeps labels apart.
     """
 

@@ -17,15 +17,9 @@ Encode = Callable[[str], list[int]]
 
 
 class TrainingRows(ABC):
-    """Rows to train on.
+    """Rows to train on, cut from ``sources`` if they are; a size that is None is the data's.
 
-    Args:
-        window: tokens a row at most; None takes the data's window.
-        batch_size: rows a batch of one process; None takes the data's batch size.
-        held_out: rows that are kept from training, for the held-out loss; 0 takes the data's ``text`` for it.
-
-    Attributes:
-        sources: the texts that the rows are cut from, if they are.
+    ``held_out`` rows are kept from training, for the held-out loss; 0 takes the data's ``text`` for it.
     """
 
     sources: Sequence[TextSource] = ()

@@ -36,14 +36,12 @@ class GraphFormat:
         write: into a folder; the number of bytes of the weights is given. Tells each part of it that is slow.
         load: from the folder, in the runtime that its users have.
         check: refuse what is missing on this machine, before any work is done.
-        copies: of the weights on disk.
     """
 
     write: Callable[[Graph, Path, int, Tell], None]
     load: Callable[[Path, Graph], Session]
-    check: Callable[[], None]
     runs_in: str
-    copies: int = 1
+    check: Callable[[], None] = lambda: None
 
 
 def _write_onnx(graph: Graph, folder: Path, size: int, tell: Tell) -> None:
@@ -131,10 +129,6 @@ def _in_arguments(program: Callable[..., Sequence[Tensor]], graph: Graph) -> Ses
     return run
 
 
-def _nothing() -> None:
-    """PyTorch is there."""
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's remarks about packages that no language model needs."""
@@ -150,12 +144,9 @@ def _quiet() -> Iterator[None]:
 
 
 GRAPH_FORMATS: Mapping[str, GraphFormat] = {
-    "onnx": GraphFormat(_write_onnx, _load_onnx, _check_onnx, "ONNX Runtime"),
-    "pt2": GraphFormat(_write_program, _load_program, _nothing, "torch.export.load"),
+    "onnx": GraphFormat(_write_onnx, _load_onnx, "ONNX Runtime", _check_onnx),
+    "pt2": GraphFormat(_write_program, _load_program, "torch.export.load"),
     "compiled": GraphFormat(
-        _write_compiled,
-        _load_compiled,
-        _nothing,
-        "torch.export.load; torch._inductor.aoti_load_package on this machine",
+        _write_compiled, _load_compiled, "torch.export.load; torch._inductor.aoti_load_package on this machine"
     ),
 }

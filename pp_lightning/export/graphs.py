@@ -151,7 +151,7 @@ def _check_ready(form: str, model: PreTrainedModel, out: Path, overwrite: bool) 
     check_exportable(model)
     check_free(out, overwrite)
     model.eval()
-    check_space(out, chosen.copies * _bytes(model))
+    check_space(out, _bytes(model))
 
 
 def _write(

@@ -65,13 +65,9 @@ class Int8Check:
 
     Attributes:
         divergence: mean Kullback-Leibler divergence of the next token's distribution from the unquantised model's, in
-            nats a token.
-        allowed: of it.
+            nats a token; so much was ``allowed``.
         difference: largest difference of a logit, relative to the largest logit.
-        same_tokens: greedy tokens that are equal.
-        of_tokens: that were compared.
         matrices: that are int8; the others, embeddings and the vocabulary projection among them, stay as they were.
-        bytes: of the weights on disk.
     """
 
     divergence: float
@@ -125,15 +121,10 @@ class Agreement:
 def verify(
     folder: Path, expected: Behaviour, device: torch.device, *, bundled_code: bool, streamed: bool = False
 ) -> Agreement:
-    """Load a folder as a user would and compare.
+    """Load a transformers folder as a user would and compare it with the pruned model that it was written from.
 
-    Args:
-        folder: a transformers checkpoint.
-        expected: behaviour of the pruned model that it was written from.
-        device: that the behaviour was recorded on.
-        bundled_code: the folder brings its own modelling file, which we wrote a moment ago: the only code that is ever
-            trusted here.
-        streamed: leave the weights of its layers on disk.
+    ``bundled_code`` says that it brings its own modelling file, which we wrote a moment ago: the only code that is ever
+    trusted here. ``streamed`` leaves the weights of its layers on disk.
 
     Raises:
         UserError: weights are missing, superfluous or of another shape, or logits or tokens differ.
