@@ -14,11 +14,10 @@ from pp_lightning.export.engines.choice import Format, choice_for
 from pp_lightning.export.engines.run import Engine, check_installed
 from pp_lightning.export.folder import check_free
 from pp_lightning.export.formats import GRAPH_FORMATS
-from pp_lightning.export.gguf_file import check_gguf
 from pp_lightning.export.gguf_plan import check_biases, check_family
 from pp_lightning.export.gguf_tokenizer import tokenizer_fields
-from pp_lightning.export.int8 import check_int8
 from pp_lightning.export.layouts import check_layout
+from pp_lightning.export.packages import check_packages
 from pp_lightning.export.sizes import check_exportable
 from pp_lightning.export.weights import check_shard_size
 from pp_lightning.methods import DynamicMethod
@@ -102,7 +101,7 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> None:
         check_installed(engine)
     dynamic = chooses_per_batch(module)
     if settings.graph:
-        GRAPH_FORMATS[settings.written].check()
+        check_packages("ONNX", "onnx", *GRAPH_FORMATS[settings.written].packages)
         if settings.layout not in (None, "uniform"):
             raise UserError("a graph holds any widths as they are: --layout is for --format safetensors or gguf")
         if settings.engine is not None and (dynamic or not settings.kv_cache):
@@ -116,7 +115,7 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> None:
             "--model.frozen_on history (or text), or write a graph with --format onnx (or pt2)"
         )
     if settings.written == "gguf":
-        check_gguf()
+        check_packages("GGUF", "gguf", "gguf")
         check_family(module.model.config, settings.layout or "uniform")
         check_biases(module.model, more=module.method.restores_means)
         tokenizer_fields(module.tokenizer, module.model.config.vocab_size)
@@ -142,7 +141,7 @@ def _check_quantize(settings: ExportSettings) -> None:
     if settings.quantize == "int8":
         if settings.written != "safetensors":
             raise UserError("--quantize int8 is for --format safetensors: a GGUF takes q8_0, graphs none")
-        check_int8()
+        check_packages("int8", "int8", "torchao")
 
 
 def _for_engine(module: PrunedLM, settings: ExportSettings) -> ExportSettings:

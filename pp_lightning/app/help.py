@@ -14,7 +14,7 @@ from pp_lightning.app.descriptions import COMMANDS, EXAMPLES
 _PACKAGE = Path(__file__).parents[1]
 _MODEL = (
     ("model", "plan.py", "Amounts", ""),
-    ("model", "app/prunable.py", "PruningSettings", ""),
+    ("model", "app/settings.py", "PruningSettings", ""),
     ("model", "app/module.py", "PrunedLM", "__init__"),
 )
 _DATA = ("data", "data/datamodule.py", "LanguageModelling", "__init__")

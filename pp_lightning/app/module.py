@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from pp_lightning.app.forecast import Forecast
-from pp_lightning.app.prunable import PrunableModule, PruningSettings
+from pp_lightning.app.prunable import PrunableModule
 from pp_lightning.app.recovery import RecoveryRun, described, recovery_callbacks
 from pp_lightning.app.results import Evaluation
 from pp_lightning.app.scoring import Scoring, scoring_for
+from pp_lightning.app.settings import PruningSettings
 from pp_lightning.app.spreading import spread, spreads
 from pp_lightning.checkpoints import Dtype, load_tokenizer, new_model, open_model, usual_dtype
 from pp_lightning.commonsense import CommonsenseData
@@ -58,7 +59,7 @@ class PrunedLM(PrunableModule):
             weights of the dense model; with settings of its own. Needs peft.
         recovered: a folder that ``fit`` with ``recovery`` wrote: evaluate that model, adapters merged. It brings its
             method and ratios.
-        **settings: all others of :class:`~pp_lightning.app.prunable.PruningSettings`.
+        **settings: all others of :class:`~pp_lightning.app.settings.PruningSettings`.
     """
 
     def __init__(

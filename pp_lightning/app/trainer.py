@@ -1,15 +1,23 @@
 """The Trainer with two more verbs: compare and export."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from pp_lightning.app.checks import check_ratio, check_seed
-from pp_lightning.app.comparing import FinishedRows, Row, changed, draws, key_of, side_by_side
+from pp_lightning.app.comparing import (
+    Row,
+    changed,
+    check_comparison,
+    check_seeds,
+    draws,
+    finished_rows,
+    key_of,
+    side_by_side,
+)
 from pp_lightning.app.export_plan import ExportSettings
 from pp_lightning.app.exporting import export_pruned
 from pp_lightning.app.module import PrunedLM
@@ -77,7 +85,7 @@ class PruningTrainer(L.Trainer):
         methods = methods if methods is not None else [] if asked else ALL_METHODS
         self._suit(model, datamodule)
         studied = [] if asked is None else asked.fitting(datamodule)
-        _check_comparison(methods, ratios, [*(variants or {}), *studied])
+        check_comparison(methods, ratios, [*(variants or {}), *studied])
         rows = self._rows(methods, ratios, variants or {}, studied, model.recovery)
         for row in rows:
             model.check_plan(row.method, datamodule.window, row.settings(model).amounts)
@@ -88,7 +96,7 @@ class PruningTrainer(L.Trainer):
         )
         self._check_texts(model, datamodule, rows)
         if seeds is not None:
-            _check_seeds(seeds, model, rows)
+            check_seeds(seeds, model, rows)
         model.reuse, model.recovery = True, None
         measure = self._measurement(model, datamodule, asked)
         found: list[list[Evaluation]] = [[] for _ in rows]
@@ -104,23 +112,23 @@ class PruningTrainer(L.Trainer):
         self, model: PrunedLM, datamodule: EvaluationData, study: Study | None
     ) -> Callable[[Row, int], Evaluation]:
         """Evaluates a row with a seed; what is finished, now or in an interrupted run, is not evaluated again."""
-        finished = FinishedRows(Path(self.default_root_dir), model, datamodule)
+        finished = finished_rows(Path(self.default_root_dir), model, datamodule)
         overlap = Overlap() if study is not None and study.overlap else None
         self.callbacks += [] if overlap is None else [overlap]  # type: ignore[attr-defined]
 
         def measured(row: Row, seed: int) -> Evaluation:
             drawn = seed if draws(row, model, datamodule) else None
             key = key_of(row.label, row.method, row.pruning_ratio, drawn, {**row.model, **row.data})
-            done = finished[key]
-            if done is not None:
-                return done
+            known = finished.result_of(key)
+            if known is not None:
+                return Evaluation.from_dict(known)
             with changed(model, {"settings": row.settings(model)}), changed(datamodule, row.data):
                 done = self._evaluated(model, datamodule, row)
                 if overlap is not None and row.method is not None:
                     whole = replace(row, label="full_batch", method=FullBatchProbing())
                     run = partial(self._evaluated, model, datamodule, whole)
                     done = replace(done, overlap=overlap.shares((row.pruning_ratio, seed, repr(row.data)), run))
-            finished[key] = done
+            finished.add(key, asdict(done))
             return done
 
         return measured
@@ -276,33 +284,6 @@ class PruningTrainer(L.Trainer):
 
 def _trained_on(datamodule: EvaluationData) -> TrainingRows:
     return datamodule.train or Packed([datamodule.calibration])
-
-
-def _check_seeds(seeds: Sequence[int], model: PrunedLM, rows: Sequence[Row]) -> None:
-    """Refuse seeds that are none, or that something in a file would overrule."""
-    _check_numbers("seeds", seeds)
-    if model.settings.statistics is not None or model.settings.importances is not None:
-        raise UserError("seeds draw other calibration windows: leave model.statistics and model.importances out")
-    if len(seeds) > 1 and any(row.recovery is not None for row in rows):
-        raise UserError("rows with recovery are trained once: compare them with one seed")
-
-
-def _check_comparison(methods: Sequence[str], ratios: Sequence[float], variants: Sequence[object]) -> None:
-    if not (methods or variants):
-        raise UserError("nothing to compare: give at least one of methods (or variants)")
-    if len(set(methods)) < len(methods):
-        raise UserError(f"methods must be different ones, not {', '.join(methods)}")
-    _check_numbers("ratios", ratios)
-    if 0.0 in ratios:
-        raise UserError("at ratio 0.0 nothing is removed, which is the dense row: leave it out of ratios")
-
-
-def _check_numbers(name: str, numbers: Sequence[float]) -> None:
-    """Refuse seeds or ratios that are none, twice the same, or impossible."""
-    if not numbers or len(set(numbers)) < len(numbers):
-        raise UserError(f"{name} must be different numbers, at least one, not {list(numbers)}: nothing to compare")
-    for number in numbers:
-        (check_ratio if name == "ratios" else check_seed)(name, number)
 
 
 def _refuse_recovered(model: PrunedLM) -> None:

@@ -34,8 +34,9 @@ from pp_lightning.calibration_data import CalibrationData
 from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer
 from pp_lightning.commonsense.batching import collate_rows
 from pp_lightning.commonsense.encoding import EncodedRow, encoded_row
+from pp_lightning.commonsense.harness_words import with_model_args
 from pp_lightning.commonsense.scoring import score_tokens, sum_rows
-from pp_lightning.data.base import PAPER_SAMPLES, samples_for
+from pp_lightning.data.base import samples_for
 from pp_lightning.data.windows import batched, document_windows
 from pp_lightning.errors import UserError, unknown
 from pp_lightning.importances import Importances
@@ -49,16 +50,6 @@ from pp_lightning.statistics import Statistics
 from pp_lightning.texts import C4, source_named
 
 _CALIBRATION_WINDOW, _CALIBRATION_ROWS = 512, 20  # the paper's, for tasks
-
-# Options of other commands, and what they are called in the harness's model_args.
-_SHARED = {
-    "--method": "method",
-    "--model.method": "method",
-    "--model.path": "path",
-    "--model.pruning_ratio": "pruning_ratio",
-    "--data.calibration": "calibration",
-    "--data.calibration_samples": "calibration_samples",
-}
 
 _Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -241,23 +232,6 @@ def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1].startswith("--"):
         sys.argv[1:] = ["run", "--model", "pp", *with_model_args(sys.argv[1:])]
     cli_evaluate()
-
-
-def with_model_args(words: Sequence[str]) -> list[str]:
-    """Options that other commands have too as the model's arguments: ``--method pp`` becomes ``method=pp`` there."""
-    rest, given, arguments = list(words), list[str](), list[str]()
-    while rest:
-        option, sign, value = rest.pop(0).partition("=")
-        if option == "--paper":
-            arguments.append(f"calibration_samples={PAPER_SAMPLES}")
-        elif option in (*_SHARED, "--model_args"):
-            if not sign and not rest:
-                raise UserError(f"{option} needs a value")
-            value = value if sign else rest.pop(0)
-            arguments.append(f"{_SHARED[option]}={value}" if option in _SHARED else value)
-        else:
-            given.append(option + sign + value)
-    return [*given, *(["--model_args", ",".join(arguments)] if arguments else [])]
 
 
 def _batches_by_length(rows: Sequence[EncodedRow], batch_size: int) -> list[list[int]]:

@@ -143,7 +143,7 @@ class LanguageModelling(EvaluationData):
         rank, world = self.processes()
         own = list(batches[rank::world])
         if self.in_step and len(own) < len(batches[::world]):
-            own.append(_not_scored(batches[-1]))
+            own.append({**batches[-1], "labels": torch.full_like(batches[-1]["labels"], IGNORED_LABEL)})  # not scored
         return DataLoader(own, batch_size=None)  # type: ignore[arg-type]
 
     def _tokens_of(self, source: TextSource) -> Tensor:
@@ -154,11 +154,6 @@ class LanguageModelling(EvaluationData):
             raise UserError(
                 f"the text has {have} tokens and needs more than {need}: use a longer text or a smaller window"
             )
-
-
-def _not_scored(batch: Batch) -> Batch:
-    """The same, of which no token is scored."""
-    return {**batch, "labels": torch.full_like(batch["labels"], IGNORED_LABEL)}
 
 
 def first_batch(data: EvaluationData) -> Batch:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pp_lightning.errors import UserError
 from pp_lightning.export.graph import Graph
 from pp_lightning.progress import Tell
 
@@ -35,13 +34,13 @@ class GraphFormat:
     Attributes:
         write: into a folder; the number of bytes of the weights is given. Tells each part of it that is slow.
         load: from the folder, in the runtime that its users have.
-        check: refuse what is missing on this machine, before any work is done.
+        packages: that are needed beside PyTorch, an extra of ours.
     """
 
     write: Callable[[Graph, Path, int, Tell], None]
     load: Callable[[Path, Graph], Session]
     runs_in: str
-    check: Callable[[], None] = lambda: None
+    packages: tuple[str, ...] = ()
 
 
 def _write_onnx(graph: Graph, folder: Path, size: int, tell: Tell) -> None:
@@ -91,14 +90,6 @@ def _load_onnx(folder: Path, graph: Graph) -> Session:
     return run
 
 
-def _check_onnx() -> None:
-    try:
-        import onnxruntime  # noqa: F401 (only whether it is there)
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"ONNX needs {error.name}: pip install 'pp-lightning[onnx]'") from error
-
-
 def _write_program(graph: Graph, folder: Path, size: int, tell: Tell) -> None:
     assert graph.program is not None
     tell("writing model.pt2")
@@ -144,7 +135,7 @@ def _quiet() -> Iterator[None]:
 
 
 GRAPH_FORMATS: Mapping[str, GraphFormat] = {
-    "onnx": GraphFormat(_write_onnx, _load_onnx, "ONNX Runtime", _check_onnx),
+    "onnx": GraphFormat(_write_onnx, _load_onnx, "ONNX Runtime", ("onnxruntime", "onnxscript")),
     "pt2": GraphFormat(_write_program, _load_program, "torch.export.load"),
     "compiled": GraphFormat(
         _write_compiled, _load_compiled, "torch.export.load; torch._inductor.aoti_load_package on this machine"

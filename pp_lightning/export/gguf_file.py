@@ -15,6 +15,7 @@ from pp_lightning.export.folder import appearing, check_free, check_space
 from pp_lightning.export.gguf_plan import GgufPlan, GgufTensor, check_biases, check_family, plan_for
 from pp_lightning.export.gguf_tokenizer import tokenizer_fields
 from pp_lightning.export.layouts import Layout, target_for
+from pp_lightning.export.packages import check_packages
 from pp_lightning.export.record import gguf_card, pruning_record, write_record
 from pp_lightning.progress import Tell, ignore_line
 
@@ -55,14 +56,6 @@ class GgufCheck:
         return text + wider if self.kept_wider else text
 
 
-def check_gguf() -> None:
-    """Refuse what is missing on this machine."""
-    try:
-        import gguf  # noqa: F401 (only whether it is there)
-    except ImportError as error:
-        raise UserError("GGUF needs gguf: pip install 'pp-lightning[gguf]'") from error
-
-
 def gguf_type_of(dtype: torch.dtype) -> GgufType:
     """The type that holds a dtype as it is."""
     for name in _FILE_TYPES:
@@ -90,7 +83,7 @@ def export_gguf(
         UserError: llama.cpp cannot hold it, a package or disk space is missing, ``out`` is taken, or a tensor came back
             different. Nothing is left behind.
     """
-    check_gguf()
+    check_packages("GGUF", "gguf", "gguf")
     check_free(out, overwrite)
     check_family(model.config, layout)
     check_biases(model)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from pp_lightning.export.entries import tensors_of
 from pp_lightning.export.sizes import longest_text
 from pp_lightning.families import layers_of
 from pp_lightning.stored import is_settled, places_in
+
+T = TypeVar("T")
 
 ROWS, TOKENS, STEPS = 2, 24, 8
 
@@ -135,17 +137,27 @@ def verify(
         if extra:
             raise UserError(f"the export failed its check: unexpected keys {sorted(extra)[:3]}")
         return compare(expected, Behaviour.of_model(reloaded), reloaded.dtype, reloaded.config.num_hidden_layers)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = or_refuse(
+        lambda: AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=bundled_code
-        )
-    except Exception as error:  # whatever transformers raises about it, a user would meet it too
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"the export failed its check: transformers cannot load it: {reason}") from error
+        ),
+        "the export failed its check: transformers cannot load it",
+    )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise UserError(f"the export failed its check: {problem.replace('_', ' ')} {sorted(report[problem])[:3]}")
     return compare(expected, Behaviour.of_model(model.eval().to(device)), model.dtype, model.config.num_hidden_layers)
+
+
+def or_refuse(work: Callable[[], T], failure: str) -> T:
+    """The result of work; whatever torch, transformers or a runtime raises is told in one line."""
+    try:
+        return work()
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{failure}: {reason}") from error
 
 
 def compare(expected: Behaviour, found: Behaviour, dtype: torch.dtype, num_layers: int) -> Agreement:
