@@ -136,18 +136,18 @@ class Comparison:
         """Compare a row with the dense row, and with the first pruned one."""
         if evaluation.perplexity is None or dense.perplexity is None:
             return Comparison(evaluation)
-        pairs: list[float] = []
+        degradation = evaluation.perplexity - dense.perplexity
+        found = Comparison(evaluation, degradation)
         if first is not None and first.perplexities is not None and evaluation.perplexities is not None:
             pairs = [one - other for one, other in zip(evaluation.perplexities, first.perplexities, strict=True)]
-        difference: tuple[float | None, float | None] = _mean(pairs) if pairs else (None, None)
-        degradation = evaluation.perplexity - dense.perplexity
+            difference, error = _mean(pairs)
+            found = replace(found, difference=difference, difference_error=error)
         if evaluation.time is None or dense.time is None:
-            return Comparison(evaluation, degradation, None, None, None, *difference)
+            return found
         time_ratio = evaluation.time.median / dense.time.median
         saved = dense.time.median - evaluation.time.median
         prr = degradation / saved if saved > 0 else None
-        efficiency = evaluation.flops.model / time_ratio
-        return Comparison(evaluation, degradation, time_ratio, efficiency, prr, *difference)
+        return replace(found, time_ratio=time_ratio, efficiency=evaluation.flops.model / time_ratio, prr=prr)
 
     def as_dict(self) -> dict[str, Any]:
         """One flat dictionary, the evaluation's fields included."""

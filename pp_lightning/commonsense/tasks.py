@@ -42,7 +42,6 @@ class Task:
     file: str
     signature: frozenset[str]
     parse: Callable[[Row], Question]
-    harness_metrics: tuple[str, ...] = ("acc", "acc_norm")
     labels_file: str | None = None
 
     def question(self, row: Row) -> Question:
@@ -155,7 +154,6 @@ TASKS: tuple[Task, ...] = (
         "validation.jsonl",
         frozenset({"passage", "question"}),
         _boolq,
-        harness_metrics=("acc",),
     ),
     Task(
         "piqa",
@@ -178,7 +176,6 @@ TASKS: tuple[Task, ...] = (
         "validation.jsonl",
         frozenset({"sentence", "option1", "option2"}),
         _winogrande,
-        harness_metrics=("acc",),
     ),
     _ARC("arc_easy", HubSplit("allenai/ai2_arc", "ARC-Easy", "test")),
     _ARC("arc_challenge", HubSplit("allenai/ai2_arc", "ARC-Challenge", "test")),
