@@ -103,19 +103,9 @@ def export_dynamic_graph(
 ) -> Agreement:
     """Write a dynamically pruned model as a graph, with its histories as inputs and outputs, and check it over batches.
 
-    The calibrated histories to start from go into ``history.safetensors``, under the names of the graph's inputs.
-
-    Args:
-        model: pruned by a dynamic method.
-        out: the folder; it appears whole or not at all.
-        form: ``onnx``, ``pt2`` or ``compiled``.
-        rows: of a batch. A smaller batch is filled up with rows that the mask marks as padding.
-        tokens: of a row; a shorter one is padded.
-        tokenizer: written beside the graph.
-        overwrite: replace an earlier export at ``out``.
-        provenance: for ``pruning.json``.
-        release: give up the model's weights before the graph is loaded for the check.
-        tell: told what is going on: tracing and writing a large graph take minutes.
+    The calibrated histories to start from go into ``history.safetensors``, under the names of the graph's inputs. It is
+    for batches of ``rows`` x ``tokens``: a smaller batch is filled up with rows that the mask marks as padding, and a
+    shorter row is padded. All else is as for :func:`export_graph`.
 
     Raises:
         UserError: as :func:`export_graph`, or the batch does not fit the histories.
