@@ -47,13 +47,7 @@ class PruningCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Trainer methods that are commands, with the arguments that are filled in here."""
-        return {
-            "test": _FILLED_IN | {"ckpt_path"},
-            "compare": _FILLED_IN,
-            "prune": _FILLED_IN,
-            "export": _FILLED_IN,
-            "fit": _FILLED_IN,
-        }
+        return {"test": _FILLED_IN | {"ckpt_path"}, **dict.fromkeys(("compare", "prune", "export", "fit"), _FILLED_IN)}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Model and data first in the help: Lightning's trainer has forty options that few runs need."""

@@ -219,8 +219,10 @@ class PruningTrainer(L.Trainer):
         """The dense model on all that it is compared on, then every method at every ratio."""
         named = {n: RECOVERED[n]() if n in RECOVERED else method_named(n) for n in methods} | variants
         trained = {name: recovery or Recovery() for name in methods if name in RECOVERED}
-        if trained:
-            self._check_can_train()
+        if trained and self.max_steps < 1:
+            raise UserError("rows with recovery need to know how long to train: set --trainer.max_steps")
+        if trained and self.world_size > 1:
+            raise UserError("compare trains in one process: run fit in several, then test with --model.recovered")
         data: dict[str, Mapping[str, Any]] = {"dense": {}} if named else {}
         for one in studied:
             data["dense" + "".join(f", {name} {value}" for name, value in one.data.items())] = one.data
@@ -240,12 +242,6 @@ class PruningTrainer(L.Trainer):
             datamodule.calibration.check()
         if any(row.recovery is not None for row in new):
             _trained_on(datamodule).check()
-
-    def _check_can_train(self) -> None:
-        if self.max_steps < 1:
-            raise UserError("rows with recovery need to know how long to train: set --trainer.max_steps")
-        if self.world_size > 1:
-            raise UserError("compare trains in one process: run fit in several, then test with --model.recovered")
 
     def _folder(self, row: Row) -> Path:
         return Path(self.default_root_dir) / "recovered" / f"{row.label}-{row.pruning_ratio}"

@@ -122,12 +122,10 @@ def evaluate_tasks(
         for task in data.tasks:
             done = finished.result_of(task)
             if done is None:
-                result = _evaluate_task(model, data, task, progress)
+                done = asdict(_evaluate_task(model, data, task, progress))
                 load_pruning_state(model, state)
-                finished.add(task, asdict(result))
-            else:
-                result = TaskResult(**done)
-            results[task] = result
+                finished.add(task, done)
+            results[task] = TaskResult(**done)
     finally:
         load_pruning_state(model, state)
         model.train(was_training)
