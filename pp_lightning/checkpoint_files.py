@@ -61,11 +61,9 @@ def in_our_words(error: Exception, config: Mapping[str, Any]) -> str:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, KeyError):
         named = _setting_of(str(error.args[0]), config)
-        return (
-            f"config.json: {named} is {error.args[0]!r}, which transformers does not know"
-            if named
-            else (f"transformers does not know {error.args[0]!r}")
-        )
+        if named:
+            return f"config.json: {named} is {error.args[0]!r}, which transformers does not know"
+        return f"transformers does not know {error.args[0]!r}"
     for pattern, meaning in _MEANINGS:
         if found := re.search(pattern, text, re.DOTALL):
             return meaning.format(*found.groups())

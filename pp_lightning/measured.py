@@ -200,7 +200,6 @@ def _count_alone(target: BlockToPrune, share: float) -> int:
 def _ranked_block(
     carried: LayerByLayer, target: BlockToPrune, modules: BlockModules, ranked: Tensor, count: int, keep_moments: bool
 ) -> dict[str, Tensor]:
-    """What is kept of a block, by name."""
     with resident(modules.layer):
         weight = modules.output_weight
         moments = SecondMoments(weight.shape[1], weight.device)

@@ -1,7 +1,6 @@
 """The file that lets an interrupted run go on."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 
 from pp_lightning.errors import UserError
 from pp_lightning.files import read_json
+from pp_lightning.records import write_json
 
 
 class ResumeFile:
@@ -32,11 +32,7 @@ class ResumeFile:
         self._results[part] = dict(result)
         if self._path is None or (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
             return
-        content = {"format": self._form, "settings": self._settings, "results": self._results}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_name(f".{self._path.name}.unfinished")
-        unfinished.write_text(json.dumps(content, indent=2), encoding="utf-8")
-        os.replace(unfinished, self._path)
+        write_json(self._path, {"format": self._form, "settings": self._settings, "results": self._results})
 
     def _read(self, path: Path) -> dict[str, dict[str, Any]]:
         try:

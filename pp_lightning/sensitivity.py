@@ -32,12 +32,7 @@ Batches = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class PrunedAlone:
-    """One block as it would be with fewer channels.
-
-    Attributes:
-        kept: its channels that stay (K,) int64, in any order.
-        columns: gives the columns of its output matrix for these, (D, K).
-    """
+    """One block with the channels ``kept`` (K,) int64 alone; ``columns`` gives its output matrix's for them, (D, K)."""
 
     modules: BlockModules
     kept: Tensor
@@ -150,12 +145,9 @@ def scaled(
 ) -> dict[BlockKey, Tensor]:
     """Blocks' losses (U,) float32 in nats: half by what was measured on the block, half by the median over all of them.
 
-    A rise is read on few tokens, so that by itself it would trust its noise (docs/static.md).
-
-    Args:
-        losses: of each block's units, as the ranking predicts them.
-        counts: units that stay where a block was pruned alone.
-        rises: of the loss then; a negative one counts as none.
+    A rise is read on few tokens, so that by itself it would trust its noise (docs/static.md). ``losses`` are as the
+    ranking predicts them, ``counts`` the units that stayed where a block was pruned alone, ``rises`` those of the loss
+    then; a negative one counts as none.
     """
     predicted = {key: float(losses[key][counts[key] :].sum()) for key in rises}
     ratios = {key: max(rise, 0.0) / predicted[key] for key, rise in rises.items() if predicted[key] > 0.0}

@@ -12,13 +12,9 @@ from pp_lightning.records import write_json, write_text
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as text.
+    """A table as text: the ``words`` columns at the left hold words, the others numbers.
 
-    Attributes:
-        title: what the numbers are, empty where the headings say it.
-        headings: of the columns.
-        rows: cells.
-        words: columns at the left that hold words; the others hold numbers.
+    ``title`` says what the numbers are; it is empty where the headings do.
     """
 
     title: str

@@ -25,15 +25,7 @@ _MATRICES = 4.0  # of C x C float64 at once while a block is solved: moments, th
 
 @dataclass(frozen=True)
 class Workload:
-    """How much is to be done, and in what.
-
-    Attributes:
-        rows: of a batch, B.
-        tokens: of a row, S.
-        calibration_rows: rows that are calibrated on.
-        test_tokens: that are evaluated.
-        means: whether statistics have means.
-    """
+    """How much is to be done, and in what: batches of ``rows`` x ``tokens``, statistics with means or without."""
 
     rows: int = 20
     tokens: int = 1024

@@ -182,7 +182,7 @@ def test_the_reader_of_imports_sees_what_is_there():
     assert "torch" in imports("pruning")
     assert {"pruned.check", "statistics", "plan"} <= own("pruning")
     assert any("lightning" in imports(name) or "lightning.pytorch" in imports(name) for name in MODULES)
-    assert "onnxscript" in set().union(*map(imports, EXPORT)) - set().union(*map(at_the_top, EXPORT))
+    assert "onnxruntime" in set().union(*map(imports, EXPORT)) - set().union(*map(at_the_top, EXPORT))
 
 
 def test_import_leaves_lightning_and_cuda_alone():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from pp_lightning.app.pictures import picture
@@ -15,9 +15,14 @@ from pp_lightning.benchmark.write import caption, measure_into
 
 def main(words: Sequence[str]) -> None:
     """Read the options, measure, write and show."""
-    options = _parser().parse_args(spelled_out(["benchmark", *words])[1:])
-    settings = BenchmarkSettings.from_plain(_settings(options))
-    out = Path(options.out)
+    parser = ArgumentParser(prog="pp-lightning benchmark", allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
+    parser.add_argument("--out", default="results/benchmark", help="Folder that everything is written into.")
+    parser.add_class_arguments(BenchmarkSettings)
+    options = parser.parse_args(spelled_out(["benchmark", *words])[1:]).as_dict()
+    options.pop("config")
+    out = Path(options.pop("out"))
+    settings = BenchmarkSettings.from_plain(options)
     rows = measure_into(out, settings)
     if not rows:
         return
@@ -37,16 +42,3 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
             axis.axvline(1.0, color="black", linewidth=0.8)
             axis.set_title(case, fontsize=10)
             axis.set_xlabel("efficiency: FLOPs ratio / time ratio")
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="pp-lightning benchmark", allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
-    parser.add_argument("--out", default="results/benchmark", help="Folder that everything is written into.")
-    parser.add_class_arguments(BenchmarkSettings)
-    return parser
-
-
-def _settings(options: Namespace) -> dict[str, object]:
-    plain = options.as_dict()
-    return {key: value for key, value in plain.items() if key not in ("config", "out")}

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from pp_lightning.errors import UserError
-from pp_lightning.methods import METHODS, DynamicMethod, PruningMethod
+from pp_lightning.methods import METHODS, DynamicMethod
 from pp_lightning.methods.gradient import GradientMethod
 from pp_lightning.records import check_new_file
 
@@ -77,7 +77,7 @@ def _check_method(command: str, model: Mapping[str, Any]) -> None:
             names = ", ".join(METHODS)
             raise UserError(f"--model.{alone[0]} needs a method: add --method pp (or best, or one of {names})")
         return
-    method = _class(given["class_path"])
+    method = resolve_name(given["class_path"])
     if model["importances"] is not None and not issubclass(method, GradientMethod):
         raise UserError(f"--model.importances is for llm_pruner and lora_prune, and {method.__name__} reads none")
     if issubclass(method, DynamicMethod):
@@ -92,9 +92,3 @@ def _check_method(command: str, model: Mapping[str, Any]) -> None:
         raise UserError(
             "--model.floor is for one ranking over all layers: add --model.allocation global, or leave it out"
         )
-
-
-def _class(path: str) -> type[PruningMethod]:
-    module, _, name = path.rpartition(".")
-    found: type[PruningMethod] = getattr(import_module(module), name)
-    return found

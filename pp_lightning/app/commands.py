@@ -47,13 +47,7 @@ class PruningCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Trainer methods that are commands, with the arguments that are filled in here."""
-        return {
-            "test": _FILLED_IN | {"ckpt_path"},
-            "compare": _FILLED_IN,
-            "prune": _FILLED_IN,
-            "export": _FILLED_IN,
-            "fit": _FILLED_IN,
-        }
+        return {"test": _FILLED_IN | {"ckpt_path"}, **dict.fromkeys(("compare", "prune", "export", "fit"), _FILLED_IN)}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Model and data first in the help: Lightning's trainer has forty options that few runs need."""
@@ -133,22 +127,18 @@ class PruningCLI(LightningCLI):
             return
         self._dump_config()
         caption = title + self._caption(rows[0].evaluation.tokens) + _compiling(rows)
-        record = self._record({"rows": [row.as_dict() for row in rows]})
+        record = {
+            "command": self.subcommand,
+            "rows": [row.as_dict() for row in rows],
+            "data": self.datamodule.describe(),
+            "environment": environment(self.model.device, self.trainer.world_size),
+            "settings": self.config_dump,
+        }
         lines = [line for row in rows for line in lines_of(row)]
         write_report(self.out / "results", markdown(grids(rows), caption), record, lines)
         for finished in self.out.glob("unfinished-*.json"):
             finished.unlink()
         show(grids(rows), f"{caption}\nwritten to {self.out}/results.json, {others}")
-
-    def _record(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Results with everything needed to repeat them."""
-        return {
-            "command": self.subcommand,
-            **results,
-            "data": self.datamodule.describe(),
-            "environment": environment(self.model.device, self.trainer.world_size),
-            "settings": self.config_dump,
-        }
 
     def _caption(self, tokens: int | None) -> str:
         """What a table must say about itself: machine, dtype, batch, length, versions."""
@@ -171,7 +161,6 @@ class PruningCLI(LightningCLI):
 
 
 def _compiling(rows: Sequence[Comparison]) -> str:
-    """What compiling took, where anything was compiled."""
     compiled = [row.evaluation.compiled for row in rows if row.evaluation.compiled is not None]
     if not compiled:
         return ""

@@ -1,4 +1,4 @@
-"""The rows of a comparison: what each of them is compared with, and which a run that was killed has finished."""
+"""The rows of a comparison: what is refused, what each is compared with, and which a killed run has finished."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pp_lightning.app.checks import check_ratio, check_seed
 from pp_lightning.app.module import PrunedLM
-from pp_lightning.app.prunable import PruningSettings
 from pp_lightning.app.results import Comparison, Evaluation
+from pp_lightning.app.settings import PruningSettings
 from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import LanguageModelling
+from pp_lightning.errors import UserError
 from pp_lightning.methods import DynamicMethod, LoRAPrune, PruningMethod
 from pp_lightning.records import environment
 from pp_lightning.recovery import Recovery
@@ -25,12 +27,9 @@ _UNFINISHED = "unfinished-compare.json"
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a comparison still to be evaluated: a method, at a ratio, with or without recovery.
+    """One row of a comparison still to be evaluated: a method, none for the dense model, at a ratio.
 
     Attributes:
-        method: with its settings; None is the dense model.
-        pruning_ratio: fraction removed.
-        recovery: how it is trained, where it is.
         model: settings of the module that are the row's own: ``allocation``, ``skip_layers``, ``refresh``.
         data: settings of the data that it is measured on: ``prefix``, ``batch_size``, ``distances``.
     """
@@ -92,35 +91,52 @@ def changed(target: object, values: Mapping[str, Any]) -> Iterator[None]:
             setattr(target, name, value)
 
 
-class FinishedRows:
+def finished_rows(out: Path, model: PrunedLM, data: EvaluationData) -> ResumeFile:
     """Rows of a comparison that are evaluated already, kept until all are."""
-
-    def __init__(self, out: Path, model: PrunedLM, data: EvaluationData) -> None:
-        settings = {
-            "model": fingerprint(model.model),
-            **asdict(replace(model.settings, pruning_ratio=0.0, importances=None)),  # rows have their own ratios
-            **{name: value for name, value in data.describe().items() if name != "seed"},
-            "precision": model.trainer.precision,
-            "compiled": model.compiles,
-            "versions": environment(model.device, 1)["versions"],
-            "calibrated": {
-                "samples": data.calibration_samples,
-                **{name: str(value) for name, value in vars(data.calibration).items()},
-            },
-        }
-        self._file = ResumeFile(out / _UNFINISHED, settings, _FORMAT)
-
-    def __getitem__(self, key: str) -> Evaluation | None:
-        """The row of this key; None where it is not finished."""
-        found = self._file.result_of(key)
-        return None if found is None else Evaluation.from_dict(found)
-
-    def __setitem__(self, key: str, row: Evaluation) -> None:
-        """Keep a finished row."""
-        self._file.add(key, asdict(row))
+    settings = {
+        "model": fingerprint(model.model),
+        **asdict(replace(model.settings, pruning_ratio=0.0, importances=None)),  # rows have their own ratios
+        **{name: value for name, value in data.describe().items() if name != "seed"},
+        "precision": model.trainer.precision,
+        "compiled": model.compiles,
+        "versions": environment(model.device, 1)["versions"],
+        "calibrated": {
+            "samples": data.calibration_samples,
+            **{name: str(value) for name, value in vars(data.calibration).items()},
+        },
+    }
+    return ResumeFile(out / _UNFINISHED, settings, _FORMAT)
 
 
 def key_of(label: str, method: PruningMethod | None, ratio: float, seed: int | None, changes: Mapping[str, Any]) -> str:
     """What tells a row from others; ``seed`` is None where it has no part in the row."""
     settings = None if method is None else method.settings()
     return json.dumps([label, settings, ratio, seed, *([changes] if changes else [])], sort_keys=True, default=str)
+
+
+def check_seeds(seeds: Sequence[int], model: PrunedLM, rows: Sequence[Row]) -> None:
+    """Refuse seeds that are none, or that something in a file would overrule."""
+    _check_numbers("seeds", seeds)
+    if model.settings.statistics is not None or model.settings.importances is not None:
+        raise UserError("seeds draw other calibration windows: leave model.statistics and model.importances out")
+    if len(seeds) > 1 and any(row.recovery is not None for row in rows):
+        raise UserError("rows with recovery are trained once: compare them with one seed")
+
+
+def check_comparison(methods: Sequence[str], ratios: Sequence[float], variants: Sequence[object]) -> None:
+    """Refuse a comparison of nothing, or of something twice."""
+    if not (methods or variants):
+        raise UserError("nothing to compare: give at least one of methods (or variants)")
+    if len(set(methods)) < len(methods):
+        raise UserError(f"methods must be different ones, not {', '.join(methods)}")
+    _check_numbers("ratios", ratios)
+    if 0.0 in ratios:
+        raise UserError("at ratio 0.0 nothing is removed, which is the dense row: leave it out of ratios")
+
+
+def _check_numbers(name: str, numbers: Sequence[float]) -> None:
+    """Refuse seeds or ratios that are none, twice the same, or impossible."""
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise UserError(f"{name} must be different numbers, at least one, not {list(numbers)}: nothing to compare")
+    for number in numbers:
+        (check_ratio if name == "ratios" else check_seed)(name, number)

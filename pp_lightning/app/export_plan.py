@@ -14,11 +14,10 @@ from pp_lightning.export.engines.choice import Format, choice_for
 from pp_lightning.export.engines.run import Engine, check_installed
 from pp_lightning.export.folder import check_free
 from pp_lightning.export.formats import GRAPH_FORMATS
-from pp_lightning.export.gguf_file import check_gguf
 from pp_lightning.export.gguf_plan import check_biases, check_family
 from pp_lightning.export.gguf_tokenizer import tokenizer_fields
-from pp_lightning.export.int8 import check_int8
 from pp_lightning.export.layouts import check_layout
+from pp_lightning.export.packages import check_packages
 from pp_lightning.export.sizes import check_exportable
 from pp_lightning.export.weights import check_shard_size
 from pp_lightning.methods import DynamicMethod
@@ -28,17 +27,33 @@ Quantize = Literal["q8_0", "int8"]
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What the user asked of ``export``; see :meth:`pp_lightning.app.trainer.PruningTrainer.export`."""
+    """What the user asks of ``export``.
 
-    format: Format | None
-    layout: Layout | None
-    dtype: Dtype | None
-    kv_cache: bool
-    overwrite: bool
-    max_shard_size: str
+    Attributes:
+        format: ``safetensors`` (the default) is a transformers folder; ``gguf`` a file for llama.cpp; ``onnx`` and
+            ``pt2`` (torch.export) are graphs; ``compiled`` adds kernels for this machine to ``pt2`` (AOTInductor).
+        engine: ``--for`` on the command line: choose the format and layout that this engine was seen to load.
+        check_with: ``--check-with``: engines to run the export in, found in this Python or in the folder that
+            ``PP_LIGHTNING_ENGINES`` names.
+        quantize: ``q8_0``: 8 bits a weight, of a GGUF; ``int8``: the same of a transformers folder, by torchao.
+        layout: of a transformers folder or a GGUF. ``uniform`` (the default) chooses the same counts in every layer
+            and writes a stock class; ``per-layer`` keeps a count of its own in every layer and brings a modelling
+            file; ``padded`` fills up to the widest layer.
+        dtype: of the weights written; none takes that of ``--model.dtype``.
+        kv_cache: whether the graph of a static choice takes and gives keys and values.
+        overwrite: replace an earlier export.
+        max_shard_size: of a weights file.
+    """
+
+    format: Format | None = None
     engine: Engine | None = None
-    check_with: tuple[Engine, ...] = ()
+    check_with: list[Engine] | None = None
     quantize: Quantize | None = None
+    layout: Layout | None = None
+    dtype: Dtype | None = None
+    kv_cache: bool = True
+    overwrite: bool = False
+    max_shard_size: str = "5GB"
 
     @property
     def written(self) -> Format:
@@ -82,11 +97,11 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> None:
     check_shard_size(settings.max_shard_size)
     if module.method is None:
         raise UserError("nothing to prune: name a method with --model.method")
-    for engine in settings.check_with:
+    for engine in settings.check_with or ():
         check_installed(engine)
     dynamic = chooses_per_batch(module)
     if settings.graph:
-        GRAPH_FORMATS[settings.written].check()
+        check_packages("ONNX", "onnx", *GRAPH_FORMATS[settings.written].packages)
         if settings.layout not in (None, "uniform"):
             raise UserError("a graph holds any widths as they are: --layout is for --format safetensors or gguf")
         if settings.engine is not None and (dynamic or not settings.kv_cache):
@@ -100,7 +115,7 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> None:
             "--model.frozen_on history (or text), or write a graph with --format onnx (or pt2)"
         )
     if settings.written == "gguf":
-        check_gguf()
+        check_packages("GGUF", "gguf", "gguf")
         check_family(module.model.config, settings.layout or "uniform")
         check_biases(module.model, more=module.method.restores_means)
         tokenizer_fields(module.tokenizer, module.model.config.vocab_size)
@@ -115,7 +130,6 @@ def _check(module: PrunedLM, out: Path, settings: ExportSettings) -> None:
 
 
 def _biased(module: PrunedLM) -> list[Block]:
-    """Blocks whose outputs are going to get biases."""
     assert module.method is not None
     ratios = {Block.ATTENTION: module.settings.attention_ratio, Block.MLP: module.settings.mlp_ratio}
     return [block for block in module.method.blocks if module.method.restores_means and ratios[block] != 0]
@@ -127,7 +141,7 @@ def _check_quantize(settings: ExportSettings) -> None:
     if settings.quantize == "int8":
         if settings.written != "safetensors":
             raise UserError("--quantize int8 is for --format safetensors: a GGUF takes q8_0, graphs none")
-        check_int8()
+        check_packages("int8", "int8", "torchao")
 
 
 def _for_engine(module: PrunedLM, settings: ExportSettings) -> ExportSettings:

@@ -19,9 +19,18 @@ def say(text: str) -> None:
 
 def say_what_layouts_cost(module: PrunedLM, layout: Layout) -> None:
     """What every layout costs and keeps, whom the chosen one suits, and what became of shared keys."""
-    _show_costs(compare_layouts(module.model), layout)
+    headings = (
+        *("layout", "class", "parameters", "of dense", "added", "FLOPs", "GB"),
+        *("heads", "kv heads", "channels", "loads in"),
+    )
+    rows = [_cells(costs, layout) for costs in compare_layouts(module.model)]
+    show_grid(Grid("what each layout of this choice costs and keeps", headings, rows))
     _say_what_suits(module, layout)
-    _say_if_shared_keys_went(module)
+    if PrunedSizes.of(module.model).key_heads:
+        say(
+            "single query heads went out of groups that share keys and values: each one that stays is written with "
+            "keys and values of its own (counted under added)"
+        )
 
 
 def _say_what_suits(module: PrunedLM, layout: Layout) -> None:
@@ -36,23 +45,6 @@ def _say_what_suits(module: PrunedLM, layout: Layout) -> None:
         say(f"matrices whose rows a quantiser leaves wider or refuses (choose --model.round_to): {'; '.join(unsuited)}")
     devices = shared_among(layers)
     say(f"tensor parallelism: heads and channels divide among {', '.join(map(str, devices)) or 'no number of'} devices")
-
-
-def _say_if_shared_keys_went(module: PrunedLM) -> None:
-    if PrunedSizes.of(module.model).key_heads:
-        say(
-            "single query heads went out of groups that share keys and values: each one that stays is written with "
-            "keys and values of its own (counted under added)"
-        )
-
-
-def _show_costs(table: list[Costs], chosen: Layout) -> None:
-    """What every layout would cost and keep, the chosen one marked."""
-    headings = (
-        *("layout", "class", "parameters", "of dense", "added", "FLOPs", "GB"),
-        *("heads", "kv heads", "channels", "loads in"),
-    )
-    show_grid(Grid("what each layout of this choice costs and keeps", headings, [_cells(row, chosen) for row in table]))
 
 
 def _cells(costs: Costs, chosen: Layout) -> tuple[str, ...]:

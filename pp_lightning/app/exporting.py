@@ -1,11 +1,10 @@
 """``pp-lightning export``: from the command line's settings to the exporter and back to the terminal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from pp_lightning.app.export_plan import ExportSettings, chooses_per_batch, settled
 from pp_lightning.app.export_words import say, say_what_layouts_cost
@@ -16,9 +15,9 @@ from pp_lightning.export import export_checkpoint, export_dynamic_graph, export_
 from pp_lightning.export.checkpoint import cast_weights
 from pp_lightning.export.engines.check import Expected, check_with
 from pp_lightning.export.engines.run import Engine
-from pp_lightning.export.gguf_file import GgufType, export_gguf
+from pp_lightning.export.gguf_file import export_gguf
 from pp_lightning.export.record import base_model_name, calibration_record
-from pp_lightning.progress import Tell, ignore_line, write_line
+from pp_lightning.progress import ignore_line, write_line
 
 
 def export_pruned(
@@ -48,26 +47,9 @@ def export_pruned(
         cast_weights(module.model, getattr(torch, str(settings.dtype)))
     exact = module.model.dtype == torch.float32 and settings.quantize is None
     expected = Expected.of(module.model) if settings.check_with else None
-    shared: _Shared = {
-        "tokenizer": module.tokenizer,
-        "overwrite": settings.overwrite,
-        "provenance": provenance,
-        "tell": ignore_line if module.trainer.progress_bar_callback is None else write_line,
-    }
-    if settings.written == "safetensors":
-        _write_checkpoint(module, out, settings, shared)
-    elif settings.written == "gguf":
-        _write_gguf(module, out, settings, shared)
-    elif chooses_per_batch(module):
-        _write_dynamic_graph(module, data, out, settings, shared)
-    else:
-        check = export_graph(
-            module.model, out, form=settings.written, kv_cache=settings.kv_cache, release=True, **shared
-        )
-        say(f"written to {out}: README.md says how it is called, pruning.json has all names of inputs and outputs")
-        say(check.told)
+    say(_written(module, data, out, settings, provenance))
     if expected is not None:
-        _check_in_engines(out, expected, settings.check_with, exact=exact)
+        _check_in_engines(out, expected, settings.check_with or [], exact=exact)
 
 
 def _read_calibration_data(module: PrunedLM, data: EvaluationData) -> None:
@@ -82,45 +64,41 @@ def _read_calibration_data(module: PrunedLM, data: EvaluationData) -> None:
         module.prepare(data)
 
 
-def _write_checkpoint(module: PrunedLM, out: Path, settings: ExportSettings, shared: "_Shared") -> None:
-    layout = settings.layout or "uniform"
-    say_what_layouts_cost(module, layout)
-    costs, check = export_checkpoint(
-        module.model,
-        out,
-        layout=layout,
-        max_shard_size=settings.max_shard_size,
-        release=True,
-        int8=settings.quantize == "int8",
-        **shared,
-    )
-    say(f"written to {out}: {costs.model_class}, {costs.parameters:,} parameters")
-    say(check.told)
+def _written(
+    module: PrunedLM, data: EvaluationData, out: Path, settings: ExportSettings, provenance: dict[str, Any]
+) -> str:
+    """Write in the format that was asked for; returns what the check of it found."""
+    shared: dict[str, Any] = {
+        "tokenizer": module.tokenizer,
+        "overwrite": settings.overwrite,
+        "provenance": provenance,
+        "tell": ignore_line if module.trainer.progress_bar_callback is None else write_line,
+    }
+    if not settings.graph:
+        shared["layout"] = settings.layout or "uniform"
+        say_what_layouts_cost(module, shared["layout"])
+        if settings.written == "gguf":
+            costs, read = export_gguf(module.model, out, kind="q8_0" if settings.quantize == "q8_0" else None, **shared)
+            say(f"written to {out}: model.gguf, architecture {read.architecture}, {costs.parameters:,} parameters")
+            return read.told
+        int8, size = settings.quantize == "int8", settings.max_shard_size
+        costs, check = export_checkpoint(module.model, out, max_shard_size=size, release=True, int8=int8, **shared)
+        say(f"written to {out}: {costs.model_class}, {costs.parameters:,} parameters")
+        return check.told
+    shared |= {"form": settings.written, "release": True}
+    if chooses_per_batch(module):
+        rows, tokens = data.batch_size, data.window
+        say(f"one graph for batches of {rows} x {tokens} tokens (--data.batch_size, --data.window), history in and out")
+        check = export_dynamic_graph(module.model, out, rows=rows, tokens=tokens, **shared)
+        say(f"written to {out}: see pruning.json for the names of inputs and outputs")
+    else:
+        check = export_graph(module.model, out, kv_cache=settings.kv_cache, **shared)
+        say(f"written to {out}: README.md says how it is called, pruning.json has all names of inputs and outputs")
+    return check.told
 
 
-def _write_gguf(module: PrunedLM, out: Path, settings: ExportSettings, shared: "_Shared") -> None:
-    layout = settings.layout or "uniform"
-    say_what_layouts_cost(module, layout)
-    kind: GgufType | None = "q8_0" if settings.quantize == "q8_0" else None
-    costs, check = export_gguf(module.model, out, layout=layout, kind=kind, **shared)
-    say(f"written to {out}: model.gguf, architecture {check.architecture}, {costs.parameters:,} parameters")
-    say(check.told)
-
-
-def _write_dynamic_graph(
-    module: PrunedLM, data: EvaluationData, out: Path, settings: ExportSettings, shared: "_Shared"
-) -> None:
-    rows, tokens = data.batch_size, data.window
-    say(f"one graph for batches of {rows} x {tokens} tokens (--data.batch_size, --data.window), history in and out")
-    check = export_dynamic_graph(
-        module.model, out, form=settings.written, rows=rows, tokens=tokens, release=True, **shared
-    )
-    say(f"written to {out}: see pruning.json for the names of inputs and outputs")
-    say(check.told)
-
-
-def _check_in_engines(out: Path, expected: Expected, engines: tuple[Engine, ...], *, exact: bool) -> None:
-    """Run the export in engines; one that cannot is said, and the export stays."""
+def _check_in_engines(out: Path, expected: Expected, engines: Sequence[Engine], *, exact: bool) -> None:
+    """An engine that cannot run the export is said, and the export stays."""
     failed = []
     for engine in engines:
         try:
@@ -136,12 +114,3 @@ def _asked(module: PrunedLM) -> dict[str, Any]:
     asked = module.amounts.recorded()
     more = {"uniform": module.settings.uniform, "frozen_on": module.settings.frozen_on}
     return asked | {"skip_layers": list(asked["skip_layers"])} | more
-
-
-class _Shared(TypedDict):
-    """What all exporters take."""
-
-    tokenizer: PreTrainedTokenizerBase
-    overwrite: bool
-    provenance: dict[str, Any]
-    tell: Tell

@@ -14,7 +14,7 @@ from pp_lightning.app.descriptions import COMMANDS, EXAMPLES
 _PACKAGE = Path(__file__).parents[1]
 _MODEL = (
     ("model", "plan.py", "Amounts", ""),
-    ("model", "app/prunable.py", "PruningSettings", ""),
+    ("model", "app/settings.py", "PruningSettings", ""),
     ("model", "app/module.py", "PrunedLM", "__init__"),
 )
 _DATA = ("data", "data/datamodule.py", "LanguageModelling", "__init__")
@@ -90,6 +90,8 @@ def model_options() -> dict[str, Option]:
 def command_options(command: str) -> list[Option]:
     """What one command alone takes."""
     options = options_of("", "app/trainer.py", "PruningTrainer", command)
+    if command == "export":
+        options += options_of("", "app/export_plan.py", "ExportSettings", "")
     return [Option(TYPED.get(one.name, one.name), one.default, one.text) for one in options]
 
 

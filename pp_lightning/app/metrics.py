@@ -10,15 +10,10 @@ from pp_lightning.errors import UserError
 
 
 def next_token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods of the next tokens, summed.
+    """Sum of the losses of the next tokens (float64, 0-d), and how many are predicted (int64, 0-d).
 
-    Args:
-        logits: (B, S, V) of any dtype; position t predicts token t + 1.
-        labels: (B, S) int64, -100 where nothing is predicted.
-
-    Returns:
-        Sum of the losses (float64, 0-d) and number of predicted tokens (int64, 0-d). Losses are float32, made row by
-        row so that no float32 copy of all logits exists.
+    Of logits (B, S, V) and labels (B, S), -100 where nothing is predicted. Losses are float32, made row by row so that
+    no float32 copy of all logits exists.
     """
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     for row, targets in zip(logits, labels, strict=True):
@@ -44,7 +39,12 @@ class Perplexity(Metric):
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: logits (B, S, V), labels (B, S); one without a predicted token is run for other processes."""
-        nll, tokens = finite_nll(logits, labels)
+        nll, tokens = next_token_nll(logits, labels)
+        if not torch.isfinite(nll):
+            raise UserError(
+                "the model's logits are not finite: check the checkpoint, or evaluate in --model.dtype float32 or "
+                "bfloat16"
+            )
         if tokens > 0:
             self.nll += self.summed(nll, tokens)
             self.batches += 1
@@ -69,13 +69,3 @@ class BatchMeanPerplexity(Perplexity):
     def compute(self) -> Tensor:
         """Perplexity, float64, 0-d."""
         return (self.nll / self.batches).exp()
-
-
-def finite_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`next_token_nll`, refusing losses that are not finite."""
-    nll, tokens = next_token_nll(logits, labels)
-    if not torch.isfinite(nll):
-        raise UserError(
-            "the model's logits are not finite: check the checkpoint, or evaluate in --model.dtype float32 or bfloat16"
-        )
-    return nll, tokens

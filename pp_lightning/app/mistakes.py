@@ -45,7 +45,7 @@ def in_one_line(mistake: BaseException, command: str) -> str:
         text = f"{place}{mistake.strerror or mistake}"
     else:
         text = _of_parser(" ".join(str(mistake).split()), command)
-    return _short(_START + _printable(" ".join(text.split())))
+    return _short(_START + " ".join(text.split()))
 
 
 def _mistakes() -> tuple[type[BaseException], ...]:
@@ -55,7 +55,6 @@ def _mistakes() -> tuple[type[BaseException], ...]:
 
 
 def _of_parser(text: str, command: str) -> str:
-    """The parser's message in our words."""
     option = ".".join(_KEY.findall(text))
     option = TYPED.get(option, option)
     if unknown := _UNKNOWN.search(text):
@@ -103,16 +102,14 @@ def _quoted(value: str) -> str:
     return value if value[:1] in ("'", "[", "{") else f"'{value}'"
 
 
-def _printable(text: str) -> str:
-    """Half characters of file names, which no terminal takes, as question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
 def _short(text: str) -> str:
-    """At most 200 characters: long words, mostly paths, lose their middle, and then the line its end."""
+    """At most 200 characters: long words, mostly paths, lose their middle, and then the line its end.
+
+    Half characters of file names, which no terminal takes, become question marks.
+    """
     words = [
         word if len(word) <= _LONGEST_WORD else f"{word[:20]}...{word[23 - _LONGEST_WORD :]}"
         for word in text.split(" ")
     ]
-    text = " ".join(words)
+    text = " ".join(words).encode("utf-8", "replace").decode("utf-8")
     return text if len(text) <= _LONGEST_LINE else text[: _LONGEST_LINE - 4].rpartition(" ")[0] + " ..."

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from pp_lightning.app.forecast import Forecast
-from pp_lightning.app.prunable import PrunableModule, PruningSettings
+from pp_lightning.app.prunable import PrunableModule
 from pp_lightning.app.recovery import RecoveryRun, described, recovery_callbacks
 from pp_lightning.app.results import Evaluation
 from pp_lightning.app.scoring import Scoring, scoring_for
+from pp_lightning.app.settings import PruningSettings
 from pp_lightning.app.spreading import spread, spreads
 from pp_lightning.checkpoints import Dtype, load_tokenizer, new_model, open_model, usual_dtype
 from pp_lightning.commonsense import CommonsenseData
@@ -31,14 +32,6 @@ from pp_lightning.state import skipped_batches
 
 _DEFAULT_RATIO = 0.2
 _DEFAULT_SKIPPED = (0, 1, 2)
-
-
-@runtime_checkable
-class ShowsProgress(Protocol):
-    """A progress bar that has room for the steps of a long batch."""
-
-    def show(self, name: str, done: int, total: int) -> None:
-        """Show ``done`` of ``total`` steps of something called ``name``."""
 
 
 class PrunedLM(PrunableModule):
@@ -66,7 +59,7 @@ class PrunedLM(PrunableModule):
             weights of the dense model; with settings of its own. Needs peft.
         recovered: a folder that ``fit`` with ``recovery`` wrote: evaluate that model, adapters merged. It brings its
             method and ratios.
-        **settings: all others of :class:`~pp_lightning.app.prunable.PruningSettings`.
+        **settings: all others of :class:`~pp_lightning.app.settings.PruningSettings`.
     """
 
     def __init__(
@@ -161,13 +154,10 @@ class PrunedLM(PrunableModule):
         if self.method is not None and not is_pruned(self.model):
             self.prune(self.data)
         self._compilation = compile_(self.model) if self.compiles else None
-        bar = self.trainer.progress_bar_callback
-        progress = bar.show if isinstance(bar, ShowsProgress) else None
-        resume_file = (
-            Path(self.trainer.default_root_dir) / f"unfinished-{self.label}-{self.settings.pruning_ratio}.json"
-        )
-        self._scoring = scoring_for(self.data, self.model, self.tell if self.is_streamed else None)
-        self._scoring.start(self.device, resume_file, progress)
+        progress = getattr(self.trainer.progress_bar_callback, "show", None)  # Lightning's own have no such room
+        resume_file = self.out / f"unfinished-{self.label}-{self.settings.pruning_ratio}.json"
+        told = self.tell if self.is_streamed else None
+        self._scoring = scoring_for(self.data, self.model, told, resume_file, progress)
         self._forecast = self._evaluation_forecast()
 
     def _evaluation_forecast(self) -> Forecast | None:

@@ -12,6 +12,7 @@ import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from transformers import AutoConfig, PreTrainedConfig
 
+from pp_lightning.app.checks import check_ratio
 from pp_lightning.app.report import Grid, show_grid
 from pp_lightning.checkpoints import Dtype, free_memory
 from pp_lightning.data.base import EvaluationData, samples_for
@@ -67,8 +68,7 @@ def main(words: Sequence[str]) -> None:
     for name, number in (*vars(data).items(), ("devices", devices)):
         if number is not None and number < 1:
             raise UserError(f"{name} must be at least 1, not {number}")
-    if not 0.0 <= model.pruning_ratio < 1.0:
-        raise UserError(f"pruning_ratio must be in [0, 1), not {model.pruning_ratio}")
+    check_ratio("pruning_ratio", model.pruning_ratio)
     config = read_config(model.path)
     dtype = (config.dtype or torch.float32) if model.dtype == "auto" else getattr(torch, model.dtype)
     sizes = Sizes.of(config, dtype)

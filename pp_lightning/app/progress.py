@@ -123,7 +123,6 @@ class ProgressLines(ProgressBar):
         self._shown = done
 
     def _step(self, name: str, done: int, total: int | None, figures: Callable[[], str] = str) -> None:
-        """Write a line if it is time."""
         since, before = self._started[name]
         now = time.monotonic()
         early = done not in (before + 1, total) and now - self._written < self.seconds
@@ -141,7 +140,6 @@ class ProgressLines(ProgressBar):
 
 
 def _evaluated(trainer: Trainer) -> str:
-    """Method and ratio under evaluation."""
     module = trainer.lightning_module
     if not isinstance(module, PrunedLM):
         return "testing"

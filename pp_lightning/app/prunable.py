@@ -1,16 +1,17 @@
 """What a LightningModule needs to prune its model as the user's settings say: method, amounts, what is chosen from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 from transformers import PreTrainedModel
 
 from pp_lightning.allocation import settled_floors
 from pp_lightning.app.forecast import Forecast, UntilTerminated
+from pp_lightning.app.settings import PruningSettings
 from pp_lightning.calibration import calibrate
 from pp_lightning.calibration_data import CalibrationData
 from pp_lightning.data.base import EvaluationData
@@ -32,45 +33,8 @@ from pp_lightning.statistics import Statistics
 from pp_lightning.stored import is_settled
 from pp_lightning.updating import LeastSquares
 
-FrozenOn = Literal["history", "text"]
-UpdateName = Literal["least_squares"]
 _RANKED = ("global", "searched")
 _ROWS_AT_ONCE = 2  # published micro-batch of LoRAPrune
-
-
-@dataclass(frozen=True)
-class PruningSettings(Amounts):
-    """All settings of how a module's model is pruned and run, beside the method.
-
-    Attributes:
-        uniform: keep the same number of units in every layer: no layer is skipped and no method ranks over layers. What
-            ``export`` writes by default.
-        frozen_on: make the choice of a dynamic method once and keep it: from the calibration ``history``, or for the
-            first batch of ``--data.text``; none chooses per batch.
-        prefill: how a dynamic method runs prompts: ``probe``, ``dense``, ``auto``, or a number of tokens below
-            which they run dense, see ``prune_``; none takes the method's own.
-        refresh: decoded tokens after which a dynamic method chooses MLP channels again; none holds the prompt's choice.
-        update: ``least_squares``: what a static method keeps takes over what goes, block by block on the calibration
-            text; none does so with methods that are made for it (StaticBest).
-        statistics: a safetensors file of calibration statistics: read if it exists, else written (and resumed after an
-            interruption).
-        importances: the same for what LLM-Pruner and LoRAPrune choose from: a safetensors file of importances, read if
-            it exists, else written. One file is for one of the two; LoRAPrune with recovery needs none.
-    """
-
-    uniform: bool = False
-    frozen_on: FrozenOn | None = None
-    prefill: Prefill | None = None
-    refresh: int | None = None
-    update: UpdateName | None = None
-    statistics: str | None = None
-    importances: str | None = None
-
-    @property
-    def amounts(self) -> Amounts:
-        """What of it is said to ``make_plan`` and ``prune_``."""
-        own = {one.name: getattr(self, one.name) for one in fields(Amounts)}
-        return Amounts(**own | ({"skip_layers": (), "allocation": "uniform"} if self.uniform else {}))
 
 
 class PrunableModule(L.LightningModule):
@@ -282,7 +246,6 @@ class PrunableModule(L.LightningModule):
         return self._importances[method]
 
     def _importances_in_file(self, method: GradientMethod) -> Importances | None:
-        """What the file holds, if there is one."""
         file = self.settings.importances
         if file is None or not _exists(file):
             return None
@@ -297,13 +260,20 @@ class PrunableModule(L.LightningModule):
 
     def _new_importances(self, method: GradientMethod, data: EvaluationData) -> Importances:
         """Importances from the calibration text, kept in the file if one is named: of all layers, for other ratios."""
-        shape = shape_of(self.model.config)
-        plan = make_plan(shape, method, self.amounts)
-        layers = plan.layers if self.settings.importances is None else range(shape.num_layers)
-        shown = self.trainer.progress_bar_callback is not None
-        found = _importances(method, self.model, data, layers, shown)
-        if self.settings.importances is not None:
-            found.save(self.settings.importances)
+        shape, file = shape_of(self.model.config), self.settings.importances
+        shared: dict[str, Any] = {
+            "layers": make_plan(shape, method, self.amounts).layers if file is None else range(shape.num_layers),
+            "progress": self.trainer.progress_bar_callback is not None,
+        }
+        if isinstance(method, LoRAPrune):
+            batches = data.calibration_batches(method.samples, method.window, batch_size=_ROWS_AT_ONCE)
+            found = lora_importances(self.model, batches, rank=method.rank, seed=data.seed, **shared)
+        else:
+            assert isinstance(method, LLMPruner)
+            batches = data.calibration_batches(method.samples, method.window, batch_size=method.samples)
+            found = taylor_importances(self.model, batches, method.taylor, **shared)
+        if file is not None:
+            found.save(file)
         return found
 
     def _calibrated(self, data: EvaluationData) -> Statistics:
@@ -332,20 +302,7 @@ class PrunableModule(L.LightningModule):
         return statistics
 
 
-def _importances(
-    method: GradientMethod, model: PreTrainedModel, data: EvaluationData, layers: Sequence[int], progress: bool
-) -> Importances:
-    """What a method that chooses by gradients needs, from the data's calibration text."""
-    if isinstance(method, LoRAPrune):
-        batches = data.calibration_batches(method.samples, method.window, batch_size=_ROWS_AT_ONCE)
-        return lora_importances(model, batches, rank=method.rank, layers=layers, seed=data.seed, progress=progress)
-    assert isinstance(method, LLMPruner)
-    batches = data.calibration_batches(method.samples, method.window, batch_size=method.samples)
-    return taylor_importances(model, batches, method.taylor, layers=layers, progress=progress)
-
-
 def _check_can_rank(method: PruningMethod) -> None:
-    """Refuse a ranking over all layers for methods that cannot have one."""
     gradient = gradient_method(method)
     name = type(gradient or method).__name__
     if gradient is not None:

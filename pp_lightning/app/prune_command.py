@@ -52,14 +52,17 @@ def prune_and_export(
     if export.layout == "uniform":
         module.change(uniform=True)
     if target is not None:
-        module.change(pruning_ratio=_ratio(module, method, data, Target.parse(target)))
+        shape, item = shape_of(module.model.config), next(module.model.parameters()).element_size()
+        total = module.model.num_parameters()
+        ratio = Target.parse(target).ratio(shape, module.settled(method), module.amounts, data.window, total, item)
+        module.change(pruning_ratio=ratio)
     module.method = None
     module.prepare(data)
     module.check_plan(method, data.window)
     data.calibration.check()
     if data.names_text:
         data.check_text()
-    if not data.names_text:
+    else:
         data.text = data.calibration
         say("no --data.text: before and after are evaluated on the calibration text itself, which flatters the result")
     module.model.to(device)
@@ -80,18 +83,6 @@ def prune_and_export(
 
     export_pruned(module, data, device, out, export, after)
     shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _ratio(module: PrunedLM, method: StaticMethod, data: LanguageModelling, target: Target) -> float:
-    weight = next(module.model.parameters())
-    return target.ratio(
-        shape_of(module.model.config),
-        module.settled(method),
-        module.amounts,
-        data.window,
-        module.model.num_parameters(),
-        weight.element_size(),
-    )
 
 
 @torch.no_grad()

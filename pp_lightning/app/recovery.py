@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from pp_lightning.app.pictures import write_curve
-from pp_lightning.blocks import BlockKey
 from pp_lightning.calibration_data import CalibrationData, fingerprint
 from pp_lightning.errors import UserError
 from pp_lightning.families import layers_of, shape_of
@@ -27,6 +26,7 @@ from pp_lightning.pruning import blocks_to_prune, is_pruned, prune_, pruning_of,
 from pp_lightning.recovery import Adapters, GradualPruning, Recovery
 from pp_lightning.recovery.folder import CHOICES
 from pp_lightning.recovery.gradual import check_schedule
+from pp_lightning.recovery.importances import gradients_of
 from pp_lightning.stored import values_of
 from pp_lightning.updating import LeastSquares
 
@@ -36,13 +36,11 @@ UNFINISHED = "unfinished.ckpt"  # what an interrupted training goes on from
 class RecoveryRun:
     """One recovery training of one model, from the dense model to the folder and back.
 
-    LoRAPrune removes units while its adapters train; every other static method prunes first.
-
-    LoRAPrune takes no part in ``allocation`` and ``floor``. ``calibration_data`` and ``update`` give what the method
-    chooses from, and how the weights that stay are updated, if they are.
+    LoRAPrune removes units while its adapters train, and takes no part in ``allocation`` and ``floor``; every other
+    static method prunes first. ``calibration_data`` and ``update`` give what the method chooses from, and how the
+    weights that stay are updated, if they are.
 
     Attributes:
-        adapters: while training.
         gradual: LoRAPrune's masks, None for other methods.
         skipped: steps that were skipped because their gradients were not finite.
         losses: mean loss of each optimiser step (of this process's rows).
@@ -73,11 +71,11 @@ class RecoveryRun:
         if isinstance(method, LoRAPrune):
             plan = make_plan(shape_of(model.config), method, amounts)
             blocks = blocks_to_prune(model, plan)
-            self.adapters = self._adapters(seed)
-            self.gradual = GradualPruning(self.adapters, blocks, method, total_steps)
         else:
             prune_(model, method, calibration_data(method), **vars(amounts), update=update(method))
-            self.adapters = self._adapters(seed)
+        self.adapters = Adapters(model, recovery.rank, recovery.alpha, recovery.dropout, seed)
+        if isinstance(method, LoRAPrune):
+            self.gradual = GradualPruning(self.adapters, blocks, method, total_steps)
         if recovery.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -150,22 +148,16 @@ class RecoveryRun:
         if is_pruned(self.model):
             unprune_(self.model)
 
-    def _adapters(self, seed: int) -> Adapters:
-        r = self.recovery
-        return Adapters(self.model, r.rank, r.alpha, r.dropout, seed)
-
     def _choices(self) -> Choices:
         about: dict[str, Any] = {**self._described, "method": self.method.label, "skipped_steps": self.skipped}
-        return Choices(self._fingerprint, self._present_choices(), about)
-
-    def _present_choices(self) -> dict[BlockKey, StaticChoice]:
         if self.gradual is not None:
-            return self.gradual.choices()
+            return Choices(self._fingerprint, self.gradual.choices(), about)
         pruning = pruning_of(self.model)
-        return {
+        choices = {
             key: StaticChoice(kept, pruning.biases.get(key), pruning.columns.get(key))
             for key, kept in pruning.choices.items()
         }
+        return Choices(self._fingerprint, choices, about)
 
 
 def check_recovery(method: PruningMethod | None, recovery: Recovery, total_steps: int) -> None:
@@ -220,8 +212,7 @@ class RecoverySteps(Callback):
     ) -> None:
         """Skip the step, or take its gradients into the scores, clipped as the optimiser will see them."""
         run, step = self.run(), trainer.global_step + 1
-        gradients = [p.grad for p in run.adapters.parameters() if p.grad is not None]
-        if not all(bool(values_of(gradient.isfinite().all())) for gradient in gradients):
+        if not all(bool(values_of(gradient.isfinite().all())) for gradient in gradients_of(run.adapters)):
             self._check_loss(trainer, step)
             optimizer.zero_grad(set_to_none=True)
             run.skipped += 1

@@ -24,12 +24,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class FlopsRatios:
-    """FLOPs relative to the dense model's, over all batches of an evaluation.
+    """FLOPs relative to the dense model's, over all batches of an evaluation, probe included.
 
     Attributes:
-        model: probe and vocabulary projection included (``flops_model``).
-        layers: probe included, vocabulary projection left out (``flops_layers``).
-        probe: FLOPs of the probes over dense ``flops_layers``.
+        layers: without the vocabulary projection.
+        probe: FLOPs of the probes over dense ``layers``.
         after_prompt: as ``model``, of the tokens behind the prompts alone; None where the protocol has none.
     """
 
@@ -45,14 +44,12 @@ class Evaluation:
 
     Attributes:
         method: label of the method, ``dense`` for none.
-        pruning_ratio: asked fraction removed.
         kept: smallest and largest count of kept units over the pruned layers, by block.
-        perplexity: on a text.
+        perplexity: on a text; the mean of ``perplexities``, one a seed, where there are several.
         tokens: predicted tokens of the text.
         tasks: results of multiple-choice tasks, as ``TaskResults.as_dict`` has them.
         compiled: graphs, seconds and reasons of recompilations, as ``Compilation.as_dict`` has them.
-        perplexities: one a seed, where there are several; ``perplexity`` is then their mean.
-        perplexity_error: the standard error of that.
+        perplexity_error: the standard error of the mean.
         overlap: mean Jaccard index with the units that Full-Batch Probing keeps, by layer and block.
     """
 
@@ -139,18 +136,18 @@ class Comparison:
         """Compare a row with the dense row, and with the first pruned one."""
         if evaluation.perplexity is None or dense.perplexity is None:
             return Comparison(evaluation)
-        pairs: list[float] = []
+        degradation = evaluation.perplexity - dense.perplexity
+        found = Comparison(evaluation, degradation)
         if first is not None and first.perplexities is not None and evaluation.perplexities is not None:
             pairs = [one - other for one, other in zip(evaluation.perplexities, first.perplexities, strict=True)]
-        difference: tuple[float | None, float | None] = _mean(pairs) if pairs else (None, None)
-        degradation = evaluation.perplexity - dense.perplexity
+            difference, error = _mean(pairs)
+            found = replace(found, difference=difference, difference_error=error)
         if evaluation.time is None or dense.time is None:
-            return Comparison(evaluation, degradation, None, None, None, *difference)
+            return found
         time_ratio = evaluation.time.median / dense.time.median
         saved = dense.time.median - evaluation.time.median
         prr = degradation / saved if saved > 0 else None
-        efficiency = evaluation.flops.model / time_ratio
-        return Comparison(evaluation, degradation, time_ratio, efficiency, prr, *difference)
+        return replace(found, time_ratio=time_ratio, efficiency=evaluation.flops.model / time_ratio, prr=prr)
 
     def as_dict(self) -> dict[str, Any]:
         """One flat dictionary, the evaluation's fields included."""

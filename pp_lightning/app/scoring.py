@@ -2,7 +2,6 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +15,7 @@ from pp_lightning.app.metrics import BatchMeanPerplexity, Perplexity
 from pp_lightning.app.results import FlopsRatios, Timing
 from pp_lightning.commonsense import CommonsenseData, TaskResults, evaluate_tasks
 from pp_lightning.commonsense.batching import RowBatch
+from pp_lightning.commonsense.evaluate import Progress
 from pp_lightning.commonsense.prefixes import beginnings, remainders, with_prompts
 from pp_lightning.commonsense.scoring import chooses_per_batch
 from pp_lightning.continuation import continued_logits, pieces, refresh_of
@@ -27,8 +27,6 @@ from pp_lightning.passes import goes_layer_by_layer, outputs_layer_by_layer
 from pp_lightning.progress import Tell
 from pp_lightning.pruning import is_pruned, pruning_of
 from pp_lightning.shares import share_of
-
-Progress = Callable[[str, int, int], None]
 
 
 class Scoring(ABC):
@@ -45,19 +43,11 @@ class Scoring(ABC):
         self.after: list[tuple[Flops, Flops]] = []
 
     @abstractmethod
-    def start(self, device: torch.device, resume_file: Path | None, progress: Progress | None) -> None:
-        """Get ready, with the model pruned and in place.
-
-        ``progress`` is told a name, the steps done and the steps there are, where a batch is long work.
-        """
-
-    @abstractmethod
     def step(self, model: PreTrainedModel, batch: Any) -> None:
         """Score one item of the data module's test dataloader."""
 
-    def finish(self, model: PreTrainedModel) -> None:
+    def finish(self, model: PreTrainedModel) -> None:  # noqa: B027 (few have something to do)
         """Do what waits for the last item."""
-        return
 
     @abstractmethod
     def figures(self) -> dict[str, Any]:
@@ -86,16 +76,12 @@ class Scoring(ABC):
 class TextScoring(Scoring):
     """Perplexity, and milliseconds a batch."""
 
-    def __init__(self, data: LanguageModelling) -> None:
+    def __init__(self, data: LanguageModelling, device: torch.device) -> None:
         super().__init__(data)
-        self.perplexity = BatchMeanPerplexity() if data.protocol == "paper" else Perplexity()
+        self.perplexity = (BatchMeanPerplexity() if data.protocol == "paper" else Perplexity()).to(device)
+        self.perplexity.process_group = data.group
         self.milliseconds: list[float] = []
         self._first_shape: torch.Size | None = None
-
-    def start(self, device: torch.device, resume_file: Path | None, progress: Progress | None) -> None:
-        """Move the metric to the model's device."""
-        self.perplexity.to(device)
-        self.perplexity.process_group = self.data.group
 
     def step(self, model: PreTrainedModel, batch: Any) -> None:
         """Run one batch, timed, and add its losses."""
@@ -132,8 +118,8 @@ class TextScoring(Scoring):
 class LayerwiseTextScoring(TextScoring):
     """Perplexity of a model whose layers' weights stay on disk: all batches wait for each layer, and none is timed."""
 
-    def __init__(self, data: LanguageModelling, tell: Tell) -> None:
-        super().__init__(data)
+    def __init__(self, data: LanguageModelling, device: torch.device, tell: Tell) -> None:
+        super().__init__(data, device)
         self._batches: list[Any] = []
         self._tell = tell
 
@@ -184,14 +170,9 @@ class TaskScoring(Scoring):
 
     data: CommonsenseData
 
-    def __init__(self, data: CommonsenseData) -> None:
+    def __init__(self, data: CommonsenseData, resume_file: Path | None, progress: Progress | None) -> None:
         super().__init__(data)
         self.results: TaskResults | None = None
-        self.resume_file: Path | None = None
-        self.progress: Progress | None = None
-
-    def start(self, device: torch.device, resume_file: Path | None, progress: Progress | None) -> None:
-        """Remember where to resume from and whom to tell."""
         self.resume_file, self.progress = resume_file, progress
 
     def step(self, model: PreTrainedModel, batch: Any) -> None:
@@ -222,17 +203,26 @@ class TaskScoring(Scoring):
         return {"tasks": self.results.as_dict()}
 
 
-def scoring_for(data: EvaluationData, model: PreTrainedModel, tell: Tell | None) -> Scoring:
-    """The way to score this kind of data.
+def scoring_for(
+    data: EvaluationData,
+    model: PreTrainedModel,
+    tell: Tell | None,
+    resume_file: Path | None = None,
+    progress: Progress | None = None,
+) -> Scoring:
+    """The way to score this kind of data, once the model is pruned and in place.
 
-    ``tell`` is for a model whose layers' weights stay on disk: it runs all batches together, where that can be.
+    ``tell`` is for a model whose layers' weights stay on disk: it runs all batches together, where that can be. Tasks
+    go on from ``resume_file``, and tell ``progress``.
     """
     if isinstance(data, CommonsenseData):
-        return TaskScoring(data)
+        return TaskScoring(data, resume_file, progress)
     assert isinstance(data, LanguageModelling)
     if data.protocol == "continuation":
-        return ContinuationScoring(data)
-    return TextScoring(data) if tell is None or not goes_layer_by_layer(model) else LayerwiseTextScoring(data, tell)
+        return ContinuationScoring(data, model.device)
+    if tell is None or not goes_layer_by_layer(model):
+        return TextScoring(data, model.device)
+    return LayerwiseTextScoring(data, model.device, tell)
 
 
 def _synchronise(device: torch.device) -> None:

@@ -20,10 +20,10 @@ def spreads(strategy: Any) -> bool:
     return isinstance(strategy, ModelParallelStrategy)
 
 
-def check_alone(strategy: Any, command: str) -> None:
+def check_alone(strategy: Any) -> None:
     """Refuse a strategy that spreads the model."""
     if spreads(strategy):
-        raise UserError(f"{command} needs the whole model in a process: ModelParallelStrategy is for test and fit")
+        raise UserError("this command needs the whole model in a process: ModelParallelStrategy is for test and fit")
 
 
 def spread(module: PrunableModule, data: EvaluationData, path: str | None, dtype: Dtype) -> None:

@@ -80,7 +80,6 @@ def _written() -> dict[str, Any]:
 
 
 def _row(label: str, method_label: str, changes: Mapping[str, Any] | None = None) -> Row:
-    """A method of this label with other settings, its own or those of the model."""
     method, changes = method_named(method_label), dict(changes or {})
     model, data = ({name: changes.pop(name) for name in names & changes.keys()} for names in (_OF_MODEL, _OF_DATA))
     settings: dict[str, Any] = {**method.settings(), **changes}

@@ -1,16 +1,24 @@
 """The Trainer with two more verbs: compare and export."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from pp_lightning.app.checks import check_ratio, check_seed
-from pp_lightning.app.comparing import FinishedRows, Row, changed, draws, key_of, side_by_side
-from pp_lightning.app.export_plan import ExportSettings, Quantize
+from pp_lightning.app.comparing import (
+    Row,
+    changed,
+    check_comparison,
+    check_seeds,
+    draws,
+    finished_rows,
+    key_of,
+    side_by_side,
+)
+from pp_lightning.app.export_plan import ExportSettings
 from pp_lightning.app.exporting import export_pruned
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.app.overlap import Overlap
@@ -26,8 +34,6 @@ from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.data.training import Packed, TrainingRows
 from pp_lightning.errors import UserError
 from pp_lightning.export import Layout
-from pp_lightning.export.engines.choice import Format
-from pp_lightning.export.engines.run import Engine
 from pp_lightning.importances import Importances
 from pp_lightning.methods import METHODS, FullBatchProbing, PruningMethod, StaticMethod, method_named
 from pp_lightning.recovery import Recovered, Recovery
@@ -79,7 +85,7 @@ class PruningTrainer(L.Trainer):
         methods = methods if methods is not None else [] if asked else ALL_METHODS
         self._suit(model, datamodule)
         studied = [] if asked is None else asked.fitting(datamodule)
-        _check_comparison(methods, ratios, [*(variants or {}), *studied])
+        check_comparison(methods, ratios, [*(variants or {}), *studied])
         rows = self._rows(methods, ratios, variants or {}, studied, model.recovery)
         for row in rows:
             model.check_plan(row.method, datamodule.window, row.settings(model).amounts)
@@ -90,7 +96,7 @@ class PruningTrainer(L.Trainer):
         )
         self._check_texts(model, datamodule, rows)
         if seeds is not None:
-            _check_seeds(seeds, model, rows)
+            check_seeds(seeds, model, rows)
         model.reuse, model.recovery = True, None
         measure = self._measurement(model, datamodule, asked)
         found: list[list[Evaluation]] = [[] for _ in rows]
@@ -106,23 +112,23 @@ class PruningTrainer(L.Trainer):
         self, model: PrunedLM, datamodule: EvaluationData, study: Study | None
     ) -> Callable[[Row, int], Evaluation]:
         """Evaluates a row with a seed; what is finished, now or in an interrupted run, is not evaluated again."""
-        finished = FinishedRows(Path(self.default_root_dir), model, datamodule)
+        finished = finished_rows(Path(self.default_root_dir), model, datamodule)
         overlap = Overlap() if study is not None and study.overlap else None
         self.callbacks += [] if overlap is None else [overlap]  # type: ignore[attr-defined]
 
         def measured(row: Row, seed: int) -> Evaluation:
             drawn = seed if draws(row, model, datamodule) else None
             key = key_of(row.label, row.method, row.pruning_ratio, drawn, {**row.model, **row.data})
-            done = finished[key]
-            if done is not None:
-                return done
+            known = finished.result_of(key)
+            if known is not None:
+                return Evaluation.from_dict(known)
             with changed(model, {"settings": row.settings(model)}), changed(datamodule, row.data):
                 done = self._evaluated(model, datamodule, row)
                 if overlap is not None and row.method is not None:
                     whole = replace(row, label="full_batch", method=FullBatchProbing())
                     run = partial(self._evaluated, model, datamodule, whole)
                     done = replace(done, overlap=overlap.shares((row.pruning_ratio, seed, repr(row.data)), run))
-            finished[key] = done
+            finished.add(key, asdict(done))
             return done
 
         return measured
@@ -138,15 +144,7 @@ class PruningTrainer(L.Trainer):
         self,
         model: PrunedLM,
         datamodule: EvaluationData,
-        format: Format | None = None,
-        engine: Engine | None = None,
-        check_with: list[Engine] | None = None,
-        quantize: Quantize | None = None,
-        layout: Layout | None = None,
-        dtype: Dtype | None = None,
-        kv_cache: bool = True,
-        overwrite: bool = False,
-        max_shard_size: str = "5GB",
+        **settings: Any,
     ) -> None:
         """Write the pruned model as a checkpoint or a graph that unmodified tools load, load it and compare.
 
@@ -154,36 +152,14 @@ class PruningTrainer(L.Trainer):
             model: the module; its method makes the choice.
             datamodule: the data to calibrate on; not read where ``--model.statistics`` names a finished file. Graphs of
                 dynamic methods are for batches of its ``batch_size`` and ``window``.
-            format: ``safetensors`` (the default) is a transformers folder; ``gguf`` a file for llama.cpp; ``onnx`` and
-                ``pt2`` (torch.export) are graphs; ``compiled`` adds kernels for this machine to ``pt2`` (AOTInductor).
-            engine: ``--for`` on the command line: choose the format and layout that this engine was seen to load.
-            check_with: ``--check-with``: engines to run the export in, found in this Python or in the folder that
-                ``PP_LIGHTNING_ENGINES`` names.
-            quantize: ``q8_0``: 8 bits a weight, of a GGUF; ``int8``: the same of a transformers folder, by torchao.
-            layout: of a transformers folder or a GGUF. ``uniform`` (the default) chooses the same counts in every layer
-                and writes a stock class; ``per-layer`` keeps a count of its own in every layer and brings a modelling
-                file; ``padded`` fills up to the widest layer.
-            dtype: of the weights written; none takes that of ``--model.dtype``.
-            kv_cache: whether the graph of a static choice takes and gives keys and values.
-            overwrite: replace an earlier export.
-            max_shard_size: of a weights file.
+            **settings: those of :class:`~pp_lightning.app.export_plan.ExportSettings`.
 
         Raises:
             UserError: whatever stands in the way; nothing is left behind.
         """
+        asked = ExportSettings(**settings)
         self._suit(model, datamodule)
-        settings = ExportSettings(
-            format,
-            layout,
-            dtype,
-            kv_cache,
-            overwrite,
-            max_shard_size,
-            engine=engine,
-            check_with=tuple(check_with or ()),
-            quantize=quantize,
-        )
-        export_pruned(model, datamodule, self.strategy.root_device, Path(self.default_root_dir), settings)
+        export_pruned(model, datamodule, self.strategy.root_device, Path(self.default_root_dir), asked)
 
     def prune(
         self,
@@ -215,18 +191,19 @@ class PruningTrainer(L.Trainer):
         if not isinstance(datamodule, LanguageModelling):
             raise UserError("prune evaluates and calibrates on text: leave out --data commonsense")
         self._suit(model, datamodule)
-        export = ExportSettings("safetensors", layout, dtype, True, overwrite, max_shard_size)
+        export = ExportSettings(
+            "safetensors", layout=layout, dtype=dtype, overwrite=overwrite, max_shard_size=max_shard_size
+        )
         out, device, evaluated = Path(self.default_root_dir), self.strategy.root_device, partial(self._tested, model)
         prune_and_export(model, datamodule, device, out, target, export, partial(evaluated, datamodule))
 
     def _suit(self, model: PrunedLM, datamodule: EvaluationData) -> None:
         """Settle what depends on the model and on where it runs, before anything is checked."""
-        check_alone(self.strategy, "this command")
+        check_alone(self.strategy)
         model.trainer = self
         datamodule.suit(model.model.config.max_position_embeddings, self.strategy.root_device)
 
     def _tested(self, model: PrunedLM, datamodule: EvaluationData) -> Evaluation:
-        """The module as it is."""
         self.test(model, datamodule=datamodule, verbose=False)
         assert model.evaluation is not None
         return model.evaluation
@@ -242,8 +219,10 @@ class PruningTrainer(L.Trainer):
         """The dense model on all that it is compared on, then every method at every ratio."""
         named = {n: RECOVERED[n]() if n in RECOVERED else method_named(n) for n in methods} | variants
         trained = {name: recovery or Recovery() for name in methods if name in RECOVERED}
-        if trained:
-            self._check_can_train()
+        if trained and self.max_steps < 1:
+            raise UserError("rows with recovery need to know how long to train: set --trainer.max_steps")
+        if trained and self.world_size > 1:
+            raise UserError("compare trains in one process: run fit in several, then test with --model.recovered")
         data: dict[str, Mapping[str, Any]] = {"dense": {}} if named else {}
         for one in studied:
             data["dense" + "".join(f", {name} {value}" for name, value in one.data.items())] = one.data
@@ -264,14 +243,7 @@ class PruningTrainer(L.Trainer):
         if any(row.recovery is not None for row in new):
             _trained_on(datamodule).check()
 
-    def _check_can_train(self) -> None:
-        if self.max_steps < 1:
-            raise UserError("rows with recovery need to know how long to train: set --trainer.max_steps")
-        if self.world_size > 1:
-            raise UserError("compare trains in one process: run fit in several, then test with --model.recovered")
-
     def _folder(self, row: Row) -> Path:
-        """Where the recovered model of a row is kept."""
         return Path(self.default_root_dir) / "recovered" / f"{row.label}-{row.pruning_ratio}"
 
     def _recover(self, model: PrunedLM, datamodule: EvaluationData, recovery: Recovery, folder: Path) -> Recovered:
@@ -307,36 +279,7 @@ class PruningTrainer(L.Trainer):
 
 
 def _trained_on(datamodule: EvaluationData) -> TrainingRows:
-    """What rows with recovery are trained on."""
     return datamodule.train or Packed([datamodule.calibration])
-
-
-def _check_seeds(seeds: Sequence[int], model: PrunedLM, rows: Sequence[Row]) -> None:
-    """Refuse seeds that are none, or that something in a file would overrule."""
-    _check_numbers("seeds", seeds)
-    if model.settings.statistics is not None or model.settings.importances is not None:
-        raise UserError("seeds draw other calibration windows: leave model.statistics and model.importances out")
-    if len(seeds) > 1 and any(row.recovery is not None for row in rows):
-        raise UserError("rows with recovery are trained once: compare them with one seed")
-
-
-def _check_comparison(methods: Sequence[str], ratios: Sequence[float], variants: Sequence[object]) -> None:
-    """Refuse a comparison of nothing, or of something twice."""
-    if not (methods or variants):
-        raise UserError("nothing to compare: give at least one of methods (or variants)")
-    if len(set(methods)) < len(methods):
-        raise UserError(f"methods must be different ones, not {', '.join(methods)}")
-    _check_numbers("ratios", ratios)
-    if 0.0 in ratios:
-        raise UserError("at ratio 0.0 nothing is removed, which is the dense row: leave it out of ratios")
-
-
-def _check_numbers(name: str, numbers: Sequence[float]) -> None:
-    """Refuse seeds or ratios that are none, twice the same, or impossible."""
-    if not numbers or len(set(numbers)) < len(numbers):
-        raise UserError(f"{name} must be different numbers, at least one, not {list(numbers)}: nothing to compare")
-    for number in numbers:
-        (check_ratio if name == "ratios" else check_seed)(name, number)
 
 
 def _refuse_recovered(model: PrunedLM) -> None:

@@ -114,7 +114,6 @@ def settings_spelled_out(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _option(option: str, value: str, seen: set[str]) -> list[str]:
-    """One option with its value, spelled out."""
     if option == "--config":
         value = json.dumps(config_settings(value)) if value[:1] not in "{[" or not value else value
         seen.update(_texts_in(value))
@@ -173,15 +172,10 @@ def _method(value: str) -> Any:
         return {"class_path": _path(classes[value])}
     if value not in method_labels():
         raise unknown("method", value, [*method_labels(), *classes])
-    return _named_method(value)
-
-
-def _named_method(label: str) -> dict[str, Any]:
-    """A method of this label as its class and arguments."""
-    method = method_named(label)
+    method = method_named(value)
     if isinstance(method, Updated):
         return {"class_path": _path(Updated), "init_args": {"origin": {"class_path": _path(type(method.origin))}}}
-    return {"class_path": _path(type(method)), **({"init_args": method.settings()} if label in PRESETS else {})}
+    return {"class_path": _path(type(method)), **({"init_args": method.settings()} if value in PRESETS else {})}
 
 
 def _classes(base: type[PruningMethod]) -> Iterator[type[PruningMethod]]:

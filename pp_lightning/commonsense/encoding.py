@@ -54,8 +54,8 @@ def encode_questions(
         UserError: a continuation alone exceeds the window, or has no tokens of its own.
     """
     pairs = [_spaces_moved(*pair) for q in questions for pair in zip(q.contexts, q.continuations, strict=True)]
-    contexts = _Encoder(tokenizer)(sorted({context for context, _ in pairs}))
-    wholes = _Encoder(tokenizer)(sorted({context + continuation for context, continuation in pairs}))
+    contexts = _token_ids(tokenizer, sorted({context for context, _ in pairs}))
+    wholes = _token_ids(tokenizer, sorted({context + continuation for context, continuation in pairs}))
     encoded, remaining = [], iter(pairs)
     for question in questions:
         rows = []
@@ -89,24 +89,16 @@ def encoded_row(context: Sequence[int], continuation: Sequence[int], window: int
     return EncodedRow(tuple(joined[-(window + 1) : -1]), tuple(continuation), max(0, len(joined) - (window + 1)))
 
 
-class _Encoder:
-    """Tokenises many texts at once, each as the harness would alone."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self._prefix: str | None = None if prefix is None else tokenizer.decode(prefix)
-
-    def __call__(self, texts: Sequence[str]) -> dict[str, list[int]]:
-        """Token ids by text."""
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
+    """Token ids by text, many at once, each as the harness would have them alone."""
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    prefix = None if first is None else tokenizer.decode(first)
+    found: dict[str, list[int]] = {}
+    for special in (False, True):
         # A text that starts with the first special token gets no second one.
-        marked = [text for text in texts if self._prefix is not None and text.startswith(self._prefix)]
-        plain = [text for text in texts if self._prefix is None or not text.startswith(self._prefix)]
-        return {**self._encoded(marked, add_special_tokens=False), **self._encoded(plain, add_special_tokens=True)}
-
-    def _encoded(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, list[int]]:
-        if not texts:
-            return {}
-        # verbose=False: rows beyond the model's length are cut later; the warning about them would mislead
-        ids = self._tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        return dict(zip(texts, ids, strict=True))
+        own = [text for text in texts if (prefix is None or not text.startswith(prefix)) == special]
+        if own:
+            # verbose=False: rows beyond the model's length are cut later; the warning about them would mislead
+            ids = tokenizer(own, add_special_tokens=special, verbose=False)["input_ids"]
+            found |= zip(own, ids, strict=True)
+    return found

@@ -30,9 +30,8 @@ class TaskResult:
 
     Attributes:
         cut_rows: rows whose context lost tokens on the left.
-        acc: accuracy by summed log-likelihood, in [0, 1].
-        acc_norm: accuracy by log-likelihood per character.
-        acc_token: accuracy by log-likelihood per token, the published code's.
+        acc: accuracy by summed log-likelihood, in [0, 1]; ``acc_norm`` by that per character, ``acc_token`` by that per
+            token (the published code's).
         seconds: wall time of tokenising and scoring.
     """
 
@@ -86,26 +85,23 @@ def evaluate_tasks(
     progress: Progress | None = None,
     resume_file: str | Path | None = None,
 ) -> TaskResults:
-    """Score a model, dense or pruned, on every task of ``data``.
+    """Score a model, dense or pruned, on every task of ``data``, which has been given the model's tokenizer.
 
-    A dynamic method's state is put back to what it was at the call before each task and at the end: a task's
-    result depends neither on the tasks before it nor on whether the evaluation was interrupted, and evaluating twice
-    gives the same. Within a task it moves from batch to batch.
+    A dynamic method's state is put back to what it was at the call before each task and at the end: a task's result
+    depends neither on the tasks before it nor on whether the evaluation was interrupted, and evaluating twice gives the
+    same. Within a task it moves from batch to batch.
 
     Where ``torch.distributed`` is set up, each process scores its share of the batches and all return the same results.
     A dynamic method's histories then see only their own process's batches.
 
-    Args:
-        model: the model; it is run in evaluation mode and left as it was.
-        data: what to score; it has been given the model's tokenizer.
-        progress: called with the task's name, the batches done and the batches there are, before the first batch and
-            after every one.
-        resume_file: a JSON file that finished tasks are written to. If it exists, the tasks in it are taken from it.
+    ``progress`` is told the task's name, the batches done and the batches there are, before the first batch and after
+    every one. ``resume_file`` is a JSON file that finished tasks are written to; those that it has already are taken
+    from it.
 
     Raises:
         UserError: a row cannot be used (all rows are checked before the model is run), the window exceeds the model,
-            logits are not finite, ``resume_file`` belongs to an evaluation with other settings, or the choice is
-            to be made on contexts and a batch has none, or it would be made again by answers (``refresh``).
+            logits are not finite, ``resume_file`` belongs to an evaluation with other settings, or the choice is to be
+            made on contexts and a batch has none, or it would be made again by answers (``refresh``).
     """
     check_window(model, data.window)
     for task in data.tasks:
@@ -126,12 +122,10 @@ def evaluate_tasks(
         for task in data.tasks:
             done = finished.result_of(task)
             if done is None:
-                result = _evaluate_task(model, data, task, progress)
+                done = asdict(_evaluate_task(model, data, task, progress))
                 load_pruning_state(model, state)
-                finished.add(task, asdict(result))
-            else:
-                result = TaskResult(**done)
-            results[task] = result
+                finished.add(task, done)
+            results[task] = TaskResult(**done)
     finally:
         load_pruning_state(model, state)
         model.train(was_training)

@@ -34,8 +34,9 @@ from pp_lightning.calibration_data import CalibrationData
 from pp_lightning.checkpoints import Dtype, load_model, load_tokenizer
 from pp_lightning.commonsense.batching import collate_rows
 from pp_lightning.commonsense.encoding import EncodedRow, encoded_row
+from pp_lightning.commonsense.harness_words import with_model_args
 from pp_lightning.commonsense.scoring import score_tokens, sum_rows
-from pp_lightning.data.base import PAPER_SAMPLES, samples_for
+from pp_lightning.data.base import samples_for
 from pp_lightning.data.windows import batched, document_windows
 from pp_lightning.errors import UserError, unknown
 from pp_lightning.importances import Importances
@@ -49,16 +50,6 @@ from pp_lightning.statistics import Statistics
 from pp_lightning.texts import C4, source_named
 
 _CALIBRATION_WINDOW, _CALIBRATION_ROWS = 512, 20  # the paper's, for tasks
-
-# Options of other commands, and what they are called in the harness's model_args.
-_SHARED = {
-    "--method": "method",
-    "--model.method": "method",
-    "--model.path": "path",
-    "--model.pruning_ratio": "pruning_ratio",
-    "--data.calibration": "calibration",
-    "--data.calibration_samples": "calibration_samples",
-}
 
 _Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -205,18 +196,10 @@ def run_harness(
 ) -> dict[str, Any]:
     """Run tasks of the harness on a model, dense or pruned, each from the histories that the model has now.
 
-    See this module on what the harness's order does to batch-wise choices. Tasks run one at a time and the histories
-    are put back after each, so a task's result does not depend on the others.
-
-    Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        tasks: names of tasks or groups.
-        batch_size: rows of a batch.
-        max_length: window in tokens; None takes the model's whole length. At most what the statistics cover.
-        limit: only the first documents of each task.
-        num_fewshot: examples in the context; None takes the task's own number.
-        task_manager: where tasks are found; None takes the harness's own. ``TaskManager(include_path=DIR)`` adds some.
+    Tasks run one at a time and the histories are put back after each, so a task's result does not depend on the others;
+    see this module on what the harness's order does to batch-wise choices. ``max_length`` is the window in tokens
+    (None: the model's whole length), at most what the statistics cover. ``TaskManager(include_path=DIR)`` finds tasks
+    of your own.
 
     Returns:
         ``results`` (as the harness has them, by task), ``versions``, ``n-samples``, and ``settings``: batch size,
@@ -251,23 +234,6 @@ def main() -> None:
     cli_evaluate()
 
 
-def with_model_args(words: Sequence[str]) -> list[str]:
-    """Options that other commands have too as the model's arguments: ``--method pp`` becomes ``method=pp`` there."""
-    rest, given, arguments = list(words), list[str](), list[str]()
-    while rest:
-        option, sign, value = rest.pop(0).partition("=")
-        if option == "--paper":
-            arguments.append(f"calibration_samples={PAPER_SAMPLES}")
-        elif option in (*_SHARED, "--model_args"):
-            if not sign and not rest:
-                raise UserError(f"{option} needs a value")
-            value = value if sign else rest.pop(0)
-            arguments.append(f"{_SHARED[option]}={value}" if option in _SHARED else value)
-        else:
-            given.append(option + sign + value)
-    return [*given, *(["--model_args", ",".join(arguments)] if arguments else [])]
-
-
 def _batches_by_length(rows: Sequence[EncodedRow], batch_size: int) -> list[list[int]]:
     """Indices of rows by batch: ``batch_size`` different inputs each, longest first, with all rows that share them."""
     sharing: dict[tuple[int, ...], list[int]] = {}
@@ -300,7 +266,6 @@ def _statistics(
 
 
 def _policy(method: str, importances: str | None) -> PruningMethod:
-    """The method of this name."""
     policy = method_named(method)
     if policy.updates:
         raise UserError(f"{method} updates weights: write a folder with pp-lightning prune, and name that as path")

@@ -66,15 +66,9 @@ class MultipleChoice(Metric):
 
 
 def choose(scores: Tensor, owners: Tensor, questions: int) -> Tensor:
-    """The best row of each question, the first one among equals.
+    """The best of each question's own rows, the first one among equals, (Q,) int64.
 
-    Args:
-        scores: of the rows, (R,).
-        owners: question of each row, (R,), ascending.
-        questions: Q.
-
-    Returns:
-        Index among the question's own rows, (Q,) int64.
+    Of scores (R,) of rows, and the question of each row, (R,) ascending.
     """
     counts = torch.bincount(owners, minlength=questions)
     first = counts.cumsum(0) - counts

@@ -12,12 +12,9 @@ from pp_lightning.files import is_file, read_text
 
 
 def read_questions(task: Task, path: str | None = None, limit: int | None = None) -> list[Question]:
-    """All questions of a task in the order of its rows.
+    """The first ``limit`` questions of a task, or all, in the order of its rows.
 
-    Args:
-        task: which.
-        path: a folder with one folder a task in it, ``path/<task>/<file>``; None loads the task from the hub.
-        limit: only this many from the start; None takes all.
+    They are in ``path/<task>/<file>``; without a path they are loaded from the hub.
 
     Raises:
         UserError: there is no such file or data set, or a row cannot be used. The message names file and line. No row

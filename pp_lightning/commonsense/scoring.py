@@ -35,16 +35,11 @@ class RowScores(NamedTuple):
 
 
 def score_batch(model: PreTrainedModel, batch: RowBatch, *, choose_on: ChooseOn = "row") -> RowScores:
-    """Score every row of a batch.
+    """Score every row of a batch with a model in evaluation mode.
 
-    Log-probabilities are float32, from float32 logits, and summed in float64.
-
-    Args:
-        model: LLaMA, Mistral, Qwen2, Qwen3 or OPT, in evaluation mode.
-        batch: from :func:`~pp_lightning.commonsense.batching.collate_rows` or ``collate_questions``, on any device.
-        choose_on: what a dynamic method chooses on: ``row``, contexts and continuations, or ``context``, all contexts
-            of the batch without their last token. They fill a cache, and that token and the continuations are run under
-            the choice that is held. Other models score the same under both.
+    Log-probabilities are float32, from float32 logits, and summed in float64. A dynamic method chooses on the rows, or
+    (``context``) on all contexts of the batch without their last token: they fill a cache, and that token and the
+    continuations are run under the choice that is held. Other models score the same under both.
 
     Raises:
         UserError: the model is not supported, its logits are not finite, or there is no context to choose on.

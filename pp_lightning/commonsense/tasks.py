@@ -32,10 +32,8 @@ class Task:
 
     Attributes:
         name: the harness's name of it, also the folder of its local files.
-        hub: where the hub has it.
         file: the local file of rows, one JSON object a line.
         signature: fields that tell its rows from those of other tasks.
-        harness_metrics: what the harness reports for it.
         labels_file: a second local file, with one label a line, where the original keeps labels apart.
     """
 
@@ -44,7 +42,6 @@ class Task:
     file: str
     signature: frozenset[str]
     parse: Callable[[Row], Question]
-    harness_metrics: tuple[str, ...] = ("acc", "acc_norm")
     labels_file: str | None = None
 
     def question(self, row: Row) -> Question:
@@ -157,7 +154,6 @@ TASKS: tuple[Task, ...] = (
         "validation.jsonl",
         frozenset({"passage", "question"}),
         _boolq,
-        harness_metrics=("acc",),
     ),
     Task(
         "piqa",
@@ -180,7 +176,6 @@ TASKS: tuple[Task, ...] = (
         "validation.jsonl",
         frozenset({"sentence", "option1", "option2"}),
         _winogrande,
-        harness_metrics=("acc",),
     ),
     _ARC("arc_easy", HubSplit("allenai/ai2_arc", "ARC-Easy", "test")),
     _ARC("arc_challenge", HubSplit("allenai/ai2_arc", "ARC-Challenge", "test")),

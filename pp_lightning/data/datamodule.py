@@ -99,12 +99,15 @@ class LanguageModelling(EvaluationData):
             UserError: the text is too short for one window of the protocol.
         """
         tokens = self._tokens_of(self.text)[: self.limit_tokens]
+        needed = {"contiguous": 1, "paper": self.window * self.batch_size, "continuation": self.prefix}[self.protocol]
+        if len(tokens) <= needed:
+            raise UserError(
+                f"the text has {len(tokens)} tokens and needs more than {needed}: use a longer text or a smaller window"
+            )
         if self.protocol == "paper":
-            self._require(len(tokens) > self.window * self.batch_size, len(tokens), self.window * self.batch_size)
             windows = random_windows(tokens, self.window, self.seed)
             return batched(windows, self.batch_size, self._pad_id, drop_last=True)
         if self.protocol == "continuation":
-            self._require(len(tokens) > self.prefix, len(tokens), self.prefix)
             windows = [piece for piece in tokens.split(self.window) if len(piece) > self.prefix]
             # neighbours would tell each other of the text between them: rows of a batch are strangers
             batches = batched(shuffled(windows, self.seed), self.batch_size, self._pad_id)
@@ -113,7 +116,6 @@ class LanguageModelling(EvaluationData):
                 batch["labels"][:, : self.prefix + first] = IGNORED_LABEL
                 batch["labels"][:, self.prefix + last :] = IGNORED_LABEL
             return batches
-        self._require(len(tokens) >= 2, len(tokens), 1)
         return batched(contiguous_windows(tokens, self.window), self.batch_size, self._pad_id)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -143,22 +145,11 @@ class LanguageModelling(EvaluationData):
         rank, world = self.processes()
         own = list(batches[rank::world])
         if self.in_step and len(own) < len(batches[::world]):
-            own.append(_not_scored(batches[-1]))
+            own.append({**batches[-1], "labels": torch.full_like(batches[-1]["labels"], IGNORED_LABEL)})  # not scored
         return DataLoader(own, batch_size=None)  # type: ignore[arg-type]
 
     def _tokens_of(self, source: TextSource) -> Tensor:
         return torch.tensor(self._encode(source.text()))
-
-    def _require(self, enough: bool, have: int, need: int) -> None:
-        if not enough:
-            raise UserError(
-                f"the text has {have} tokens and needs more than {need}: use a longer text or a smaller window"
-            )
-
-
-def _not_scored(batch: Batch) -> Batch:
-    """The same, of which no token is scored."""
-    return {**batch, "labels": torch.full_like(batch["labels"], IGNORED_LABEL)}
 
 
 def first_batch(data: EvaluationData) -> Batch:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pp_lightning.data.order import Row
-from pp_lightning.data.windows import IGNORED_LABEL
+from pp_lightning.data.windows import IGNORED_LABEL, shuffled
 from pp_lightning.errors import UserError
 from pp_lightning.files import check_file, read_text, reading
 from pp_lightning.texts.sources import C4, TextSource, hub_rows
@@ -17,15 +17,9 @@ Encode = Callable[[str], list[int]]
 
 
 class TrainingRows(ABC):
-    """Rows to train on.
+    """Rows to train on, cut from ``sources`` if they are; a size that is None is the data's.
 
-    Args:
-        window: tokens a row at most; None takes the data's window.
-        batch_size: rows a batch of one process; None takes the data's batch size.
-        held_out: rows that are kept from training, for the held-out loss; 0 takes the data's ``text`` for it.
-
-    Attributes:
-        sources: the texts that the rows are cut from, if they are.
+    ``held_out`` rows are kept from training, for the held-out loss; 0 takes the data's ``text`` for it.
     """
 
     sources: Sequence[TextSource] = ()
@@ -101,10 +95,9 @@ class FirstWindows(TrainingRows):
 
     def rows(self, encode: Encode, window: int, end: int | None) -> list[Row]:
         """One row a document."""
-        documents, rows = self.sources[0].documents(), list[Row]()
-        order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        for index in order:
-            ids = encode(documents[index])
+        rows: list[Row] = []
+        for document in shuffled(self.sources[0].documents(), self.seed):
+            ids = encode(document)
             if len(ids) > window:
                 row = torch.tensor(ids[:window])
                 rows.append((row, row))
@@ -149,16 +142,15 @@ class Instructions(TrainingRows):
 
     def rows(self, encode: Encode, window: int, end: int | None) -> list[Row]:
         """One row an instruction."""
-        given = self._read()
-        order = torch.randperm(len(given), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        return [self._row(number, given[number], encode, window, end) for number in order]
+        given = shuffled(list(enumerate(self._read(), start=1)), self.seed)
+        return [self._row(number, fields, encode, window, end) for number, fields in given]
 
     def _row(self, number: int, fields: Mapping[str, Any], encode: Encode, window: int, end: int | None) -> Row:
         prompt = _prompt(fields)
         asked, whole = encode(prompt), encode(prompt + fields["output"]) + ([] if end is None else [end])
         if len(asked) >= window:
             raise UserError(
-                f"instruction {number + 1} of {self.path or 'the hub'} has {len(asked)} tokens before its answer: "
+                f"instruction {number} of {self.path or 'the hub'} has {len(asked)} tokens before its answer: "
                 f"leave it out or raise the window of {window}"
             )
         ids = torch.tensor(whole[:window])

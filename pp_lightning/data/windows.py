@@ -4,12 +4,14 @@ Shapes: T tokens of a text, S tokens of a window, B rows of a batch.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from pp_lightning.errors import UserError
+
+T = TypeVar("T")
 
 IGNORED_LABEL = -100  # transformers' and torch's convention for "not predicted"
 
@@ -37,10 +39,10 @@ def random_windows(tokens: Tensor, window: int, seed: int) -> list[Tensor]:
     return [tokens[start : start + window] for start in starts.tolist()]
 
 
-def shuffled(windows: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """The same windows in a seeded random order."""
+def shuffled(items: Sequence[T], seed: int) -> list[T]:
+    """The same in a seeded random order."""
     generator = torch.Generator().manual_seed(seed)
-    return [windows[index] for index in torch.randperm(len(windows), generator=generator).tolist()]
+    return [items[index] for index in torch.randperm(len(items), generator=generator).tolist()]
 
 
 def document_windows(

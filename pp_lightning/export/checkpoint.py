@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pp_lightning.export.configs import write_configs
 from pp_lightning.export.costs import Costs, costs_of
 from pp_lightning.export.folder import appearing, check_free, check_space
-from pp_lightning.export.int8 import check_int8, quantise_folder
+from pp_lightning.export.int8 import quantise_folder
 from pp_lightning.export.layouts import BUNDLED, Layout, target_for
+from pp_lightning.export.packages import check_packages
 from pp_lightning.export.record import pruning_record, write_card, write_record
 from pp_lightning.export.verify import Agreement, Behaviour, verify
 from pp_lightning.export.weights import check_shard_size, write_weights
@@ -63,7 +64,7 @@ def export_checkpoint(
     check_free(out, overwrite)
     check_shard_size(max_shard_size)
     if int8:
-        check_int8()
+        check_packages("int8", "int8", "torchao")
     target = target_for(layout, model)
     if dtype is not None:
         cast_weights(model, dtype)

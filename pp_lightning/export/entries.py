@@ -122,10 +122,8 @@ def tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
 class _Place(NamedTuple):
     """Where a tensor belongs that depends on the number of units.
 
-    Attributes:
-        layer: its number.
-        role: of the projection, or ``head`` of a parameter that has one row a head.
-        rows: how many, role by role.
+    ``role`` is that of the projection, or ``head`` of a parameter that has one row a head; ``rows`` how many, role by
+    role.
     """
 
     layer: int

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pp_lightning.errors import UserError
 from pp_lightning.export.graph import Graph
 from pp_lightning.progress import Tell
 
@@ -35,15 +34,13 @@ class GraphFormat:
     Attributes:
         write: into a folder; the number of bytes of the weights is given. Tells each part of it that is slow.
         load: from the folder, in the runtime that its users have.
-        check: refuse what is missing on this machine, before any work is done.
-        copies: of the weights on disk.
+        packages: that are needed beside PyTorch, an extra of ours.
     """
 
     write: Callable[[Graph, Path, int, Tell], None]
     load: Callable[[Path, Graph], Session]
-    check: Callable[[], None]
     runs_in: str
-    copies: int = 1
+    packages: tuple[str, ...] = ()
 
 
 def _write_onnx(graph: Graph, folder: Path, size: int, tell: Tell) -> None:
@@ -93,14 +90,6 @@ def _load_onnx(folder: Path, graph: Graph) -> Session:
     return run
 
 
-def _check_onnx() -> None:
-    try:
-        import onnxruntime  # noqa: F401 (only whether it is there)
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"ONNX needs {error.name}: pip install 'pp-lightning[onnx]'") from error
-
-
 def _write_program(graph: Graph, folder: Path, size: int, tell: Tell) -> None:
     assert graph.program is not None
     tell("writing model.pt2")
@@ -131,10 +120,6 @@ def _in_arguments(program: Callable[..., Sequence[Tensor]], graph: Graph) -> Ses
     return run
 
 
-def _nothing() -> None:
-    """PyTorch is there."""
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's remarks about packages that no language model needs."""
@@ -150,12 +135,9 @@ def _quiet() -> Iterator[None]:
 
 
 GRAPH_FORMATS: Mapping[str, GraphFormat] = {
-    "onnx": GraphFormat(_write_onnx, _load_onnx, _check_onnx, "ONNX Runtime"),
-    "pt2": GraphFormat(_write_program, _load_program, _nothing, "torch.export.load"),
+    "onnx": GraphFormat(_write_onnx, _load_onnx, "ONNX Runtime", ("onnxruntime", "onnxscript")),
+    "pt2": GraphFormat(_write_program, _load_program, "torch.export.load"),
     "compiled": GraphFormat(
-        _write_compiled,
-        _load_compiled,
-        _nothing,
-        "torch.export.load; torch._inductor.aoti_load_package on this machine",
+        _write_compiled, _load_compiled, "torch.export.load; torch._inductor.aoti_load_package on this machine"
     ),
 }

@@ -1,7 +1,7 @@
 """A statically pruned model as one GGUF file for llama.cpp, read again tensor by tensor."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from pp_lightning.export.folder import appearing, check_free, check_space
 from pp_lightning.export.gguf_plan import GgufPlan, GgufTensor, check_biases, check_family, plan_for
 from pp_lightning.export.gguf_tokenizer import tokenizer_fields
 from pp_lightning.export.layouts import Layout, target_for
+from pp_lightning.export.packages import check_packages
 from pp_lightning.export.record import gguf_card, pruning_record, write_record
 from pp_lightning.progress import Tell, ignore_line
 
@@ -34,8 +35,6 @@ class GgufCheck:
     """What was read again.
 
     Attributes:
-        architecture: llama.cpp's name.
-        tensors: that were compared.
         largest_difference: of a number from the model's, relative to the largest of its tensor; rounding to the type.
         kept_wider: tensors whose rows q8_0's blocks do not divide: float16 instead.
     """
@@ -57,24 +56,12 @@ class GgufCheck:
         return text + wider if self.kept_wider else text
 
 
-def check_gguf() -> None:
-    """Refuse what is missing on this machine."""
-    try:
-        import gguf  # noqa: F401 (only whether it is there)
-    except ImportError as error:
-        raise UserError("GGUF needs gguf: pip install 'pp-lightning[gguf]'") from error
-
-
 def gguf_type_of(dtype: torch.dtype) -> GgufType:
     """The type that holds a dtype as it is."""
-    names: dict[torch.dtype, GgufType] = {
-        torch.float32: "float32",
-        torch.float16: "float16",
-        torch.bfloat16: "bfloat16",
-    }
-    if dtype not in names:
-        raise UserError(f"no GGUF holds {dtype}: say --dtype float32, float16 or bfloat16")
-    return names[dtype]
+    for name in _FILE_TYPES:
+        if str(dtype) == f"torch.{name}":
+            return name
+    raise UserError(f"no GGUF holds {dtype}: say --dtype float32, float16 or bfloat16")
 
 
 def export_gguf(
@@ -88,25 +75,15 @@ def export_gguf(
     provenance: Mapping[str, Any] | None = None,
     tell: Tell = ignore_line,
 ) -> tuple[Costs, GgufCheck]:
-    """Write a pruned model as ``model.gguf`` and read it again.
+    """Write a statically pruned (or dense) model as a folder with ``model.gguf``, and prove that the file holds it.
 
-    One tensor is in memory at a time, beside the model. Norms and biases stay in float32, as llama.cpp wants them.
-
-    Args:
-        model: pruned by a static method (or dense).
-        out: the folder; it appears whole or not at all.
-        tokenizer: goes into the file.
-        layout: ``per-layer`` is llama.cpp's architecture ``deci``, with counts of its own in every layer.
-        kind: of the matrices; None keeps the model's.
-        overwrite: replace an earlier export at ``out``.
-        provenance: for ``pruning.json``.
-        tell: told what is going on.
+    Matrices become ``kind``, or stay in the model's dtype; vectors are float32. The folder appears whole or not at all.
 
     Raises:
         UserError: llama.cpp cannot hold it, a package or disk space is missing, ``out`` is taken, or a tensor came back
             different. Nothing is left behind.
     """
-    check_gguf()
+    check_packages("GGUF", "gguf", "gguf")
     check_free(out, overwrite)
     check_family(model.config, layout)
     check_biases(model)
@@ -139,7 +116,7 @@ def _write(
     path: Path, plan: GgufPlan, tokenizer: Mapping[str, Any], types: Mapping[str, GgufType], chosen: GgufType, base: str
 ) -> None:
     import numpy as np
-    from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter
+    from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, quants
 
     writer = GGUFWriter(path, plan.architecture)
     writer.add_type("model")
@@ -147,8 +124,10 @@ def _write(
     writer.add_tags(["pruned", "structured-pruning"])
     writer.add_file_type(_FILE_TYPES[chosen])
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    for key, value in _keys(plan, tokenizer):
-        _add(writer, key, value)
+    adders = {bool: "bool", str: "string", int: "uint32", float: "float32", list: "array"}
+    for start, fields in ((plan.architecture, plan.fields), ("tokenizer", tokenizer)):
+        for key, value in fields.items():
+            getattr(writer, f"add_{adders[type(value)]}")(f"{start}.{key}", value)
     for one in plan.tensors:
         kind = GGMLQuantizationType[_TENSOR_TYPES[types[one.name]]]
         numbers, size = GGML_QUANT_SIZES[kind]
@@ -158,25 +137,9 @@ def _write(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for one in plan.tensors:
-        writer.write_tensor_data(_packed(one, types[one.name]))
+        kind = GGMLQuantizationType[_TENSOR_TYPES[types[one.name]]]
+        writer.write_tensor_data(quants.quantize(one.make().float().numpy(), kind))
     writer.close()
-
-
-def _keys(plan: GgufPlan, tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from ((f"{plan.architecture}.{key}", value) for key, value in plan.fields.items())
-    yield from ((f"tokenizer.{key}", value) for key, value in tokenizer.items())
-
-
-def _add(writer: Any, key: str, value: Any) -> None:
-    adders = {bool: "bool", str: "string", int: "uint32", float: "float32", list: "array"}
-    getattr(writer, f"add_{adders[type(value)]}")(key, value)
-
-
-def _packed(tensor: GgufTensor, kind: GgufType) -> Any:
-    """A tensor as the file has it: a numpy array."""
-    from gguf import GGMLQuantizationType, quants
-
-    return quants.quantize(tensor.make().float().numpy(), GGMLQuantizationType[_TENSOR_TYPES[kind]])
 
 
 def _read_again(path: Path, plan: GgufPlan, types: Mapping[str, GgufType]) -> GgufCheck:
@@ -199,9 +162,6 @@ def _read_again(path: Path, plan: GgufPlan, types: Mapping[str, GgufType]) -> Gg
                 f"the export failed its check: {name} came back different, by {difference:.2g} of {largest:.2g}"
             )
         worst = max(worst, difference)
-    return GgufCheck(plan.architecture, len(wanted), path.stat().st_size, worst, _wider(types, wanted))
-
-
-def _wider(types: Mapping[str, GgufType], wanted: Mapping[str, GgufTensor]) -> tuple[str, ...]:
     mixed = "q8_0" in types.values()
-    return tuple(name for name in wanted if mixed and types[name] == "float16")
+    wider = tuple(name for name in wanted if mixed and types[name] == "float16")
+    return GgufCheck(plan.architecture, len(wanted), path.stat().st_size, worst, wider)

@@ -45,10 +45,9 @@ _FUSED = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of the file.
+    """One tensor of the file, made from a tensor as it stands or from an entry of the export.
 
     Attributes:
-        source: what it is made from; a tensor as it stands, or an entry of the export.
         rows: first row and number of rows of the source; None takes all.
         interleave: heads whose two halves of rows are interleaved, as llama.cpp rotates them; 0 leaves the order.
         plus: added to every number.
@@ -165,7 +164,6 @@ def _renamed(entry: Entry, layers: Sequence[Widths], own: Architecture) -> Itera
 
 
 def _part_rows(part: str, widths: Widths, rows: int) -> int:
-    """Rows of a part of a fused projection of so many rows."""
     if part.startswith("mlp"):
         return widths.channels
     units = widths.heads if part.endswith("q_proj") else widths.groups

@@ -22,13 +22,10 @@ _ATTENTION = "pp_lightning_graph"
 
 @dataclass(frozen=True)
 class Graph:
-    """A traced model.
+    """A traced model: its program takes ``leading`` inputs, and then the rest as one list.
 
     Attributes:
-        program: takes ``leading`` inputs and then the rest as one list.
-        leading: number of inputs that are arguments of their own.
-        inputs: names.
-        outputs: names.
+        inputs: their names; ``outputs`` likewise.
         caches: key/value heads of every layer, for graphs with a cache.
         head_size: d.
     """
@@ -49,13 +46,9 @@ def trace(model: PreTrainedModel, *, kv_cache: bool) -> Graph:
     """Trace a statically pruned (or dense) model.
 
     With a cache the graph takes ``input_ids`` (B, S), ``attention_mask`` (B, P + S), ``position_ids`` (B, S) and, for
-    every layer i, ``past_key_values.i.key`` and ``.value`` (B, G_i, P, d); P is 0 at the start. It gives ``logits``
-    (B, S, V) and ``present.i.key`` and ``.value`` (B, G_i, P + S, d). Without one it takes the first three, P being 0,
-    and gives the logits.
-
-    Args:
-        model: left as it is.
-        kv_cache: with a cache going in and out.
+    every layer i, ``past_key_values.i.key`` and ``.value`` (B, G_i, P, d); P is 0 at the start. It gives ``logits`` (B,
+    S, V) and ``present.i.key`` and ``.value`` (B, G_i, P + S, d). Without one it takes the first three, P being 0, and
+    gives the logits.
     """
     if is_pruned(model) and pruning_of(model).pruners:
         raise UserError("the choice is made per batch: export the dynamic graph")
@@ -87,8 +80,6 @@ def traced(module: nn.Module, arguments: tuple[Any, ...], shapes: tuple[Any, ...
 
 
 class _WithCache(nn.Module):
-    """Tensors in, tensors out."""
-
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model

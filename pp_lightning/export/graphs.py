@@ -2,27 +2,34 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pp_lightning.errors import UserError
 from pp_lightning.export.beside import graph_card, write_beside
 from pp_lightning.export.dynamic import trace_dynamic
 from pp_lightning.export.dynamic_check import DynamicBehaviour
 from pp_lightning.export.folder import appearing, check_free, check_space
 from pp_lightning.export.formats import GRAPH_FORMATS, Session
 from pp_lightning.export.graph import Graph, trace
+from pp_lightning.export.packages import check_packages
 from pp_lightning.export.record import graph_record, pruning_record, write_record
 from pp_lightning.export.sizes import check_exportable, longest_text
-from pp_lightning.export.verify import STEPS, Agreement, Behaviour, Runner, compare, model_runner, positions_of
+from pp_lightning.export.verify import (
+    STEPS,
+    Agreement,
+    Behaviour,
+    Runner,
+    compare,
+    model_runner,
+    or_refuse,
+    positions_of,
+)
 from pp_lightning.progress import Tell, ignore_line, phases
 from pp_lightning.state import pruning_state
-
-T = TypeVar("T")
 
 # Rows and tokens of the prompts that a graph is checked on: none of them are those it was traced with.
 _SHAPES = ((2, 24), (1, 7), (3, 33), (1, 1))
@@ -96,19 +103,9 @@ def export_dynamic_graph(
 ) -> Agreement:
     """Write a dynamically pruned model as a graph, with its histories as inputs and outputs, and check it over batches.
 
-    The calibrated histories to start from go into ``history.safetensors``, under the names of the graph's inputs.
-
-    Args:
-        model: pruned by a dynamic method.
-        out: the folder; it appears whole or not at all.
-        form: ``onnx``, ``pt2`` or ``compiled``.
-        rows: of a batch. A smaller batch is filled up with rows that the mask marks as padding.
-        tokens: of a row; a shorter one is padded.
-        tokenizer: written beside the graph.
-        overwrite: replace an earlier export at ``out``.
-        provenance: for ``pruning.json``.
-        release: give up the model's weights before the graph is loaded for the check.
-        tell: told what is going on: tracing and writing a large graph take minutes.
+    The calibrated histories to start from go into ``history.safetensors``, under the names of the graph's inputs. It is
+    for batches of ``rows`` x ``tokens``: a smaller batch is filled up with rows that the mask marks as padding, and a
+    shorter row is padded. All else is as for :func:`export_graph`.
 
     Raises:
         UserError: as :func:`export_graph`, or the batch does not fit the histories.
@@ -146,12 +143,11 @@ def cached_runner(session: Session, graph: Graph, dtype: torch.dtype) -> Runner:
 
 
 def _check_ready(form: str, model: PreTrainedModel, out: Path, overwrite: bool) -> None:
-    chosen = GRAPH_FORMATS[form]
-    chosen.check()
+    check_packages("ONNX", "onnx", *GRAPH_FORMATS[form].packages)
     check_exportable(model)
     check_free(out, overwrite)
     model.eval()
-    check_space(out, chosen.copies * _bytes(model))
+    check_space(out, _bytes(model))
 
 
 def _write(
@@ -171,7 +167,7 @@ def _write(
     size, chosen = _bytes(model), GRAPH_FORMATS[form]
     with appearing(out, overwrite) as folder, phases(tell) as begin:
         begin("tracing the model")
-        graph = _or_refuse(traced, "the model cannot be traced")
+        graph = or_refuse(traced, "the model cannot be traced")
         chosen.write(graph, folder, size, begin)
         graph = graph.without_program()
         if histories:
@@ -181,21 +177,11 @@ def _write(
             model.to("meta")
         begin("loading the graph and comparing it with the model")
         failed = "the export failed its check: it cannot be loaded and run"
-        agreement = _or_refuse(lambda: check(chosen.load(folder, graph), graph), failed)
+        agreement = or_refuse(lambda: check(chosen.load(folder, graph), graph), failed)
         described = {"graph": graph_record(graph, chosen.runs_in), "check": vars(agreement)}
         write_record(folder, {**record, **described})
         graph_card(folder, record, graph, form, agreement)
     return agreement
-
-
-def _or_refuse(work: Callable[[], T], failure: str) -> T:
-    try:
-        return work()
-    except UserError:
-        raise
-    except Exception as error:  # whatever torch or a runtime raises: a model that they do not take, in one line
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{failure}: {reason}") from error
 
 
 def _bytes(model: PreTrainedModel) -> int:

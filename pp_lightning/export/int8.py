@@ -16,14 +16,6 @@ _STEP = 2**-7  # of int8, relative to the largest weight of a row; twice what ro
 _ALLOWED = 0.1  # nats a token: trained models were seen at a ten-thousandth of it, random ones near it
 
 
-def check_int8() -> None:
-    """Refuse what is missing on this machine."""
-    try:
-        import torchao  # noqa: F401 (only whether it is there)
-    except ImportError as error:
-        raise UserError("int8 needs torchao: pip install 'pp-lightning[int8]'") from error
-
-
 def quantise_folder(
     folder: Path, expected: Behaviour, device: torch.device, *, bundled_code: bool, max_shard_size: str
 ) -> Int8Check:

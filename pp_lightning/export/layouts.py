@@ -75,10 +75,6 @@ def _uniform(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
     return _stock("uniform", model, sizes.alike)
 
 
-def _padded(model: PreTrainedModel, sizes: PrunedSizes) -> Target:
-    return _stock("padded", model, sizes.alike)
-
-
 def _stock(layout: Layout, model: PreTrainedModel, sizes: PrunedSizes, more: Sequence[Entry] = ()) -> Target:
     own, widths = [*entries_of(model, sizes), *more], sizes.widest
     for holder in stock_models(sizes, widths, {entry.name for entry in own}):
@@ -177,5 +173,5 @@ def config_content(config: PreTrainedConfig) -> dict[str, Any]:
 LAYOUTS: Mapping[Layout, Callable[[PreTrainedModel, PrunedSizes], Target]] = {
     "uniform": _uniform,
     "per-layer": _per_layer,
-    "padded": _padded,
+    "padded": lambda model, sizes: _stock("padded", model, sizes.alike),
 }

@@ -143,7 +143,6 @@ Llama("model.gguf")("Once upon a time", max_tokens=32)
 
 
 def _header(base: Mapping[str, Any], pruning: Mapping[str, Any], library: str, tags: str, told: str) -> str:
-    """What every card begins with."""
     return f"""---
 library_name: {library}
 base_model: {base["name"]}

@@ -20,13 +20,7 @@ from pp_lightning.shares import check_whole
 
 
 class Widths(NamedTuple):
-    """Units of one layer; 0 of what it does not have.
-
-    Attributes:
-        heads: query heads.
-        groups: key/value heads.
-        channels: MLP channels.
-    """
+    """Units of one layer, 0 of what it does not have: query heads, key/value heads, MLP channels."""
 
     heads: int
     groups: int

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from pp_lightning.export.entries import tensors_of
 from pp_lightning.export.sizes import longest_text
 from pp_lightning.families import layers_of
 from pp_lightning.stored import is_settled, places_in
+
+T = TypeVar("T")
 
 ROWS, TOKENS, STEPS = 2, 24, 8
 
@@ -65,13 +67,9 @@ class Int8Check:
 
     Attributes:
         divergence: mean Kullback-Leibler divergence of the next token's distribution from the unquantised model's, in
-            nats a token.
-        allowed: of it.
+            nats a token; so much was ``allowed``.
         difference: largest difference of a logit, relative to the largest logit.
-        same_tokens: greedy tokens that are equal.
-        of_tokens: that were compared.
         matrices: that are int8; the others, embeddings and the vocabulary projection among them, stay as they were.
-        bytes: of the weights on disk.
     """
 
     divergence: float
@@ -125,15 +123,10 @@ class Agreement:
 def verify(
     folder: Path, expected: Behaviour, device: torch.device, *, bundled_code: bool, streamed: bool = False
 ) -> Agreement:
-    """Load a folder as a user would and compare.
+    """Load a transformers folder as a user would and compare it with the pruned model that it was written from.
 
-    Args:
-        folder: a transformers checkpoint.
-        expected: behaviour of the pruned model that it was written from.
-        device: that the behaviour was recorded on.
-        bundled_code: the folder brings its own modelling file, which we wrote a moment ago: the only code that is ever
-            trusted here.
-        streamed: leave the weights of its layers on disk.
+    ``bundled_code`` says that it brings its own modelling file, which we wrote a moment ago: the only code that is ever
+    trusted here. ``streamed`` leaves the weights of its layers on disk.
 
     Raises:
         UserError: weights are missing, superfluous or of another shape, or logits or tokens differ.
@@ -144,17 +137,27 @@ def verify(
         if extra:
             raise UserError(f"the export failed its check: unexpected keys {sorted(extra)[:3]}")
         return compare(expected, Behaviour.of_model(reloaded), reloaded.dtype, reloaded.config.num_hidden_layers)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = or_refuse(
+        lambda: AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=bundled_code
-        )
-    except Exception as error:  # whatever transformers raises about it, a user would meet it too
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"the export failed its check: transformers cannot load it: {reason}") from error
+        ),
+        "the export failed its check: transformers cannot load it",
+    )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise UserError(f"the export failed its check: {problem.replace('_', ' ')} {sorted(report[problem])[:3]}")
     return compare(expected, Behaviour.of_model(model.eval().to(device)), model.dtype, model.config.num_hidden_layers)
+
+
+def or_refuse(work: Callable[[], T], failure: str) -> T:
+    """The result of work; whatever torch, transformers or a runtime raises is told in one line."""
+    try:
+        return work()
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{failure}: {reason}") from error
 
 
 def compare(expected: Behaviour, found: Behaviour, dtype: torch.dtype, num_layers: int) -> Agreement:

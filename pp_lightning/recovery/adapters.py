@@ -28,12 +28,20 @@ class Adapters:
     """
 
     def __init__(self, model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0.0, seed: int = 0) -> None:
-        peft = _peft()
+        try:
+            import peft  # an extra, and slow to import
+        except ImportError as error:
+            raise UserError("LoRA adapters need peft: pip install 'pp-lightning[finetune]'") from error
         self.model = model
-        self.paths = projection_paths(model)
+        self.paths: dict[Projection, str] = {
+            (key, modules.role(name)): f"{layer_prefix(model, key[0])}.{modules.path_of(name)}"
+            for key, modules in blocks_of(model).items()
+            for name in modules.names
+        }
         self._bases = {path: model.get_submodule(path) for path in self.paths.values()}
         self._required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        endings = sorted({path.split(".", maxsplit=_depth(model))[-1] for path in self.paths.values()})
+        depth = layer_prefix(model, 0).count(".") + 1  # what is behind so many dots is the same in every layer
+        endings = sorted({path.split(".", maxsplit=depth)[-1] for path in self.paths.values()})
         self.config = peft.LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=endings, task_type="CAUSAL_LM"
         )
@@ -66,8 +74,7 @@ class Adapters:
     def sliced_state(self, kept: Mapping[BlockKey, tuple[Tensor, int]]) -> dict[str, Tensor]:
         """:meth:`state` as it is when the model is pruned: B without the rows, A without the columns that go.
 
-        Args:
-            kept: by block, the kept units (K,) and how many units there are.
+        ``kept`` has each block's kept units (K,), and how many units there are.
         """
         state, blocks = self.state(), blocks_of(self.model)
         for key, (units, number) in kept.items():
@@ -85,9 +92,8 @@ class Adapters:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over A and B."""
         own = self.state()
-        strangers = {n for n in own.keys() ^ state.keys()} | {
-            n for n in own if n in state and own[n].shape != state[n].shape
-        }
+        shapes, others = ({name: one.shape for name, one in of.items()} for of in (own, state))
+        strangers = {name for name, _ in shapes.items() ^ others.items()}
         if strangers:
             raise UserError(
                 f"these adapters are of another model: {sorted(strangers)[0]} does not fit, train them on this one"
@@ -117,15 +123,6 @@ class Adapters:
         self.config.save_pretrained(folder)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def projection_paths(model: PreTrainedModel) -> dict[Projection, str]:
-    """Paths inside the model of all projections of all layers, by block and role."""
-    return {
-        (key, modules.role(name)): f"{layer_prefix(model, key[0])}.{modules.path_of(name)}"
-        for key, modules in blocks_of(model).items()
-        for name in modules.names
-    }
 
 
 def down_of(layer: Any) -> nn.Parameter:
@@ -163,16 +160,3 @@ def _float32_by_default() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _depth(model: PreTrainedModel) -> int:
-    """Dots before the part of a projection's path that is the same in every layer."""
-    return layer_prefix(model, 0).count(".") + 1
-
-
-def _peft() -> Any:
-    try:
-        import peft  # an extra, and slow to import
-    except ImportError as error:
-        raise UserError("LoRA adapters need peft: pip install 'pp-lightning[finetune]'") from error
-    return peft

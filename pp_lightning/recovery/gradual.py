@@ -34,9 +34,7 @@ class GradualPruning:
         self.method = method
         self.total_steps = total_steps
         self.masks = {b.key: torch.ones(b.units.number, dtype=torch.float32, device=b.weight.device) for b in blocks}
-        self.averages = {
-            b.key: torch.zeros(b.units.number, dtype=torch.float32, device=b.weight.device) for b in blocks
-        }
+        self.averages = {key: torch.zeros_like(mask) for key, mask in self.masks.items()}
         layers = dict(adapters.layers())
         self._hooks = [
             layers[b.key, OUTPUT].register_forward_pre_hook(partial(self._hide, b.key, b.units.channels))

@@ -29,15 +29,9 @@ def lora_importances(
 ) -> Importances:
     """Importances from the first gradient of fresh adapters, accumulated over all batches (LoRAPrune).
 
-    As B is zero, the estimate is ``gB A``: a random projection of the true gradient to ``rank`` dimensions.
-
-    Args:
-        model: a dense causal language model. It is run in evaluation mode and left as it was.
-        batches: as :func:`~pp_lightning.taylor_importances` takes them.
-        rank: of the adapters.
-        layers: only these layers; None takes all.
-        seed: of A.
-        progress: show a progress bar; lines where there is no terminal.
+    As B is zero, the estimate is ``gB A``: a random projection of the true gradient to ``rank`` dimensions. The model
+    is dense; it is run in evaluation mode and left as it was. Batches are as for
+    :func:`~pp_lightning.taylor_importances`; ``layers`` None takes all; ``seed`` is of A.
 
     Raises:
         UserError: no batches, a pruned or unknown model, gradients that are not finite, or no peft.

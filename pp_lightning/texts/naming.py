@@ -22,9 +22,8 @@ _BY_HUB_ID: dict[str, type[TextSource]] = {"allenai/c4": C4, "salesforce/wikitex
 def source_settings(given: str) -> dict[str, Any]:
     """The class that reads ``given``, and its arguments, as the command line and its files spell them out.
 
-    Args:
-        given: a path, whose reader its suffix chooses (.txt, .raw, .jsonl, .jsonl.gz, .parquet, .arrow; without a known
-            one an existing file is plain text); a hub id such as ``org/name``; or a name of :data:`SOURCES`.
+    It is a path, whose reader its suffix chooses (without a known one an existing file is plain text); a hub id such as
+    ``org/name``; or a name of :data:`SOURCES`.
 
     Raises:
         UserError: it is none of them.

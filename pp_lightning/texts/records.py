@@ -8,17 +8,14 @@ from typing import Any
 from pp_lightning.errors import UserError
 from pp_lightning.files import check_file, checked_text, reading
 
-TABLES = (".parquet", ".arrow")
-
 
 def read_records(path: str, column: str, kind: str) -> list[str]:
     """The texts in file order."""
     check_file(path, kind)
-    found = _column(path, column) if path.lower().endswith(TABLES) else _json_lines(path, column)
+    is_table = path.lower().endswith((".parquet", ".arrow"))
+    found, unit = (_column(path, column), "row") if is_table else (_json_lines(path, column), "line")
     with reading(path):
-        return [
-            checked_text(text, f"{path}, {'row' if path.lower().endswith(TABLES) else 'line'} {n}") for n, text in found
-        ]
+        return [checked_text(text, f"{path}, {unit} {number}") for number, text in found]
 
 
 def _json_lines(path: str, column: str) -> Iterator[tuple[int, Any]]:

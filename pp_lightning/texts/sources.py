@@ -2,15 +2,13 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from pp_lightning.errors import UserError
 from pp_lightning.files import check_file, read_text
 from pp_lightning.texts.embedded import Kind, Part, embedded_documents
 from pp_lightning.texts.records import read_records
-
-T = TypeVar("T")
 
 
 class TextSource(ABC):
@@ -68,7 +66,7 @@ class WikiText2(TextSource):
 
     def _rows(self) -> list[str]:
         if self.path is None:
-            return _hub_column("text", "Salesforce/wikitext", "wikitext-2-raw-v1", split=self.split)
+            return hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split=self.split, column="text")
         lines = read_text(self.path, self.file_kind).splitlines(keepends=True)
         return [line if line.strip() else "" for line in lines]  # the hub stores blank lines as empty rows
 
@@ -114,7 +112,7 @@ class C4(TextSource):
         if self.path is not None:
             return read_records(self.path, "text", self.file_kind)
         shard = {"train": "en/c4-train.00000-of-01024.json.gz"}
-        return _hub_column("text", "allenai/c4", data_files=shard, split=f"train[:{self.percent}%]")
+        return hub_rows("allenai/c4", data_files=shard, split=f"train[:{self.percent}%]", column="text")
 
 
 class HubText(TextSource):
@@ -135,7 +133,7 @@ class HubText(TextSource):
 
     def documents(self) -> Sequence[str]:
         """One document a row."""
-        return _hub_column(self.column, self.name, self.config, split=self.split)
+        return hub_rows(self.name, self.config, split=self.split, column=self.column)
 
 
 class TextFile(TextSource):
@@ -173,20 +171,13 @@ class Embedded(TextSource):
         return embedded_documents(self.part, self.kind)
 
 
-def hub_rows(*args: str | None, split: str, **kwargs: Any) -> list[dict[str, Any]]:
-    """The rows of a data set of the hub; arguments as ``datasets.load_dataset`` takes them."""
-    return _hub(lambda rows: list(rows), *args, split=split, **kwargs)
-
-
-def _hub_column(column: str, *args: str | None, split: str, **kwargs: Any) -> list[str]:
-    return _hub(lambda rows: list(rows[column]), *args, split=split, **kwargs)
-
-
-def _hub(take: Callable[[Any], list[T]], *args: str | None, split: str, **kwargs: Any) -> list[T]:
+def hub_rows(*args: str | None, column: str | None = None, **kwargs: Any) -> list[Any]:
+    """The rows of a data set of the hub, or a column of them; arguments as ``datasets.load_dataset`` takes them."""
     from datasets import load_dataset  # slow to import, and not needed for local files
 
     try:
-        return take(load_dataset(*args, split=split, **kwargs))
+        rows = load_dataset(*args, **kwargs)
+        return list(rows if column is None else rows[column])
     except Exception as error:  # the hub client raises many unrelated types: offline, gated, renamed, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -299,8 +299,9 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 def test_flops_are_those_of_two_passes(tmp_path: Path) -> None:
     ratios = {}
     for choose_on in ("row", "context"):
-        scoring = TaskScoring(data_of(write_samples(tmp_path), "metaspace", tasks=["hellaswag"], choose_on=choose_on))
-        scoring.start(torch.device("cpu"), None, None)
+        scoring = TaskScoring(
+            data_of(write_samples(tmp_path), "metaspace", tasks=["hellaswag"], choose_on=choose_on), None, None
+        )
         scoring.step(pruned(), None)
         ratios[choose_on], dense = scoring.flops_ratios(), scoring.flops[0][0]
         if choose_on == "row":

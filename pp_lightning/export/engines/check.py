@@ -22,8 +22,7 @@ class Expected:
     """What an engine is asked, and what the model answers.
 
     Attributes:
-        prompts: token ids (rows, tokens).
-        tokens: greedy continuation of each, by the model.
+        tokens: greedy continuation of each prompt, by the model.
         losses: of each prompt continued so: negative log-likelihood, summed.
         step_logits: that the tokens were read from, (rows, steps, V) float32.
     """

@@ -28,7 +28,6 @@ class Runner:
     Attributes:
         script: module beside this file; ``answering.py`` there calls it in the engine's Python.
         modules: any of them in a Python says that it has the engine.
-        install: what a user types.
     """
 
     script: str
@@ -125,7 +124,6 @@ def _version(engine: Engine, python: str) -> str:
 
 
 def _reason(errors: str) -> str:
-    """The line that an engine's error ends in."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     telling = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
     return " ".join((telling or lines or ["it stopped without a word"])[-1].split())[:300]
