@@ -29,9 +29,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 from pp_lightning import calibrate, compile_, prune_
 from pp_lightning.blocks import Block
 from pp_lightning.families import layers_of, stack_of
-from pp_lightning.functional.moments import TokenPositions
 from pp_lightning.methods import DynamicMethod, FullBatchProbing, ProbePruning
-from pp_lightning.pruned.context import ModelContext
 from pp_lightning.pruning import pruning_of
 from pp_lightning.statistics import BlockSums, Statistics
 from tests.models import SETTINGS, calibration_batches, statistics, tiny
@@ -171,14 +169,10 @@ class _Moves(AlignDevicesHook):
         return module
 
 
-def _as_if_padded(context: ModelContext, shape: torch.Size, *_: object) -> TokenPositions:
-    positions = torch.zeros(shape, dtype=torch.long, device=DEVICE)
-    return TokenPositions(positions, positions > 0, shape[1])
-
-
 def spread(name: str, method: DynamicMethod) -> Findings:
     """A model over two devices, as accelerate spreads it: padded batches and decoding."""
-    model, findings = tiny(name), Findings()
+    # eager attention: SDPA looks whether a mask hides anything, which is to look at values
+    model, findings = tiny(name, attn_implementation="eager"), Findings()
     decoder, layers = stack_of(model), layers_of(model)
     final_norm = decoder.norm if hasattr(decoder, "norm") else decoder.final_layer_norm
     elsewhere = [*layers[4:], final_norm, model.lm_head]
@@ -188,15 +182,14 @@ def spread(name: str, method: DynamicMethod) -> Findings:
     prune_(model, method, statistics(name) if method.needs_statistics else None, **SETTINGS)
     for module, hook in hooks.items():  # pruning has run the model: from now on it is elsewhere
         hook.execution_device = torch.device(DEVICE, 1 if module in elsewhere else 0)
-    context = pruning_of(model).context
-    context.overlaps = False
-    context._places = partial(_as_if_padded, context)  # to look for padding is to look at values
+    pruning_of(model).context.overlaps = False
     try:
         with on_device(model, elsewhere):
             ids = torch.zeros(4, 24, dtype=torch.long, device=DEVICE)
+            mask = torch.ones_like(ids)
             for _ in range(2):
                 cache = Cache(layer_class_to_replicate=_Slot)
-                model(input_ids=ids, past_key_values=cache, use_cache=True)
+                model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
                 logits = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits
             findings.device = str(logits.device)
             _statistics_of_the_second_device()

@@ -21,7 +21,7 @@ from pp_lightning import allocation, calibrate, kept_units, prune_, pruning, unp
 from pp_lightning.blocks import Block
 from pp_lightning.compilation import compile_
 from pp_lightning.functional.scores import standardised, sum_over_units
-from pp_lightning.functional.selection import keep_best
+from pp_lightning.functional.selection import keep_best, unit_channels
 from pp_lightning.methods import FLAP, LLMPruner, ProbePruning, StaticBest, StaticPPsp, WandaSP
 from pp_lightning.methods.base import StaticChoice
 from pp_lightning.methods.dynamic import ProbeObservation
@@ -202,7 +202,8 @@ class FlapByHalves(FLAP):
             together.append(torch.stack([half.sort().values for half in scores[-1]]).mean(0))
         for block, own, count in zip(blocks, scores, global_counts(halved, together), strict=True):
             kept = torch.cat([keep_best(half, count) + i * len(half) for i, half in enumerate(own)])
-            yield block, StaticChoice(kept, self._bias(block, kept, calibration_data))
+            goes = calibration_data.channel_moments(*block.key)[0].index_fill(0, unit_channels(kept, width), 0.0)
+            yield block, StaticChoice(kept, block.weight.detach().float() @ goes)
 
 
 def counted_in_pairs(losses: Tensor) -> Tensor:

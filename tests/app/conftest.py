@@ -31,9 +31,8 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def arguments(place):
-    """Everything but the command, as a dictionary to change and ``type_in``."""
+def everything(place):
+    """Everything but the command and where results go."""
     return {
         "--model.path": place / "model",
         "--model.skip_layers": "[0,1]",
@@ -50,10 +49,11 @@ def arguments(place):
     }
 
 
-@pytest.fixture
-def asked(arguments, place):
+def files_asked(place):
     """The same with texts as files, as people name them."""
-    given = {key: value for key, value in arguments.items() if not key.startswith(("--data.text", "--data.cal"))}
+    given = {
+        key: value for key, value in everything(place).items() if not key.startswith(("--data.text", "--data.cal"))
+    }
     return {
         **given,
         "--data.calibration_samples": 8,
@@ -62,13 +62,30 @@ def asked(arguments, place):
     }
 
 
+def words_of(given):
+    """As they are typed."""
+    return [str(word) for pair in given.items() for word in pair]
+
+
+@pytest.fixture
+def arguments(place):
+    """A dictionary to change and ``type_in``."""
+    return everything(place)
+
+
+@pytest.fixture
+def asked(place):
+    """The same with texts as files."""
+    return files_asked(place)
+
+
 @pytest.fixture
 def type_in(monkeypatch):
     """Run the program with these words in this process; returns its exit code."""
 
     def run(command, arguments, **more):
-        words = [str(word) for pair in arguments.items() for word in pair]
-        monkeypatch.setattr(sys, "argv", ["pp-lightning", command, *words, *map(str, more.get("extra", []))])
+        words = [*words_of(arguments), *map(str, more.get("extra", []))]
+        monkeypatch.setattr(sys, "argv", ["pp-lightning", command, *words])
         try:
             main()
         except SystemExit as stop:

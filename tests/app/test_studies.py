@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from pp_lightning.app import trainer
+from pp_lightning.app import overlap, trainer
 from pp_lightning.app.comparing import Row
 from pp_lightning.app.overlap import Overlap
+from pp_lightning.app.prunable import PrunableModule, PruningSettings
 from pp_lightning.app.results import Comparison, Evaluation, FlopsRatios
 from pp_lightning.app.studies import Study, study_named, study_names
 from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.data import LanguageModelling
 from pp_lightning.errors import UserError
 from pp_lightning.methods import FullBatchProbing, ProbePruning
+from pp_lightning.pruning import KeptUnits
 from tests.app.test_cli import refused
+from tests.models import tiny
 
 
 def rows_of(folder):
@@ -112,27 +115,36 @@ def test_a_study_of_overlap_shows_each_layer(type_in, arguments, tmp_path, monke
     assert "Units shared with Full-Batch Probing" in table and "| 2.mlp |" in table
 
 
-def test_overlap_is_intersection_over_union():
-    found = Overlap()
-    found._kept = {"2.mlp": [torch.tensor([0, 1, 2]), torch.tensor([0, 1])], "3.mlp": [torch.tensor([5])]}
-    whole = {"2.mlp": [torch.tensor([1, 2, 3]), torch.tensor([0, 1])]}
+def test_overlap_is_intersection_over_union(monkeypatch):
+    """Of units that a model was said to keep, batch by batch."""
+    heads, module = torch.tensor([0]), PrunableModule(tiny("llama"), None, PruningSettings(0.4))
+    found, batches = Overlap(), []
+    monkeypatch.setattr(overlap, "is_pruned", lambda model: True)
+    monkeypatch.setattr(overlap, "kept_units", lambda model: batches.pop(0))
 
-    def run():
-        found._kept = whole
+    def run(*channels):
+        found.on_test_start(None, module)
+        batches.extend({2: KeptUnits(heads, torch.tensor(own))} for own in channels)
+        for _ in channels:
+            found.on_test_batch_end(None, module)
 
-    assert found.shares("key", run) == {"2.mlp": 0.75}
+    run([0, 1, 2], [0, 1])
+    assert found.shares("key", lambda: run([1, 2, 3], [0, 1])) == {"2.attention": 1.0, "2.mlp": 0.75}
+    run([2, 3, 4], [1])
+    assert found.shares("key", lambda: pytest.fail("it was run before")) == {"2.attention": 1.0, "2.mlp": 0.5}
 
 
 @pytest.mark.slow
 def test_rows_put_back_what_is_their_own(type_in, arguments, tmp_path, monkeypatch):
     """A row's settings of the model and of the data are not the next row's."""
-    seen, real = [], PruningTrainer._tested
+    seen, real = [], PruningTrainer.test
 
-    def tested(self, model, data):
-        seen.append((model.label, model.settings.allocation, tuple(model.settings.skip_layers), data.batch_size))
-        return real(self, model, data)
+    def test(self, model, datamodule, **given):
+        settings = model.settings
+        seen.append((model.label, settings.allocation, tuple(settings.skip_layers), datamodule.batch_size))
+        return real(self, model, datamodule=datamodule, **given)
 
-    monkeypatch.setattr(PruningTrainer, "_tested", tested)
+    monkeypatch.setattr(PruningTrainer, "test", test)
     rows = [
         Row("a", ProbePruning()),
         Row("b", ProbePruning(), model={"allocation": "uniform", "skip_layers": []}),

@@ -124,10 +124,19 @@ def test_a_variable_batch_size_is_refused() -> None:
 @pytest.mark.parametrize("name", [None, "cuda:0", "cuda", "cpu"])
 def test_without_a_gpu_it_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
     """The harness names the first GPU by default."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert harness._device(name) == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert harness._device(name).type == ("cpu" if name == "cpu" else "cuda")
+    asked: list[torch.device] = []
+
+    class Loaded:
+        def to(self, device: torch.device) -> Any:
+            asked.append(device)
+            return tiny_model("byte_level")
+
+    monkeypatch.setattr(harness, "load_model", lambda *_: Loaded())
+    monkeypatch.setattr(harness, "load_tokenizer", lambda *_: tokenizer_of("byte_level"))
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        PrunedHFLM(path="model", device=name)
+    assert [device.type for device in asked] == ["cpu", "cpu" if name == "cpu" else "cuda"]
 
 
 def write_checkpoint(folder: Path) -> Path:

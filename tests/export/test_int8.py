@@ -3,15 +3,16 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-import pp_lightning.export.int8 as int8_module
 from pp_lightning import UserError
-from pp_lightning.export import export_checkpoint
+from pp_lightning.export import export_checkpoint, int8
 from tests.commonsense.tokenizers import tokenizer_of
 from tests.export.engine_models import small_pruned
 from tests.models import ids, logits
@@ -23,12 +24,11 @@ except ImportError:
 needs_torchao = pytest.mark.skipif(torchao is None, reason="torchao is not installed: pip install '.[int8]'")
 
 
-def calm(name, method="wanda_sp", layout="uniform"):
-    """A pruned model whose logits do not amplify every rounding, as large random weights do."""
-    model = small_pruned(name, method, layout)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(0.3)
+@torch.no_grad()
+def scaled(model, factor):
+    """The model with smaller weights, whose logits do not amplify every rounding, or with larger ones."""
+    for weight in model.parameters():
+        weight.mul_(factor)
     return model
 
 
@@ -50,7 +50,7 @@ def rounded(model):
     [("llama_gqa", "wanda_sp", "uniform"), ("llama_gqa", "flap", "per-layer"), ("opt", "wanda_sp", "padded")],
 )
 def test_transformers_alone_loads_it(name, method, layout, tmp_path):
-    model, text = calm(name, method, layout), ids()
+    model, text = scaled(small_pruned(name, method, layout), 0.3), ids()
     wanted = logits(model, text)
     plain, _ = export_checkpoint(model, tmp_path / "plain", layout=layout)
     _, check = export_checkpoint(
@@ -84,19 +84,19 @@ def test_transformers_alone_loads_it(name, method, layout, tmp_path):
 @pytest.mark.slow
 def test_a_scale_that_is_wrong_is_found(tmp_path, monkeypatch):
     """As if a quantiser had got one matrix's scales wrong, by 2%."""
-    real = int8_module._loaded
+    real = AutoModelForCausalLM.from_pretrained
 
-    def spoiled(folder, *args, **more):
-        if not more:
+    def spoiled(folder, **more):
+        if "quantization_config" not in more:
             file = folder / "model.safetensors"
             with safe_open(file, "pt") as opened:
                 about = opened.metadata()
             tensors = load_file(file)
             tensors["model.layers.2.mlp.down_proj._weight_scale"] *= 1.02
             save_file(tensors, file, metadata=about)
-        return real(folder, *args, **more)
+        return real(folder, **more)
 
-    monkeypatch.setattr(int8_module, "_loaded", spoiled)
+    monkeypatch.setattr(int8, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=spoiled))
     with pytest.raises(UserError, match=r"layers\.2\.mlp\.down_proj\.weight came back further off than int8 rounds"):
         export_checkpoint(small_pruned("llama_gqa"), tmp_path / "out", int8=True)
     assert list(tmp_path.iterdir()) == []
@@ -104,10 +104,11 @@ def test_a_scale_that_is_wrong_is_found(tmp_path, monkeypatch):
 
 @needs_torchao
 @pytest.mark.slow
-def test_a_model_that_int8_does_not_suit_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(int8_module, "_ALLOWED", 1e-4)
-    with pytest.raises(UserError, match=r"nats from the unquantised model's, more than 0\.0001"):
-        export_checkpoint(small_pruned("llama_gqa"), tmp_path / "out", int8=True)
+def test_a_model_that_int8_does_not_suit_is_found(tmp_path):
+    """Its layers amplify every rounding."""
+    model = scaled(small_pruned("llama_gqa"), 3)
+    with pytest.raises(UserError, match=r"nats from the unquantised model's, more than 0\.1"):
+        export_checkpoint(model, tmp_path / "out", int8=True)
     assert list(tmp_path.iterdir()) == []
 
 
