@@ -200,7 +200,7 @@ def test_flap_adds_the_means_of_what_it_removes(name):
             gone = torch.ones_like(mean).view(shape_units(model, block), -1)
             gone[own] = 0.0
             bias = output.weight.detach() @ (mean * gone.flatten())
-            assert bias.abs().max() > 1e-3
+            assert bias.abs().max() > 1e-3 or not gone.any()
             output.bias = torch.nn.Parameter(bias if output.bias is None else output.bias.detach() + bias)
     masked = masked_dense(masked, kept, shape_units(model, Block.ATTENTION))
     close(logits(model, ids(seed=50)), logits(masked, ids(seed=50)))
