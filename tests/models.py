@@ -24,12 +24,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from pp_lightning import KeptUnits, Statistics, calibrate, frozen_history
-from pp_lightning.blocks import Block
+from pp_lightning import KeptUnits, Statistics, calibrate, frozen_history, kept_units, prune_
+from pp_lightning.blocks import AttentionUnit, Block
 from pp_lightning.errors import UserError
-from pp_lightning.families import blocks_of
+from pp_lightning.families import blocks_of, shape_of
+from pp_lightning.methods import ProbePruning, PruningMethod
 from pp_lightning.pruned.block import PrunedBlock
-from pp_lightning.pruning import pruning_of
+from pp_lightning.pruning import is_pruned, pruning_of
 from tests.replicas import replicas
 
 VOCABULARY = 96
@@ -324,6 +325,49 @@ def _statistics(name: str) -> Callable[[], Any]:
     return replicas(calibrate(tiny(name), calibration_batches(), progress=False))
 
 
+def pruned(
+    name: str = "llama",
+    method: Callable[[], PruningMethod] = ProbePruning,
+    model: PreTrainedModel | None = None,
+    **settings: Any,
+) -> PreTrainedModel:
+    """``tiny(name)``, or a model like it, pruned under SETTINGS but for those that are given."""
+    model = tiny(name) if model is None else model
+    prune_(model, method(), statistics(name), **{**SETTINGS, **settings})
+    return model
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Equal but for float32's rounding."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def assert_same_weights(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Bit for bit, under the same names."""
+    expected = dense.state_dict()
+    assert list(model.state_dict()) == list(expected)
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == expected[name].dtype
+        assert torch.equal(weight, expected[name]), name
+
+
+def assert_stock(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Nothing of ours is left: weights, logits, classes, forwards, hooks and attributes."""
+    assert_same_weights(model, dense)
+    assert torch.equal(logits(model, ids()), logits(dense, ids()))
+    assert not is_pruned(model)
+    for (name, module), (other_name, other) in zip(model.named_modules(), dense.named_modules(), strict=True):
+        assert (name, type(module)) == (other_name, type(other))
+        assert "forward" not in vars(module)
+        assert len(module._forward_pre_hooks) == len(other._forward_pre_hooks)
+        assert len(module._forward_hooks) == len(other._forward_hooks)
+        assert getattr(module, "config", None).__class__ is getattr(other, "config", None).__class__
+        # no attribute that a stock module has not, and plain ones as they were
+        assert vars(module).keys() == vars(other).keys(), name
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | bool)}
+        assert plain == {k: v for k, v in vars(other).items() if isinstance(v, int | float | str | bool)}
+
+
 @torch.no_grad()
 def logits(model: PreTrainedModel, text: Tensor, **arguments: Any) -> Tensor:
     """Logits without a cache."""
@@ -371,6 +415,13 @@ def masked_dense(dense: PreTrainedModel, kept: dict[int, KeptUnits], num_units: 
                 weight = blocks[index, block].output_weight
                 _zero_dropped(weight, own, weight.shape[1] // num_units if block is Block.ATTENTION else 1)
     return dense
+
+
+def silenced(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """``tiny(name)`` with the units zeroed that a pruned one dropped for its last batch."""
+    shape = shape_of(tiny(name).config)
+    groups = pruning_of(model).plan.unit is AttentionUnit.KV_GROUP
+    return masked_dense(tiny(name), kept_units(model), shape.num_key_value_heads if groups else shape.num_heads)
 
 
 def output_weights(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:

@@ -7,22 +7,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from pp_lightning import prune_
 from pp_lightning.benchmark.decoding import EagerDecoder
 from pp_lightning.caches import CACHE, cache_in, cache_name, without_cache
 from pp_lightning.continuation import continued_logits
 from pp_lightning.counting import counted_flops
 from pp_lightning.export.verify import model_runner
-from pp_lightning.methods import ProbePruning
-from tests.models import ids, statistics, tiny
+from tests.models import ids, pruned, tiny
 
 OLD = "past_key_values"
-
-
-def pruned():
-    model = tiny("llama")
-    prune_(model, ProbePruning(), statistics("llama"), pruning_ratio=0.4, skip_layers=(0, 1), round_to=4)
-    return model
 
 
 def verified(model):

@@ -268,42 +268,28 @@ def test_more_batches_continue_a_file(tmp_path):
     assert_same(longer, calibrate(tiny("llama"), batches, progress=False))
 
 
-def test_file_of_other_batches(tmp_path):
-    calibrate(tiny("llama"), calibration_batches(2), save_to=tmp_path / "stats", progress=False)
-    others = [{"input_ids": ids(4, 32, 7)} for _ in range(2)]
-    with pytest.raises(UserError, match="was collected from other batches: name another file or remove it"):
-        calibrate(tiny("llama"), others, save_to=tmp_path / "stats", progress=False)
+IN_OTHER_ROWS = [{"input_ids": batch["input_ids"].view(8, 16)} for batch in calibration_batches(2)]
+# What a file was collected with, what is asked for, and what is said; what is not named is the same.
+OTHER = {
+    "batches": ({}, {"batches": [{"input_ids": ids(4, 32, 7)}] * 2}, "from other batches: name another file or remove"),
+    "rows": ({}, {"batches": IN_OTHER_ROWS}, "was collected from other batches"),
+    "number": ({"batches": calibration_batches(3)}, {}, "from 3 batches, more than the 2 given: remove it"),
+    "model": ({}, {"model": "llama_gqa"}, "collected on another model"),
+    "layers": ({"layers": (3, 4)}, {}, "covers other layers: name another file or remove it"),
+    "means": ({"batches": calibration_batches(1), "means": False}, {}, "without means: name another file or remove it"),
+}
 
 
-def test_the_same_tokens_in_other_rows_are_other_batches(tmp_path):
-    batch = ids(4, 32)
-    calibrate(tiny("llama"), [{"input_ids": batch}], save_to=tmp_path / "stats", progress=False)
-    with pytest.raises(UserError, match="was collected from other batches"):
-        calibrate(tiny("llama"), [{"input_ids": batch.view(8, 16)}], save_to=tmp_path / "stats", progress=False)
+@pytest.mark.parametrize("other", OTHER)
+def test_a_file_of_other_things_is_refused(other, tmp_path):
+    def collect(model="llama", **given):
+        settings = {"batches": calibration_batches(2), "save_to": tmp_path / "stats", "progress": False}
+        calibrate(tiny(model), **settings | given)
 
-
-def test_file_of_more_batches(tmp_path):
-    calibrate(tiny("llama"), calibration_batches(3), save_to=tmp_path / "stats", progress=False)
-    with pytest.raises(UserError, match="was collected from 3 batches, more than the 2 given: remove it"):
-        calibrate(tiny("llama"), calibration_batches(2), save_to=tmp_path / "stats", progress=False)
-
-
-def test_file_of_another_model(tmp_path):
-    calibrate(tiny("llama"), calibration_batches(1), save_to=tmp_path / "stats", progress=False)
-    with pytest.raises(UserError, match="collected on another model"):
-        calibrate(tiny("llama_gqa"), calibration_batches(1), save_to=tmp_path / "stats", progress=False)
-
-
-def test_file_of_other_layers(tmp_path):
-    calibrate(tiny("llama"), calibration_batches(1), layers=(3, 4), save_to=tmp_path / "stats", progress=False)
-    with pytest.raises(UserError, match="covers other layers: name another file or remove it"):
-        calibrate(tiny("llama"), calibration_batches(1), save_to=tmp_path / "stats", progress=False)
-
-
-def test_file_without_means(tmp_path):
-    calibrate(tiny("llama"), calibration_batches(1), means=False, save_to=tmp_path / "stats", progress=False)
-    with pytest.raises(UserError, match="was collected without means: name another file or remove it"):
-        calibrate(tiny("llama"), calibration_batches(2), save_to=tmp_path / "stats", progress=False)
+    written, asked, message = OTHER[other]
+    collect(**written)
+    with pytest.raises(UserError, match=message):
+        collect(**asked)
 
 
 def test_file_with_means_goes_on_with_them(tmp_path):

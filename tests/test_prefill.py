@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from pp_lightning import UserError, compile_, frozen_history, kept_units, prune_, pruning_state, unprune_
-from pp_lightning.blocks import AttentionUnit, Block
-from pp_lightning.families import blocks_of, shape_of
+from pp_lightning.blocks import Block
+from pp_lightning.families import blocks_of
 from pp_lightning.methods import FullBatchProbing, Griffin, ProbePruning, WandaSP
 from pp_lightning.prefill import dense_rows
 from pp_lightning.pruning import pruning_of
@@ -24,8 +24,8 @@ from tests.models import (
     families,
     ids,
     logits,
-    masked_dense,
     ragged,
+    silenced,
     statistics,
     tiny,
 )
@@ -48,13 +48,6 @@ def pruned(name="llama", method=ProbePruning, prefill="dense", **settings):
     return model
 
 
-def masked(model, name):
-    """The dense model without the units that do not stay."""
-    shape = shape_of(tiny(name).config)
-    groups = pruning_of(model).plan.unit is AttentionUnit.KV_GROUP
-    return masked_dense(tiny(name), kept_units(model), shape.num_key_value_heads if groups else shape.num_heads)
-
-
 @torch.no_grad()
 def continued(model, text, prompt=PROMPT, cache=None, **given):
     """Logits of the prompt, and of what follows it."""
@@ -67,7 +60,7 @@ def continued(model, text, prompt=PROMPT, cache=None, **given):
 def dense_then_masked(model, name, text, **given):
     """The same of stock models: a dense one fills the cache, one without the dropped units goes on."""
     first = tiny(name)(input_ids=text[:, :PROMPT], use_cache=True, **given)
-    rest = masked(model, name)(input_ids=text[:, PROMPT:], past_key_values=first.past_key_values, **given)
+    rest = silenced(model, name)(input_ids=text[:, PROMPT:], past_key_values=first.past_key_values, **given)
     return first.logits, rest.logits
 
 

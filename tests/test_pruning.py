@@ -20,6 +20,8 @@ from tests.models import (
     SETTINGS,
     SKIPPED,
     TOKENS,
+    assert_same_weights,
+    assert_stock,
     calibration_batches,
     choices,
     histories,
@@ -29,6 +31,7 @@ from tests.models import (
     output_weights,
     pairs,
     plant,
+    pruned,
     pruned_blocks,
     run_frozen,
     statistics,
@@ -43,35 +46,6 @@ DYNAMIC = {
 }
 STATIC = {"ppsp": StaticPPsp, "wanda_sp": WandaSP, "flap": FLAP}
 METHODS = {**DYNAMIC, **STATIC}
-
-
-def pruned(name, method, **settings):
-    model = tiny(name)
-    prune_(model, method(), statistics(name), **{**SETTINGS, **settings})
-    return model
-
-
-def assert_same_weights(model, dense):
-    expected = dense.state_dict()
-    assert list(model.state_dict()) == list(expected)
-    for name, weight in model.state_dict().items():
-        assert weight.dtype == expected[name].dtype
-        assert torch.equal(weight, expected[name]), name
-
-
-def assert_stock(model, dense):
-    """Nothing of ours is left: weights, logits, classes, forwards, hooks and attributes."""
-    assert_same_weights(model, dense)
-    assert torch.equal(logits(model, ids()), logits(dense, ids()))
-    assert not is_pruned(model)
-    for (name, module), (other_name, other) in zip(model.named_modules(), dense.named_modules(), strict=True):
-        assert (name, type(module)) == (other_name, type(other))
-        assert "forward" not in vars(module)
-        assert len(module._forward_pre_hooks) == len(other._forward_pre_hooks)
-        # no attribute that a stock module has not, and plain ones as they were
-        assert vars(module).keys() == vars(other).keys()
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | bool)}
-        assert plain == {k: v for k, v in vars(other).items() if isinstance(v, int | float | str | bool)}
 
 
 class TestUndo:

@@ -41,7 +41,7 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``states @ weight.T + bias``: (..., in) to (..., out)."""
     if states.device.type != "cpu" or torch.compiler.is_exporting():
         return F.linear(states, weight, bias)
-    if not _NATIVE.get(weight.dtype, True):
+    if is_emulated(weight.dtype, weight.device):
         weight = weight.contiguous()  # see wants_rows
     thin = states.dtype == weight.dtype == torch.float32 and states.numel() <= THIN * states.shape[-1]
     if not (thin and _ONEDNN) or torch.is_grad_enabled() or not weight.is_contiguous():

@@ -19,16 +19,34 @@ def tokenizer():
     return train_tokenizer(VOCABULARY)
 
 
-@pytest.fixture(scope="session")
-def place(tmp_path_factory):
-    """A checkpoint with its tokenizer, a text to test on and documents to calibrate on."""
-    folder = tmp_path_factory.mktemp("place")
-    tiny("llama", vocab_size=VOCABULARY).save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
+def save(model, folder):
+    """A checkpoint with the tokenizer; returns its folder."""
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_another(folder):
+    """A checkpoint that differs from the one of ``place`` in one matrix; returns its folder."""
+    other = tiny("llama", vocab_size=VOCABULARY)
+    other.model.layers[2].mlp.up_proj.weight.data.add_(0.01)
+    return save(other, folder)
+
+
+def write_place(folder, documents):
+    """A checkpoint with its tokenizer, a text to test on and documents to calibrate on; returns the folder."""
+    save(tiny("llama", vocab_size=VOCABULARY), folder / "model")
     (folder / "text.txt").write_text("\n".join(f"line {n} of a text that is long enough to test on" for n in range(60)))
     words = " ".join(f"word{n}" for n in range(200))
-    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": f"{n} {words}"}) + "\n" for n in range(4)))
+    lines = [json.dumps({"text": f"{n} {words}"}) + "\n" for n in range(documents)]
+    (folder / "documents.jsonl").write_text("".join(lines))
     return folder
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """The same with documents that are soon calibrated on."""
+    return write_place(tmp_path_factory.mktemp("place"), documents=4)
 
 
 def everything(place):

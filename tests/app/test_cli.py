@@ -17,14 +17,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pp_lightning import Statistics, calibration
-from pp_lightning.app.cli import main
 from pp_lightning.app.descriptions import COMMANDS
 from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.benchmark import BenchmarkSettings
 from pp_lightning.benchmark.variants import chosen_variants
 from pp_lightning.commonsense import TASK_NAMES, evaluate
 from pp_lightning.interfaces import model_inputs
-from tests.app.conftest import tokenizer
+from tests.app.conftest import VOCABULARY, save, save_another
 from tests.commonsense.samples import write_samples
 from tests.models import tiny
 
@@ -39,7 +38,6 @@ USES = [
     for number, line in enumerate(path.read_text().replace("\\\n#", "").splitlines())
     if line.startswith("#   pp-lightning")
 ]
-VOCABULARY = 320
 FILES = {"results.json", "results.csv", "results.md"}
 
 
@@ -81,7 +79,9 @@ def test_compare_writes_the_table_for_eyes_and_machines(type_in, arguments, tmp_
     assert "batch 4 x 32" in table and "float32" in table
 
 
-def test_test_gives_the_figures_of_compare_and_of_plain_transformers(type_in, arguments, tmp_path, place):
+def test_test_gives_the_figures_of_compare_and_of_plain_transformers(
+    type_in, arguments, tmp_path, place, stock_perplexity
+):
     extra = ["--methods", "[pp]", "--ratios", "[0.4]", "--out", tmp_path / "compare"]
     assert type_in("compare", arguments, extra=extra) == 0
     extra = ["--model.method", "ProbePruning", "--model.pruning_ratio", 0.4, "--out", tmp_path / "test"]
@@ -94,19 +94,7 @@ def test_test_gives_the_figures_of_compare_and_of_plain_transformers(type_in, ar
     assert (
         json.loads((tmp_path / "dense" / "results.json").read_text())["rows"][0]["perplexity"] == rows[0]["perplexity"]
     )
-    assert rows[0]["perplexity"] == pytest.approx(_perplexity(place), rel=1e-5)
-
-
-@torch.no_grad()
-def _perplexity(place):
-    """Perplexity by stock transformers, one window at a time."""
-    model = AutoModelForCausalLM.from_pretrained(place / "model").eval()
-    tokens = tokenizer()((place / "text.txt").read_text(), return_tensors="pt")["input_ids"][0]
-    total, count = 0.0, 0
-    for window in tokens.split(32):
-        loss = model(input_ids=window[None], labels=window[None]).loss
-        total, count = total + float(loss) * (len(window) - 1), count + len(window) - 1
-    return float(torch.tensor(total / count).exp())
+    assert rows[0]["perplexity"] == pytest.approx(stock_perplexity(place / "model"), rel=1e-5)
 
 
 def test_variants_are_rows_with_settings_of_their_own(type_in, arguments, tmp_path):
@@ -162,36 +150,38 @@ def test_the_fit_config_runs_where_an_epoch_is_short(type_in, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.num_hidden_layers > 1
 
 
+@pytest.fixture
+def settings_of(type_in, monkeypatch, capsys):
+    """All settings of a command, as it would run."""
+
+    def run(command, *words):
+        monkeypatch.chdir(REPOSITORY)
+        assert type_in(command, {}, extra=[*words, "--print_config"]) == 0
+        return yaml.safe_load(capsys.readouterr().out)
+
+    return run
+
+
 @pytest.mark.parametrize("words", USES)
-def test_the_commands_that_configs_name_parse(words, monkeypatch, capsys):
-    resolved = settings_of(words, monkeypatch, capsys)
+def test_the_commands_that_configs_name_parse(words, settings_of):
+    resolved = settings_of(*words)
     first = yaml.safe_load((REPOSITORY / re.search(r"configs/\S+", " ".join(words))[0]).read_text())
     if words[0] != "benchmark":
         assert resolved["data"]["init_args"]["window"] == first["data"]["window"]
         assert resolved["model"]["path"] == first["model"].get("path")
 
 
-def test_a_method_is_pruned_with_what_its_model_says(monkeypatch, capsys):
+def test_a_method_is_pruned_with_what_its_model_says(settings_of):
     words = ["test", "--config", "configs/models/llama-3-8b.yaml", "--config", "configs/methods/probe_pruning.yaml"]
-    resolved = settings_of([*words, "--model.method.blocks", "[mlp]"], monkeypatch, capsys)
+    resolved = settings_of(*words, "--model.method.blocks", "[mlp]")
     model, data = resolved["model"], resolved["data"]["init_args"]
     assert model["path"] == "meta-llama/Meta-Llama-3-8B" and model["pruning_ratio"] == 0.4
     assert model["statistics"] == "statistics/llama-3-8b.safetensors"
     assert model["method"]["init_args"]["row_ratio"] == 0.05 and model["method"]["init_args"]["blocks"] == ["mlp"]
     assert (data["window"], data["batch_size"], data["calibration_samples"]) == (1024, 20, 2000)
     words[-1] = "configs/methods/llm_pruner.yaml"
-    model = settings_of(words, monkeypatch, capsys)["model"]
+    model = settings_of(*words)["model"]
     assert (model["round_to"], model["statistics"], model["dtype"]) == (1, None, "bfloat16")
-
-
-def settings_of(words, monkeypatch, capsys):
-    """All settings of a command, as it would run."""
-    monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr(sys, "argv", ["pp-lightning", *words, "--print_config"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 0
-    return yaml.safe_load(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -203,9 +193,9 @@ def settings_of(words, monkeypatch, capsys):
         ("gpu_graphs", [(20, 1024), (1, 128), (8, 128)]),
     ],
 )
-def test_benchmark_configs_are_read(name, cases, monkeypatch, capsys):
+def test_benchmark_configs_are_read(name, cases, settings_of):
     path = CONFIGS / "benchmark" / f"{name}.yaml"
-    resolved = settings_of(["benchmark", "--config", str(path)], monkeypatch, capsys)
+    resolved = settings_of("benchmark", "--config", path)
     settings = BenchmarkSettings.from_plain(yaml.safe_load(path.read_text()))
     settings.check()
     chosen_variants(settings.variants)
@@ -216,11 +206,8 @@ def test_benchmark_configs_are_read(name, cases, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "named"), [(["--batches", "3"], "batches"), (["--nope", "1"], "nope"), (["--variants", "[x]"], "x")]
 )
-def test_mistakes_in_a_benchmark_are_one_line(words, named, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pp-lightning", "benchmark", *words])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2
+def test_mistakes_in_a_benchmark_are_one_line(words, named, type_in, capsys):
+    assert type_in("benchmark", {}, extra=words) == 2
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1
 
@@ -347,12 +334,9 @@ def test_bad_commonsense_row_is_named(type_in, place, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_lm_eval_command(place, tmp_path, monkeypatch, capsys):
+def test_lm_eval_command(type_in, capsys):
     pytest.importorskip("lm_eval")
-    monkeypatch.setattr(sys, "argv", ["pp-lightning", "lm-eval", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 0
+    assert type_in("lm-eval", {}, extra=["--help"]) == 0
     assert "--model_args" in capsys.readouterr().out
 
 
@@ -488,12 +472,7 @@ def test_statistics_of_another_model(type_in, arguments, tmp_path, capsys):
     file = tmp_path / "statistics.safetensors"
     given = {**arguments, "--model.method": "WandaSP", "--model.statistics": file}
     assert type_in("test", given, extra=["--out", tmp_path / "mine"]) == 0
-    torch.manual_seed(3)
-    other = tiny("llama", vocab_size=VOCABULARY)
-    other.model.layers[2].mlp.up_proj.weight.data.add_(0.01)
-    other.save_pretrained(tmp_path / "other")
-    tokenizer().save_pretrained(tmp_path / "other")
-    given |= {"--model.path": tmp_path / "other", "--out": tmp_path / "out"}
+    given |= {"--model.path": save_another(tmp_path / "other"), "--out": tmp_path / "out"}
     assert type_in("test", given) == 2
     assert "another model" in refused(capsys)
     assert not (tmp_path / "out").exists()
@@ -502,9 +481,8 @@ def test_statistics_of_another_model(type_in, arguments, tmp_path, capsys):
 def test_weights_that_are_not_finite(type_in, arguments, tmp_path, capsys):
     broken = tiny("llama", vocab_size=VOCABULARY)
     broken.lm_head.weight.data[5, 5] = float("nan")
-    broken.save_pretrained(tmp_path / "broken")
-    tokenizer().save_pretrained(tmp_path / "broken")
-    assert type_in("test", {**arguments, "--model.path": tmp_path / "broken", "--out": tmp_path / "out"}) == 2
+    given = {**arguments, "--model.path": save(broken, tmp_path / "broken"), "--out": tmp_path / "out"}
+    assert type_in("test", given) == 2
     assert "logits are not finite" in refused(capsys)
     assert not (tmp_path / "out").exists()
 
@@ -525,10 +503,8 @@ def test_two_processes_evaluate_every_batch_once(arguments, type_in, tmp_path):
     assert together["rows"][0]["perplexity"] == pytest.approx(alone["rows"][0]["perplexity"], rel=1e-9)
 
 
-def test_help_teaches(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pp-lightning", "--help"])
-    with pytest.raises(SystemExit):
-        main()
+def test_help_teaches(type_in, capsys):
+    assert type_in("--help", {}) == 0
     text = capsys.readouterr().out
     assert "examples:" in text and "pp-lightning compare --config configs/models/tiny.yaml" in text
     for command, description in COMMANDS.items():
@@ -553,9 +529,6 @@ def test_a_comparison_that_reads_no_calibration_text_needs_none(type_in, argumen
     assert type_in("compare", given, extra=["--methods", "[full_batch]", "--ratios", "[0.4]"]) == 0
 
 
-def test_version(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pp-lightning", "--version"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 0
+def test_version(type_in, capsys):
+    assert type_in("--version", {}) == 0
     assert capsys.readouterr().out == f"pp-lightning {version('pp-lightning')}\n"

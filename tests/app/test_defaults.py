@@ -9,7 +9,7 @@ from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.data import Embedded, LanguageModelling
 from pp_lightning.data.base import samples_for
 from pp_lightning.errors import UserError
-from tests.app.conftest import tokenizer
+from tests.app.conftest import VOCABULARY, save, tokenizer
 from tests.app.test_cli import refused
 from tests.models import tiny
 
@@ -66,9 +66,8 @@ def test_calibration_text_is_cut_once():
 
 @pytest.mark.parametrize(("given", "dtype"), [({}, "bfloat16"), ({"--model.dtype": "float32"}, "float32")])
 def test_a_checkpoint_keeps_its_dtype(given, dtype, type_in, arguments, tmp_path):
-    tiny("llama", vocab_size=320).bfloat16().save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
-    asked = {**arguments, **given, "--model.path": tmp_path / "model", "--out": tmp_path / "out"}
+    model = save(tiny("llama", vocab_size=VOCABULARY).bfloat16(), tmp_path / "model")
+    asked = {**arguments, **given, "--model.path": model, "--out": tmp_path / "out"}
     assert type_in("test", asked) == 0
     assert f", {dtype};" in (tmp_path / "out" / "results.md").read_text()
 

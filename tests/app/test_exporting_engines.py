@@ -6,7 +6,8 @@ import re
 import pytest
 
 from pp_lightning.export.engines.run import RUNNERS, Answer, interpreter_of
-from tests.app.test_cli import VOCABULARY, refused
+from tests.app.conftest import VOCABULARY, save
+from tests.app.test_cli import refused
 from tests.export.engine_models import small
 
 gguf = pytest.importorskip("gguf")
@@ -101,28 +102,24 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, type_in, chosen, tmp_
     ],
 )
 def test_what_no_engine_or_class_holds_is_refused_before_any_work(
-    family, extra, wanted, type_in, chosen, tmp_path, capsys, place, monkeypatch
+    family, extra, wanted, type_in, chosen, tmp_path, capsys, monkeypatch
 ):
     def never(*_, **__):
         raise AssertionError("calibrated")
 
     monkeypatch.setattr("pp_lightning.app.module.PrunedLM.prune", never)
-    small(family, vocab_size=VOCABULARY).save_pretrained(tmp_path / family)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / family / name).write_bytes((place / "model" / name).read_bytes())
-    given = {**chosen, "--model.path": tmp_path / family, "--out": tmp_path / "out"}
+    folder = save(small(family, vocab_size=VOCABULARY), tmp_path / family)
+    given = {**chosen, "--model.path": folder, "--out": tmp_path / "out"}
     assert type_in("export", given, extra=extra) == 2
     line = refused(capsys)
     assert all(words in line for words in wanted)
     assert not (tmp_path / "out").exists()
 
 
-def test_biases_of_attention_alone_have_a_class(type_in, chosen, tmp_path, place):
+def test_biases_of_attention_alone_have_a_class(type_in, chosen, tmp_path):
     """The negative control: Qwen3's own class reads a bias of this output, and not of MLPs."""
-    small("qwen3", vocab_size=VOCABULARY).save_pretrained(tmp_path / "qwen3")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "qwen3" / name).write_bytes((place / "model" / name).read_bytes())
-    given = {**chosen, "--model.path": tmp_path / "qwen3", "--out": tmp_path / "out", "--model.mlp_ratio": 0.0}
+    folder = save(small("qwen3", vocab_size=VOCABULARY), tmp_path / "qwen3")
+    given = {**chosen, "--model.path": folder, "--out": tmp_path / "out", "--model.mlp_ratio": 0.0}
     assert type_in("export", given) == 0
 
 

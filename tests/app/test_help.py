@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pp_lightning.app.cli import main
 from pp_lightning.app.descriptions import COMMANDS
 from pp_lightning.app.help import benchmark_options, help_for, known_options, trainer_options
 from pp_lightning.benchmark import BenchmarkSettings
@@ -39,10 +38,8 @@ def test_the_list_of_commands_is_whole(capsys):
 
 
 @pytest.mark.parametrize("command", ["test", "compare", "prune", "export", "fit"])
-def test_help_knows_the_options_that_the_parser_has(command, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pp-lightning", command, "--print_config"])
-    with pytest.raises(SystemExit):
-        main()
+def test_help_knows_the_options_that_the_parser_has(command, type_in, capsys):
+    assert type_in(command, {}, extra=["--print_config"]) == 0
     settings = yaml.safe_load(capsys.readouterr().out)
     data = settings.pop("data")["init_args"]
     groups = {"model": settings.pop("model"), "data": data, "trainer": settings.pop("trainer")}

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,29 +15,21 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pp_lightning import kept_units, prune_
-from pp_lightning.app.cli import main
 from pp_lightning.app.module import PrunedLM
 from pp_lightning.importances import Importances
 from pp_lightning.recovery import Recovered
-from tests.app.conftest import tokenizer
+from tests.app.conftest import VOCABULARY, save_another, write_place
+from tests.app.test_cli import REPOSITORY, refused
 from tests.commonsense.samples import write_samples
 from tests.models import ids, logits, tiny
 
-REPOSITORY = Path(__file__).parents[2]
-VOCABULARY = 320
 FOLDER = {"adapter_config.json", "adapter_model.safetensors", "choices.safetensors", "training.csv", "training.png"}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A checkpoint with its tokenizer, a text to test on and documents to calibrate and train on."""
-    folder = tmp_path_factory.mktemp("place")
-    tiny("llama", vocab_size=VOCABULARY).save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-    (folder / "text.txt").write_text("\n".join(f"line {n} of a text that is long enough to test on" for n in range(60)))
-    words = " ".join(f"word{n}" for n in range(200))
-    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": f"{n} {words}"}) + "\n" for n in range(9)))
-    return folder
+    """With enough documents to train on."""
+    return write_place(tmp_path_factory.mktemp("place"), documents=9)
 
 
 @pytest.fixture
@@ -78,19 +69,13 @@ METHODS = {
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
+def run(type_in, tmp_path):
     """Run the program with a config in this process; returns its exit code."""
 
     def program(command, given, out):
         config = tmp_path / "config.yaml"
         config.write_text(yaml.safe_dump(given))
-        words = ["pp-lightning", command, "--config", str(config), "--out", str(tmp_path / out)]
-        monkeypatch.setattr(sys, "argv", words)
-        try:
-            main()
-        except SystemExit as stop:
-            return stop.code
-        return 0
+        return type_in(command, {"--config": config, "--out": tmp_path / out})
 
     return program
 
@@ -116,13 +101,6 @@ def adapter(folder):
 
 def row(folder, number=0):
     return json.loads((folder / "results.json").read_text())["rows"][number]
-
-
-def refused(capsys):
-    """The one line that a mistake leaves on the error stream."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pp-lightning:")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.mark.slow
@@ -356,11 +334,7 @@ def test_importances_that_do_not_fit(run, settings, tmp_path, capsys):
         assert run(command, given | more, "out") == 2
         message = refused(capsys)
         assert "holds importances of the kind param_first, but LoRAPrune chooses from lora" in message
-    other = tiny("llama", vocab_size=VOCABULARY)
-    other.model.layers[2].mlp.up_proj.weight.data.add_(0.01)
-    other.save_pretrained(tmp_path / "other")
-    tokenizer().save_pretrained(tmp_path / "other")
-    given["model"] |= {"path": str(tmp_path / "other"), "method": METHODS["llm_pruner"]}
+    given["model"] |= {"path": str(save_another(tmp_path / "other")), "method": METHODS["llm_pruner"]}
     assert run("test", given, "out") == 2
     assert "these importances were collected on another model" in refused(capsys)
     file.write_text("something else")
@@ -534,12 +508,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, run, settings, tmp_pa
 @pytest.mark.slow
 def test_adapters_of_another_model(run, settings, place, tmp_path, capsys):
     assert run("fit", fitted(settings, "llm_pruner"), "trained") == 0
-    other = tiny("llama", vocab_size=VOCABULARY)
-    other.model.layers[2].mlp.up_proj.weight.data.add_(0.01)
-    other.save_pretrained(tmp_path / "other")
-    tokenizer().save_pretrained(tmp_path / "other")
+    other = str(save_another(tmp_path / "other"))
     given = evaluated(settings, recovered=str(tmp_path / "trained"))
-    assert run("test", {**given, "model": {**given["model"], "path": str(tmp_path / "other")}}, "out") == 2
+    assert run("test", {**given, "model": {**given["model"], "path": other}}, "out") == 2
     assert "these choices were collected on another model" in refused(capsys)
     assert run("test", {**given, "model": {**given["model"], "recovered": str(place)}}, "out") == 2
     assert "has no choices.safetensors: give the folder that a finished fit" in refused(capsys)
@@ -670,7 +641,7 @@ def test_tasks_of_a_recovered_model_are_those_of_the_harness(run, settings, plac
     assert accuracies == pytest.approx({name: results[f"local_{name}"]["acc,none"] for name in accuracies})
 
 
-def test_the_harness_command_refuses_what_it_cannot_load(place, tmp_path, monkeypatch, capsys):
+def test_the_harness_command_refuses_what_it_cannot_load(type_in, place, tmp_path, monkeypatch, capsys):
     tasks = pytest.importorskip("lm_eval.tasks")
     from tests.commonsense.harness_tasks import GivenTasks, write_definitions
 
@@ -684,10 +655,7 @@ def test_the_harness_command_refuses_what_it_cannot_load(place, tmp_path, monkey
     for arguments, message in mistakes.items():
         given = ["--tasks", "local_piqa", "--include_path", str(definitions), "--batch_size", "2"]
         given += ["--model_args", f"path={place / 'model'},{arguments}"]
-        monkeypatch.setattr(sys, "argv", ["pp-lightning", "lm-eval", *given])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code == 2
+        assert type_in("lm-eval", {}, extra=given) == 2
         assert message in refused(capsys)
 
 

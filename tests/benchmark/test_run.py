@@ -16,7 +16,6 @@ from pp_lightning.benchmark.timing import interleaved
 from pp_lightning.benchmark.variants import VARIANTS, chosen_variants, pruned_copy, reference_of
 from pp_lightning.benchmark.write import write_results
 from pp_lightning.checkpoints import EMBEDDED_MODEL
-from pp_lightning.functional import linear
 from pp_lightning.tables import comma_separated, markdown
 from tests.models import SETTINGS, ids, logits, statistics, tiny
 
@@ -223,7 +222,7 @@ def test_types_without_arithmetic_are_left_out(measured, monkeypatch):
     eager(monkeypatch)
     measured.cases, measured.decode, measured.blocks, measured.variants = [Case(4, 16)], [], False, ["PP"]
     measured.dtypes = ["float32", "bfloat16"]
-    monkeypatch.setattr(linear, "_NATIVE", {torch.bfloat16: False})
+    monkeypatch.setattr("pp_lightning.benchmark.run.is_emulated", lambda dtype, device: dtype == torch.bfloat16)
     told = []
     assert {row.dtype for row in run_benchmark(measured, told.append)} == {"float32"}
     assert "bfloat16 is left out" in told[0]

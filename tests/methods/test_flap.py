@@ -121,9 +121,10 @@ def test_removes_about_the_asked_share():
 
 
 @pytest.mark.parametrize(("name", "units"), [("llama", HEADS), ("llama_gqa", GROUPS), ("opt", HEADS)])
-def test_bias_is_the_mean_output_of_what_was_removed(name, units):
+@pytest.mark.parametrize("uniform", [False, True])
+def test_bias_is_the_mean_output_of_what_was_removed(name, units, uniform):
     model, stats = tiny(name), statistics(name)
-    prune_(model, FLAP(), stats, **SETTINGS)
+    prune_(model, FLAP(uniform=uniform), stats, **SETTINGS)
     architecture_layers = model.model.decoder.layers if name == "opt" else model.model.layers
     for layer in PRUNED:
         kept = kept_units(model)[layer]

@@ -17,8 +17,8 @@ from tests.models import (
     logits,
     padded,
     pairs,
+    pruned,
     ragged,
-    statistics,
     tiny,
 )
 from tests.recording import RecordingProbePruning
@@ -31,12 +31,6 @@ METHODS = {
     "pp_rank_by_input": lambda: ProbePruning(rank_by="input"),
     "full_batch": FullBatchProbing,
 }
-
-
-def pruned(name, method, **settings):
-    model = tiny(name)
-    prune_(model, method(), statistics(name), **{**SETTINGS, **settings})
-    return model
 
 
 def position_ids(mask):
