@@ -12,6 +12,9 @@ def main() -> None:
         from pp_lightning.app.cli import main as run
 
         run()
+    except KeyboardInterrupt:
+        print("pp-lightning: interrupted", file=sys.stderr)
+        sys.exit(130)
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] not in _NEEDED:
             raise

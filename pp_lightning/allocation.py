@@ -85,7 +85,7 @@ def uniform(plan: Plan, inputs: AllocationInputs) -> tuple[Plan, dict[BlockKey, 
 
 
 def by_global_ranking(plan: Plan, inputs: AllocationInputs) -> tuple[Plan, dict[BlockKey, int]]:
-    """Counts by what units are worth, over all layers, none skipped, that save as many FLOPs as the plan would.
+    """Counts by what units are worth, over all layers, none skipped, that save as much of the budget as the plan would.
 
     A unit is worth what its loss adds to its block's output relative to the residual, as the calibration set has it
     (:func:`~pp_lightning.functional.allocation.relative_output_losses`), for each FLOP that it takes in a text as long
@@ -98,10 +98,10 @@ def by_global_ranking(plan: Plan, inputs: AllocationInputs) -> tuple[Plan, dict[
     statistics, plans = inputs.statistics, {block.block: block for block in plan.blocks}
     if statistics is None:
         raise UserError("allocation=global needs calibration statistics: pass the result of calibrate()")
-    weights = inputs.output_weights
+    weights, tokens = inputs.output_weights, plan.counted_tokens(statistics.num_positions)
     floors = settled_floors(plan, weights.keys(), inputs.floor, statistics.num_positions)
-    cost = {name: unit_flops(block, statistics.num_positions) for name, block in plans.items()}
-    to_save = _flops_to_save(plan, weights.keys(), statistics.num_positions)
+    cost = {name: unit_flops(block, tokens) for name, block in plans.items()}
+    to_save = _flops_to_save(plan, weights.keys(), tokens)
     keep = {key: plans[key[1]].keep if plans[key[1]].alike else plans[key[1]].units.number for key in weights}
     keys = [key for key in keep if _is_ranked(plans[key[1]])]
     removable = [_removable(plans[key[1]], cost[key[1]], floors[key[1]], key, inputs, statistics) for key in keys]
@@ -120,7 +120,7 @@ def settled_floors(plan: Plan, keys: Collection[BlockKey], floor: float | None, 
     """
     if floor is not None and not 0.0 <= floor <= 1.0:
         raise UserError(f"floor is the fraction that every block keeps and must be in [0, 1], not {floor}")
-    plans = {block.block: block for block in plan.blocks}
+    plans, tokens = {block.block: block for block in plan.blocks}, plan.counted_tokens(tokens)
     costs = {name: unit_flops(block, tokens) for name, block in plans.items()}
     candidates = FLOORS if floor is None else (dict.fromkeys(Block, floor),)
     for floors in candidates:
@@ -144,7 +144,7 @@ def _is_ranked(plan: BlockPlan) -> bool:
 
 
 def unit_flops(plan: BlockPlan, tokens: int) -> int:
-    """FLOPs that one unit takes for each token of a text of ``tokens`` tokens."""
+    """FLOPs that one unit takes for each token of a text of ``tokens`` tokens; of 0 tokens, two for each weight."""
     products = 4 * tokens * plan.units.channels if plan.block is Block.ATTENTION else 0
     return 2 * plan.units.cost + products
 

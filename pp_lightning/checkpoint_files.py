@@ -34,12 +34,17 @@ _MEANINGS = (
 )
 
 
-def check_folder(path: str, *, allow_pickle: bool) -> dict[str, Any]:
+def check_folder(path: str, *, allow_pickle: bool, bundled_code: bool = False) -> dict[str, Any]:
     """Refuse a folder whose config, weights or index cannot be read."""
     folder = Path(path)
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'} holds no settings of a model: give a transformers checkpoint folder")
+    if not bundled_code and "modeling_pruned" in str(config.get("auto_map")):
+        raise UserError(
+            f"{path} has counts of its own in every layer, which transformers alone loads (trust_remote_code=True): "
+            "write it with --layout uniform"
+        )
     for name in _SIZES:
         if isinstance(config.get(name), int) and config[name] < 1:
             raise UserError(f"{folder / 'config.json'}: {name} must be at least 1, not {config[name]}")
@@ -68,7 +73,11 @@ def in_our_words(error: Exception, config: Mapping[str, Any]) -> str:
         if found := re.search(pattern, text, re.DOTALL):
             return meaning.format(*found.groups())
     lines = str(error).strip().splitlines()
-    return lines[0] if lines and isinstance(error, OSError | ValueError) else "config.json does not describe a model"
+    return (
+        lines[0]
+        if lines and isinstance(error, OSError | ValueError | ImportError)
+        else "config.json does not describe a model"
+    )
 
 
 def _check_index(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import snapshot_download
@@ -72,6 +72,8 @@ def load_spread(path: str | None, dtype: Dtype, processes: int) -> PreTrainedMod
 
 
 def _loaded(source: str, dtype: Dtype, allow_pickle: bool, **how: Any) -> PreTrainedModel:
+    if dtype not in get_args(Dtype):
+        raise UserError(f"dtype must be one of {', '.join(get_args(Dtype))}, not {dtype!r}")
     config = check_folder(source, allow_pickle=allow_pickle) if is_folder(source) else {}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -125,7 +127,7 @@ def load_streamed(path: str | None = None, dtype: Dtype = "float32", *, bundled_
             not those of the model one by one.
     """
     source = _checked_source(path)
-    settings = check_folder(source, allow_pickle=False) if is_folder(source) else {}
+    settings = check_folder(source, allow_pickle=False, bundled_code=bundled_code) if is_folder(source) else {}
     try:
         folder = Path(source if is_folder(source) else snapshot_download(source, allow_patterns=_READ))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=bundled_code)

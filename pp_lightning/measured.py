@@ -72,7 +72,7 @@ def measured_counts(
     name: AllocationName,
     floor: float | None,
 ) -> Counts:
-    """Units that stay in each block, at the FLOPs of the uniform plan.
+    """Units that stay in each block, at the budget of the uniform plan.
 
     A search (``name`` is ``searched``) keeps second moments of all blocks; ``targets`` are all blocks of the model that
     lose units.
@@ -99,8 +99,8 @@ def measured_counts(
     whole, keep = spread(plan, method, weights, calibration_data, "global", floor, losses)
     if name != "searched":
         return Counts(whole, keep, [])
-    tokens = calibration_data.num_positions
-    floors = settled_floors(plan, weights.keys(), floor, tokens)
+    tokens = plan.counted_tokens(calibration_data.num_positions)
+    floors = settled_floors(plan, weights.keys(), floor, calibration_data.num_positions)
     heads = [t.plan for t in targets if t.plan.block is Block.ATTENTION and not t.plan.alike]
     head = unit_flops(heads[0], tokens) * heads[0].round_to if heads else 0
     movable = {}
@@ -174,6 +174,11 @@ def losses_by_rise(
     """
     losses = {key: block.losses for key, block in found.items()}
     batches = update.loss_rows
+    if not update.held_out:
+        update.tell(
+            f"one calibration batch leaves nothing held out: blocks are not compared by the loss, the ridge is "
+            f"{RIDGE_UNTRIED}: take more windows, or smaller batches"
+        )
     if not batches or not model.can_generate():
         return losses
     modules, alone = blocks_of(model), {}

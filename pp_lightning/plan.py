@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, ModelShape, units_of
 from pp_lightning.errors import UserError
 from pp_lightning.functional.budget import kept_channels, kept_heads, layer_ratio, rounded_up
 from pp_lightning.methods.base import AllocationName, PruningMethod
+
+Budget = Literal["flops", "params"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Amounts:
             while the loss on held-out batches falls, for methods that update; none takes the method's own.
         floor: fraction of its units that every block keeps under ``global``; none takes 0.35 in attention and 0.25 in
             MLPs, or 0.25 in both where that would leave too little to remove.
+        budget: what ``global`` and ``searched`` leave as much of as the uniform plan: ``flops``, or ``params``, the
+            weights of heads and MLPs.
     """
 
     pruning_ratio: float
@@ -44,10 +48,12 @@ class Amounts:
     uniform_heads: bool = False
     allocation: AllocationName | None = None
     floor: float | None = None
+    budget: Budget = "flops"
 
     def recorded(self) -> dict[str, Any]:
         """What a file keeps of the amounts; what came later than the first files only where it is not the default."""
         names = ["pruning_ratio", "attention_ratio", "mlp_ratio", "skip_layers", "round_to"]
+        names += ["budget"] * (self.budget != "flops")
         names += ["tensor_parallel"] * (self.tensor_parallel != 1) + ["uniform_heads"] * self.uniform_heads
         return {name: getattr(self, name) for name in names}
 
@@ -59,6 +65,11 @@ class Plan:
     layers: tuple[int, ...]
     blocks: tuple[BlockPlan, BlockPlan]
     unit: AttentionUnit
+    budget: Budget = "flops"
+
+    def counted_tokens(self, tokens: int) -> int:
+        """Length of the texts whose FLOPs are counted, of ``tokens`` that texts have; where weights are, none."""
+        return tokens if self.budget == "flops" else 0
 
 
 def make_plan(shape: ModelShape, method: PruningMethod, amounts: Amounts) -> Plan:
@@ -71,7 +82,9 @@ def make_plan(shape: ModelShape, method: PruningMethod, amounts: Amounts) -> Pla
     skipped = set(amounts.skip_layers)
     strangers = sorted(layer for layer in skipped if not 0 <= layer < shape.num_layers)
     if strangers:
-        raise UserError(f"skip_layers names layer {strangers[0]}, but the model has layers 0 to {shape.num_layers - 1}")
+        raise UserError(
+            f"skip_layers names layer {strangers[0]}, but the model has layers 0 to {shape.num_layers - 1}: say []"
+        )
     if amounts.uniform_heads:
         skipped = set()
     devices, round_to = amounts.tensor_parallel, amounts.round_to
@@ -82,6 +95,8 @@ def make_plan(shape: ModelShape, method: PruningMethod, amounts: Amounts) -> Pla
         nominal = amounts.pruning_ratio if own_ratio is None else own_ratio
         pruned = block in method.blocks
         having = {layer for layer in range(shape.num_layers) if shape.has(layer, block) or not pruned}
+        if not having:
+            raise UserError(f"no layer of this model has heads or channels of {block.value} that can be pruned")
         ratio = layer_ratio(nominal, len(having), len(having & skipped))
         if not pruned:
             ratio = 0.0
@@ -96,7 +111,7 @@ def make_plan(shape: ModelShape, method: PruningMethod, amounts: Amounts) -> Pla
             keep = kept_channels(units.number, ratio, multiple)
             plans.append(BlockPlan(block, units, ratio, keep, multiple))
     layers = tuple(layer for layer in range(shape.num_layers) if layer not in skipped)
-    return Plan(layers, (plans[0], plans[1]), unit)
+    return Plan(layers, (plans[0], plans[1]), unit, amounts.budget)
 
 
 def _check_rounding(num_channels: int, ratio: float, round_to: int) -> None:

@@ -19,7 +19,7 @@ from pp_lightning.importances import Importances
 from pp_lightning.measured import measured_counts
 from pp_lightning.methods.base import AllocationName, PruningMethod, StaticMethod
 from pp_lightning.methods.dynamic import DynamicMethod
-from pp_lightning.plan import Amounts, Plan, make_plan
+from pp_lightning.plan import Amounts, Budget, Plan, make_plan
 from pp_lightning.prefill import Prefill, checked_refresh, dense_below, dense_rows
 from pp_lightning.progress import Tell, ignore_line
 from pp_lightning.pruned.check import Meeting, check_block, kinds_of, meetings
@@ -68,6 +68,7 @@ def prune_(
     mlp_ratio: float | None = None,
     allocation: AllocationName | None = None,
     floor: float | None = None,
+    budget: Budget = "flops",
     tensor_parallel: int = 1,
     uniform_heads: bool = False,
     keep_dense: bool = True,
@@ -90,7 +91,7 @@ def prune_(
         method: one of :mod:`pp_lightning.methods`.
         calibration_data: of the kind that the method says: statistics from :func:`calibrate` for most, importances for
             LLM-Pruner and LoRAPrune; may be None where the method needs none.
-        pruning_ratio: fraction of units removed over the whole model, in [0, 1). This and the next eight are explained
+        pruning_ratio: fraction of units removed over the whole model, in [0, 1). This and the next nine are explained
             at :class:`~pp_lightning.plan.Amounts`.
         skip_layers: layers left dense; the others lose more to make up for them.
         round_to: MLP channels are kept in multiples of this.
@@ -99,6 +100,7 @@ def prune_(
         allocation: how units are spread over layers: ``uniform``, ``outliers``, ``global`` or ``searched``; None takes
             the method's own.
         floor: fraction of its units that every block keeps under ``global``.
+        budget: what ``global`` leaves as much of as uniform counts: ``flops`` or ``params``.
         tensor_parallel: devices that are to share every block evenly.
         uniform_heads: the same number of heads in every layer, none skipped.
         keep_dense: keep a static method's dense weights for :func:`unprune_`. False saves their memory.
@@ -123,7 +125,9 @@ def prune_(
             missing, of another kind or model, or does not cover what is needed.
     """
     ratios = (pruning_ratio, attention_ratio, mlp_ratio)
-    amounts = Amounts(*ratios, skip_layers, round_to, tensor_parallel, uniform_heads, allocation, floor)
+    amounts = Amounts(*ratios, skip_layers, round_to, tensor_parallel, uniform_heads, allocation, floor, budget)
+    if not isinstance(method, PruningMethod):
+        raise UserError(f"method must be one of pp_lightning.methods, such as FLAP(), not {method!r}")
     if hasattr(model, _ATTRIBUTE):
         raise UserError("the model is pruned already: unprune_ it first")
     _check_not_compiled(model)

@@ -57,6 +57,10 @@ class LeastSquares:
     loss_tokens: int = 4096
     tell: Tell = ignore_line
 
+    def __post_init__(self) -> None:
+        if not self.batches:
+            raise UserError("the update needs calibration batches")
+
     @property
     def held_out(self) -> Sequence[Mapping[str, Any]]:
         """The last tenth of the batches, at least one where there are two."""
@@ -91,8 +95,6 @@ class Updating:
     """Updates one block after the other while a static method prunes."""
 
     def __init__(self, model: PreTrainedModel, update: LeastSquares, restores_means: bool) -> None:
-        if not update.batches:
-            raise UserError("the update needs calibration batches")
         if update.ridge is not None and not update.ridge >= 0.0:
             raise UserError(f"ridge must not be negative, not {update.ridge}")
         self.update = replace(update, bias=restores_means if update.bias is None else update.bias)

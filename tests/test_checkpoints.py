@@ -54,6 +54,19 @@ def test_damaged_config(folder):
     assert "\n" not in str(caught.value)
 
 
+def test_counts_per_layer_are_for_transformers(folder):
+    config = json.loads((folder / "config.json").read_text())
+    own = {"auto_map": {"AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(UserError, match=r"which transformers alone loads .* --layout uniform$"):
+        load_model(str(folder))
+
+
+def test_a_dtype_is_named(folder):
+    with pytest.raises(UserError, match=r"dtype must be one of auto, .*, not torch\.float32"):
+        load_model(str(folder), torch.float32)
+
+
 def test_truncated_weights(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

@@ -249,7 +249,6 @@ def test_any_static_choice_can_be_updated():
     [
         (StaticBest(), None, "pass update"),
         (ProbePruning(), LeastSquares(calibration_batches()), "leave update out"),
-        (WandaSP(), LeastSquares([]), "needs calibration batches"),
         (WandaSP(), LeastSquares(calibration_batches(), ridge=-1.0), "must not be negative"),
     ],
 )
@@ -260,6 +259,23 @@ def test_mistakes_are_one_line_and_leave_the_model_as_it_was(method, update, wor
         prune_(model, method, statistics("llama"), **SETTINGS, update=update)
     assert "\n" not in str(caught.value)
     assert not is_pruned(model) and torch.equal(logits(model, text), dense)
+
+
+def test_an_update_without_text_is_refused():
+    with pytest.raises(UserError, match="needs calibration batches"):
+        LeastSquares([])
+
+
+def test_a_class_is_no_method():
+    with pytest.raises(UserError, match=r"such as FLAP\(\)"):
+        prune_(tiny("llama"), FLAP, statistics("llama"), **SETTINGS)
+
+
+def test_a_single_batch_is_told_to_hold_nothing_out():
+    for number, said in ((1, True), (4, False)):
+        model, told, batches = tiny("llama"), [], calibration_batches(number)
+        prune_(model, StaticBest(), statistics("llama"), **SETTINGS, update=LeastSquares(batches, tell=told.append))
+        assert any("leaves nothing held out" in line for line in told) == said
 
 
 def test_states_that_are_not_finite_or_all_zero_are_refused():

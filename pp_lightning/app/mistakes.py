@@ -91,7 +91,7 @@ def _no_option(option: str, name: str, text: str, command: str) -> str:
     owner = locate(classes[-1]) if classes else None
     start = f"{option}." if option else ""
     known = [start + one for one in signature(owner).parameters] if callable(owner) else known_options(command)
-    near = get_close_matches(start + name, known, n=2, cutoff=0.75)
+    near = [one for one in get_close_matches(start + name, known, n=3, cutoff=0.75) if one != start + name][:2]
     hint = f"did you mean --{' or --'.join(near)}?" if near else f"see pp-lightning {command} --help"
     if callable(owner) and not near:
         hint = f"choose from {', '.join(signature(owner).parameters)}"

@@ -21,6 +21,7 @@ from pp_lightning.export.sizes import check_exportable
 from pp_lightning.families import layers_of, shape_of
 from pp_lightning.interfaces import model_inputs
 from pp_lightning.methods import StaticBest, StaticMethod
+from pp_lightning.pruning import pruning_of
 from pp_lightning.target import Target
 from pp_lightning.updating import LeastSquares
 
@@ -54,8 +55,11 @@ def prune_and_export(
     if target is not None:
         shape, item = shape_of(module.model.config), next(module.model.parameters()).element_size()
         total = module.model.num_parameters()
-        ratio = Target.parse(target).ratio(shape, module.settled(method), module.amounts, data.window, total, item)
-        module.change(pruning_ratio=ratio)
+        asked = Target.parse(target)
+        ratio = asked.ratio(shape, module.settled(method), module.amounts, data.window, total, item)
+        module.change(pruning_ratio=ratio, budget="flops" if asked.measure == "flops" else "params")
+        if ratio == 0.0:
+            say(f"the model meets {target} as it is: nothing will be pruned")
     module.method = None
     module.prepare(data)
     module.check_plan(method, data.window)
@@ -77,12 +81,21 @@ def prune_and_export(
         row = evaluated()
         say(
             f"perplexity: {before.perplexity:.2f} dense, {row.perplexity:.2f} pruned, at {row.flops.layers:.3f} of the "
-            "layers' FLOPs"
+            f"layers' FLOPs and {_weights_left(module.model):.3f} of the weights of their heads and MLPs"
         )
         return {"dense": before.as_dict(), "pruned": row.as_dict(), "data": data.describe()}
 
     export_pruned(module, data, device, out, export, after)
     shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _weights_left(model: PreTrainedModel) -> float:
+    pruning = pruning_of(model)
+    costs = {block.block: block.units for block in pruning.plan.blocks}
+    keys = pruning.shape.keys
+    whole = sum(costs[block].number * costs[block].cost for _, block in keys)
+    gone = sum((costs[key[1]].number - left) * costs[key[1]].cost for key, left in pruning.keep.items())
+    return 1 - gone / whole
 
 
 @torch.no_grad()
@@ -99,7 +112,7 @@ def _forecast(module: PrunedLM, method: StaticMethod, data: LanguageModelling) -
         layers = len(layers_of(module.model))
         share = tokens / inputs["input_ids"].numel()  # of a batch
         seconds += share * ((layers + 2) * inner + (2 * layers + 1) * max(0.0, whole - inner))
-        alone = f", {2 * layers} blocks pruned alone on {tokens} tokens"
+        alone = f", {2 * layers} blocks pruned alone on {tokens} tokens" if tokens else ""
     return (
         f"{settled.label} at pruning ratio {module.settings.pruning_ratio:.3f}: about {seconds / 60:.1f} minutes for "
         f"{passes} passes over {data.calibration_samples} calibration windows of {data.window} tokens{alone} and two "

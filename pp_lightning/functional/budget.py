@@ -17,7 +17,7 @@ def layer_ratio(pruning_ratio: float, num_layers: int, num_skipped: int) -> floa
         raise UserError(f"pruning_ratio is the fraction removed and must be in [0, 1), not {pruning_ratio}")
     pruned = num_layers - num_skipped
     if pruned <= 0:
-        raise UserError(f"skip_layers leaves none of the {num_layers} layers to prune: skip fewer")
+        raise UserError(f"skip_layers leaves none of the {num_layers} layers to prune: skip fewer, [] skips none")
     ratio = round(num_layers / pruned * pruning_ratio, 2)
     if ratio >= 1.0:
         raise UserError(

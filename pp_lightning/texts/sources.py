@@ -43,7 +43,8 @@ class TextSource(ABC):
 
     def describe(self) -> dict[str, Any]:
         """What a result must carry to be repeated: class, settings, and the SHA-256 of the text."""
-        settings = {key: str(value) for key, value in vars(self).items() if value is not None}
+        of_hub = ("split",) if getattr(self, "path", None) else ()  # a file is one part, whichever
+        settings = {key: str(value) for key, value in vars(self).items() if value is not None and key not in of_hub}
         digest = hashlib.sha256(self.text().encode()).hexdigest()
         return {"source": type(self).__name__, **settings, "sha256": digest}
 
