@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pp_lightning import calibrate, kept_units, prune_, unprune_
+from pp_lightning.functional import linear as linear_module
 from pp_lightning.methods import FullBatchProbing, ProbePruning
-from pp_lightning.pruned import block as block_module
 from pp_lightning.pruned.choice import Choice
 from pp_lightning.pruned.slices import BlockSlices, SliceMemory
 from pp_lightning.pruning import last_choices, pruning_of
@@ -193,7 +193,7 @@ def test_where_products_want_rows_slices_are_held_by_rows(monkeypatch):
     model, plain = (pruned() for _ in range(2))
     expected = [decoded(plain, ids(seed=seed), ids(4, 1)) for seed in (1, 2)]
     assert not any(outputs_by_rows(plain, expected[-1][1]))
-    monkeypatch.setattr(block_module, "wants_rows", lambda weight: True)  # as half precision on many a laptop
+    monkeypatch.setattr(linear_module, "is_emulated", lambda *_: True)  # as half precision on many a laptop
     found = [decoded(model, ids(seed=seed), ids(4, 1)) for seed in (1, 2)]
     assert all(outputs_by_rows(model, found[-1][1]))
     for (one, _), (other, _) in zip(found, expected, strict=True):
