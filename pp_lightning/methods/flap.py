@@ -13,6 +13,8 @@ from pp_lightning.functional.selection import keep_best, unit_channels
 from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, BlockToPrune, StaticChoice, StaticMethod, UnitName
 from pp_lightning.statistics import Statistics
 
+_ROWS_AT_ONCE = 256
+
 
 class FLAP(StaticMethod[Statistics]):
     """Static: removes what fluctuates least, with ratios per layer, and puts the removed channels' mean into a bias.
@@ -83,7 +85,9 @@ class FLAP(StaticMethod[Statistics]):
         weight = block.weight
         mean = statistics.channel_moments(*block.key)[0].to(weight.device)
         removed = mean.index_fill(0, unit_channels(kept, block.units.channels), 0.0)
-        return weight.detach().float() @ removed
+        # Of copies, some rows at a time: how a product rounds depends, on some processors, on where a weight begins.
+        parts = weight.detach().split(_ROWS_AT_ONCE)
+        return torch.cat([rows.to(torch.float32, copy=True) @ removed for rows in parts])
 
 
 def global_counts(blocks: Sequence[BlockToPrune], scores: Sequence[Tensor]) -> list[int]:
