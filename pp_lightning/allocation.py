@@ -1,5 +1,6 @@
 """How the removed units are spread over the layers: the same in each, or by one ranking over all of them."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -133,8 +134,13 @@ def settled_floors(plan: Plan, keys: Collection[BlockKey], floor: float | None, 
 
 
 def _flops_to_save(plan: Plan, keys: Collection[BlockKey], tokens: int) -> int:
-    """What uniform counts save for each token of a text of ``tokens`` tokens, in blocks that are ranked."""
+    """What ranked blocks save for each token of a text of ``tokens`` tokens: as uniform counts do, or as asked."""
     ranked = [one for one in plan.blocks if _is_ranked(one)]
+    if plan.stays is not None:
+        costs = {one.block: one.units.number * unit_flops(one, tokens) for one in plan.blocks}
+        alike = {one.block: (one.units.number - one.keep) * unit_flops(one, tokens) for one in plan.blocks if one.alike}
+        whole, gone = (sum(of.get(block, 0) for _, block in keys) for of in (costs, alike))
+        return max(0, math.ceil((1 - plan.stays) * whole) - gone)
     saved = {one.block: (one.units.number - one.keep) * unit_flops(one, tokens) for one in ranked}
     return sum(saved.get(block, 0) for layer, block in keys if layer in plan.layers)
 

@@ -37,6 +37,7 @@ class Amounts:
             MLPs, or 0.25 in both where that would leave too little to remove.
         budget: what ``global`` and ``searched`` leave as much of as the uniform plan: ``flops``, or ``params``, the
             weights of heads and MLPs.
+        stays: fraction of that budget that they leave; none takes what the uniform plan leaves, in coarser steps.
     """
 
     pruning_ratio: float
@@ -49,11 +50,12 @@ class Amounts:
     allocation: AllocationName | None = None
     floor: float | None = None
     budget: Budget = "flops"
+    stays: float | None = None
 
     def recorded(self) -> dict[str, Any]:
         """What a file keeps of the amounts; what came later than the first files only where it is not the default."""
         names = ["pruning_ratio", "attention_ratio", "mlp_ratio", "skip_layers", "round_to"]
-        names += ["budget"] * (self.budget != "flops")
+        names += ["budget"] * (self.budget != "flops") + ["stays"] * (self.stays is not None)
         names += ["tensor_parallel"] * (self.tensor_parallel != 1) + ["uniform_heads"] * self.uniform_heads
         return {name: getattr(self, name) for name in names}
 
@@ -66,6 +68,7 @@ class Plan:
     blocks: tuple[BlockPlan, BlockPlan]
     unit: AttentionUnit
     budget: Budget = "flops"
+    stays: float | None = None
 
     def counted_tokens(self, tokens: int) -> int:
         """Length of the texts whose FLOPs are counted, of ``tokens`` that texts have; where weights are, none."""
@@ -111,7 +114,7 @@ def make_plan(shape: ModelShape, method: PruningMethod, amounts: Amounts) -> Pla
             keep = kept_channels(units.number, ratio, multiple)
             plans.append(BlockPlan(block, units, ratio, keep, multiple))
     layers = tuple(layer for layer in range(shape.num_layers) if layer not in skipped)
-    return Plan(layers, (plans[0], plans[1]), unit, amounts.budget)
+    return Plan(layers, (plans[0], plans[1]), unit, amounts.budget, amounts.stays)
 
 
 def _check_rounding(num_channels: int, ratio: float, round_to: int) -> None:

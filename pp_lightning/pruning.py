@@ -69,6 +69,7 @@ def prune_(
     allocation: AllocationName | None = None,
     floor: float | None = None,
     budget: Budget = "flops",
+    stays: float | None = None,
     tensor_parallel: int = 1,
     uniform_heads: bool = False,
     keep_dense: bool = True,
@@ -91,7 +92,7 @@ def prune_(
         method: one of :mod:`pp_lightning.methods`.
         calibration_data: of the kind that the method says: statistics from :func:`calibrate` for most, importances for
             LLM-Pruner and LoRAPrune; may be None where the method needs none.
-        pruning_ratio: fraction of units removed over the whole model, in [0, 1). This and the next nine are explained
+        pruning_ratio: fraction of units removed over the whole model, in [0, 1). This and the next ten are explained
             at :class:`~pp_lightning.plan.Amounts`.
         skip_layers: layers left dense; the others lose more to make up for them.
         round_to: MLP channels are kept in multiples of this.
@@ -101,6 +102,7 @@ def prune_(
             the method's own.
         floor: fraction of its units that every block keeps under ``global``.
         budget: what ``global`` leaves as much of as uniform counts: ``flops`` or ``params``.
+        stays: fraction of it that ``global`` leaves; None takes what uniform counts leave.
         tensor_parallel: devices that are to share every block evenly.
         uniform_heads: the same number of heads in every layer, none skipped.
         keep_dense: keep a static method's dense weights for :func:`unprune_`. False saves their memory.
@@ -125,7 +127,7 @@ def prune_(
             missing, of another kind or model, or does not cover what is needed.
     """
     ratios = (pruning_ratio, attention_ratio, mlp_ratio)
-    amounts = Amounts(*ratios, skip_layers, round_to, tensor_parallel, uniform_heads, allocation, floor, budget)
+    amounts = Amounts(*ratios, skip_layers, round_to, tensor_parallel, uniform_heads, allocation, floor, budget, stays)
     if not isinstance(method, PruningMethod):
         raise UserError(f"method must be one of pp_lightning.methods, such as FLAP(), not {method!r}")
     if hasattr(model, _ATTRIBUTE):

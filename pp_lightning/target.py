@@ -43,6 +43,17 @@ class Target:
             pass
         raise UserError(f"target must be params=0.6, flops=0.6 (what stays, above 0) or memory=8GB, not {text!r}")
 
+    def stays(self, shape: ModelShape, method: PruningMethod, amounts: Amounts, weights: int, size: int) -> float:
+        """The fraction of heads and MLPs that stays: of their FLOPs for ``flops``, else of their weights.
+
+        ``weights`` and ``size`` as in :meth:`ratio`.
+        """
+        if self.measure != "memory":
+            return self.value
+        units = {one.block: one.units for one in make_plan(shape, method, replace(amounts, pruning_ratio=0.0)).blocks}
+        whole = sum(units[block].number * units[block].cost for _, block in shape.keys)
+        return min(1.0, 1 - (weights - self.value / size) / whole)
+
     def ratio(
         self, shape: ModelShape, method: PruningMethod, amounts: Amounts, tokens: int, weights: int, size: int
     ) -> float:

@@ -56,8 +56,10 @@ def prune_and_export(
         shape, item = shape_of(module.model.config), next(module.model.parameters()).element_size()
         total = module.model.num_parameters()
         asked = Target.parse(target)
-        ratio = asked.ratio(shape, module.settled(method), module.amounts, data.window, total, item)
-        module.change(pruning_ratio=ratio, budget="flops" if asked.measure == "flops" else "params")
+        settled, amounts = module.settled(method), module.amounts
+        ratio = asked.ratio(shape, settled, amounts, data.window, total, item)
+        stays = asked.stays(shape, settled, amounts, total, item)
+        module.change(pruning_ratio=ratio, budget="flops" if asked.measure == "flops" else "params", stays=stays)
         if ratio == 0.0:
             say(f"the model meets {target} as it is: nothing will be pruned")
     module.method = None
