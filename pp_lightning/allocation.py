@@ -102,7 +102,7 @@ def by_global_ranking(plan: Plan, inputs: AllocationInputs) -> tuple[Plan, dict[
     weights, tokens = inputs.output_weights, plan.counted_tokens(statistics.num_positions)
     floors = settled_floors(plan, weights.keys(), inputs.floor, statistics.num_positions)
     cost = {name: unit_flops(block, tokens) for name, block in plans.items()}
-    to_save = _flops_to_save(plan, weights.keys(), tokens)
+    to_save = _to_save(plan, weights.keys(), tokens)
     keep = {key: plans[key[1]].keep if plans[key[1]].alike else plans[key[1]].units.number for key in weights}
     keys = [key for key in keep if _is_ranked(plans[key[1]])]
     removable = [_removable(plans[key[1]], cost[key[1]], floors[key[1]], key, inputs, statistics) for key in keys]
@@ -127,22 +127,22 @@ def settled_floors(plan: Plan, keys: Collection[BlockKey], floor: float | None, 
     for floors in candidates:
         least = {n: floor_count(one.units.number, floors[n], one.round_to) for n, one in plans.items()}
         removable = sum((plans[n].units.number - least[n]) * costs[n] for _, n in keys if _is_ranked(plans[n]))
-        if removable >= _flops_to_save(plan, keys, tokens):
+        if removable >= _to_save(plan, keys, tokens):
             return floors
     lowest = min(candidates[-1].values())
     raise UserError(f"keeping {lowest:.0%} of every block leaves too little to remove: lower floor or pruning_ratio")
 
 
-def _flops_to_save(plan: Plan, keys: Collection[BlockKey], tokens: int) -> int:
+def _to_save(plan: Plan, keys: Collection[BlockKey], tokens: int) -> int:
     """What ranked blocks save for each token of a text of ``tokens`` tokens: as uniform counts do, or as asked."""
-    ranked = [one for one in plan.blocks if _is_ranked(one)]
-    if plan.stays is not None:
-        costs = {one.block: one.units.number * unit_flops(one, tokens) for one in plan.blocks}
-        alike = {one.block: (one.units.number - one.keep) * unit_flops(one, tokens) for one in plan.blocks if one.alike}
-        whole, gone = (sum(of.get(block, 0) for _, block in keys) for of in (costs, alike))
-        return max(0, math.ceil((1 - plan.stays) * whole) - gone)
-    saved = {one.block: (one.units.number - one.keep) * unit_flops(one, tokens) for one in ranked}
-    return sum(saved.get(block, 0) for layer, block in keys if layer in plan.layers)
+    saved = {one.block: (one.units.number - one.keep) * unit_flops(one, tokens) for one in plan.blocks}
+    if plan.stays is None:
+        ranked = {one.block for one in plan.blocks if _is_ranked(one)}
+        return sum(saved[block] for layer, block in keys if layer in plan.layers and block in ranked)
+    whole = {one.block: one.units.number * unit_flops(one, tokens) for one in plan.blocks}
+    alike = {one.block for one in plan.blocks if one.alike}  # saved already, in the same numbers in every layer
+    asked = math.ceil((1 - plan.stays) * sum(whole[block] for _, block in keys))
+    return max(0, asked - sum(saved[block] for _, block in keys if block in alike))
 
 
 def _is_ranked(plan: BlockPlan) -> bool:

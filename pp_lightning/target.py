@@ -67,8 +67,8 @@ class Target:
 
         def left(ratio: float) -> float:
             plan = make_plan(shape, method, replace(amounts, pruning_ratio=ratio))
-            blocks = [(layer, block) for block in plan.blocks for layer in range(shape.num_layers)]
-            blocks = [(layer, block) for layer, block in blocks if shape.has(layer, block.block)]
+            plans = {block.block: block for block in plan.blocks}
+            blocks = [(layer, plans[name]) for layer, name in shape.keys]
             whole = sum(block.units.number * cost(block) for _, block in blocks)
             gone = sum((b.units.number - b.keep) * cost(b) for layer, b in blocks if layer in plan.layers)
             return (weights - gone) * size if self.measure == "memory" else 1 - gone / whole

@@ -88,7 +88,11 @@ def test_eager_attention_gives_the_same_as_sdpa(name, when):
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_flex_attention(when):
-    """It wants heads of 16 at least. On a CPU probes run as it is written, the batch compiled."""
+    """It wants heads of 16 at least. On a CPU probes run as it is written, the batch compiled.
+
+    Texts have 32 tokens: without AVX-512, torch 2.13's compiled kernel is wrong for lengths such as 8, 24 and 40, with
+    stock models too.
+    """
     model, expected = (tiny("llama", head_dim=16) for _ in range(2))
     stats = calibrate(expected, calibration_batches(), progress=False)
     if when == "before":
@@ -97,8 +101,8 @@ def test_flex_attention(when):
         prune_(one, ProbePruning(row_ratio=0.3), stats, **SETTINGS)
     if when == "after":
         model.set_attn_implementation("flex_attention")
-    batch = ragged([24, 3, 17, 9], "left")
-    for given in ({"text": ids()}, {"text": batch["input_ids"], "attention_mask": batch["attention_mask"]}):
+    batch = ragged([32, 3, 17, 9], "left")
+    for given in ({"text": ids(tokens=32)}, {"text": batch["input_ids"], "attention_mask": batch["attention_mask"]}):
         real = given.get("attention_mask", torch.ones_like(given["text"])).bool()
         close(logits(model, **given)[real], logits(expected, **given)[real])
         assert choices(kept_units(model)) == choices(kept_units(expected))

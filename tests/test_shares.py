@@ -202,7 +202,8 @@ class FlapByHalves(FLAP):
             together.append(torch.stack([half.sort().values for half in scores[-1]]).mean(0))
         for block, own, count in zip(blocks, scores, global_counts(halved, together), strict=True):
             kept = torch.cat([keep_best(half, count) + i * len(half) for i, half in enumerate(own)])
-            goes = calibration_data.channel_moments(*block.key)[0].index_fill(0, unit_channels(kept, width), 0.0)
+            stays = unit_channels(kept, block.units.channels)
+            goes = calibration_data.channel_moments(*block.key)[0].index_fill(0, stays, 0.0)
             yield block, StaticChoice(kept, block.weight.detach().float() @ goes)
 
 
