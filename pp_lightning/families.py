@@ -42,6 +42,7 @@ _MLP_INPUTS: tuple[Mapping[str, tuple[str, ...]], ...] = (
 )
 _MLP_OUTPUTS = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "Wo")
 OUTPUT = "output"  # the role of the matrix whose inputs are scored
+_NO_LIMIT = 1 << 20  # tokens: more than any text here
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size")
 
 
@@ -367,6 +368,11 @@ def _features(projection: Any) -> tuple[int, int]:
         return projection.out_features, projection.in_features
     rows, columns = projection.weight.shape
     return rows, columns
+
+
+def longest_text(config: PreTrainedConfig) -> int:
+    """Tokens that a model has positions for; a large number where it sets no limit."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT)
 
 
 def head_size_of(module: nn.Module, config: PreTrainedConfig) -> int:

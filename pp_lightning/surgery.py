@@ -169,6 +169,9 @@ def _pruned_block(
 ) -> PrunedBlock:
     index, name = key
     modules, norm = surgery.blocks[key], surgery.met[key].norm
+    if name is Block.MLP and any(isinstance(value, Tensor) for value in surgery.met[key].given.values()):
+        kind = surgery.model.config.model_type
+        raise UserError(f"the MLP of {kind} takes more than one tensor, which a probe cannot cut: use a static method")
     runner = BlockRunner(modules, surgery.shape, surgery.plan.unit, surgery.keep[key])
     context.memory.reserve(runner.slices.size)
     # the mean first: making the history may give up what it is made from

@@ -32,6 +32,8 @@ def check_settings(command: str, settings: Mapping[str, Any]) -> None:
     if command == "compare":
         if model["pruning_ratio"] is not None:
             raise UserError("compare takes --ratios [0.2,0.4] in place of --model.pruning_ratio")
+        if model["method"] is not None:
+            raise UserError("compare takes --methods [pp,best] in place of --model.method")
     elif model["recovered"] is None and model["recovery"] is None:
         _check_method(command, model)
 

@@ -24,6 +24,7 @@ from pp_lightning.data.base import EvaluationData
 from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.data.windows import Batch
 from pp_lightning.errors import UserError
+from pp_lightning.families import longest_text
 from pp_lightning.methods import PruningMethod, StaticMethod
 from pp_lightning.progress import write_line
 from pp_lightning.pruning import is_pruned
@@ -137,7 +138,7 @@ class PrunedLM(PrunableModule):
     def prepare(self, data: EvaluationData) -> None:
         """Hand the tokenizer to the data module, and check before any work what can be checked."""
         data.use_tokenizer(self.tokenizer, self.model.get_input_embeddings().num_embeddings)
-        data.suit(self.model.config.max_position_embeddings, self.trainer.strategy.root_device)
+        data.suit(longest_text(self.model.config), self.trainer.strategy.root_device)
         if isinstance(data, CommonsenseData):
             data.check_refresh(self.settings.refresh)
         self.check_plan(self.method, data.window)
@@ -271,7 +272,7 @@ class PrunedLM(PrunableModule):
         """Prune, or get ready to, and attach adapters: before the optimiser is made and a checkpoint is read."""
         if self.recovered is not None:
             raise UserError("fit starts from the dense model: leave out --model.recovered")
-        limit = self.model.config.max_position_embeddings
+        limit = longest_text(self.model.config)
         if self.data.train_window > limit:
             asked = f"training windows of {self.data.train_window} tokens"
             raise UserError(f"{asked} exceed the model's {limit} positions: lower the window of --data.train")

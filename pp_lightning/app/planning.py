@@ -13,10 +13,13 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from transformers import AutoConfig, PreTrainedConfig
 
 from pp_lightning.app.checks import check_ratio
+from pp_lightning.app.export_words import say
 from pp_lightning.app.report import Grid, show_grid
+from pp_lightning.blocks import Block
 from pp_lightning.checkpoints import Dtype, free_memory
 from pp_lightning.data.base import EvaluationData, samples_for
 from pp_lightning.errors import UserError
+from pp_lightning.families import empty_model, longest_text, refusal
 from pp_lightning.functional.scores import energy_weight_norm
 from pp_lightning.stored import places_of
 from pp_lightning.tensor_files import Placeholder, write_tensors
@@ -72,12 +75,17 @@ def main(words: Sequence[str]) -> None:
     config = read_config(model.path)
     dtype = (config.dtype or torch.float32) if model.dtype == "auto" else getattr(torch, model.dtype)
     sizes = Sizes.of(config, dtype)
-    window = data.window or min(EvaluationData.usual_window, config.max_position_embeddings)
+    longest = longest_text(config)
+    if (data.window or 0) > longest:
+        raise UserError(f"windows of {data.window} tokens exceed the model's {longest} positions: lower --data.window")
+    window = data.window or min(EvaluationData.usual_window, longest)
     samples = data.calibration_samples or samples_for(torch.accelerator.current_accelerator() or torch.device("cpu"))
     work = Workload(data.batch_size, window, samples, data.limit_tokens, dtype, model.pruning_ratio)
     folder = Path(model.path)
     speeds = measured_speeds(sizes, work, folder if folder.is_dir() else None) if options.measure else None
     show_grid(planned(model.path, sizes, work, devices, speeds))
+    for block, reason in refusals(config).items():
+        say(f"the {block.value} of {config.model_type} cannot be pruned: {reason}")
 
 
 def read_config(path: str) -> PreTrainedConfig:
@@ -87,6 +95,12 @@ def read_config(path: str) -> PreTrainedConfig:
     except Exception as error:  # transformers and the hub client raise a dozen unrelated types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read a model config from {path}: {reason}") from error
+
+
+def refusals(config: PreTrainedConfig) -> dict[Block, str]:
+    """The blocks that no command prunes in models of this config, and why."""
+    model = empty_model(config)
+    return {block: reason for block in Block if (reason := refusal(model, block)) is not None}
 
 
 def planned(name: str, sizes: Sizes, work: Workload, devices: int, speeds: Speeds | None) -> Grid:

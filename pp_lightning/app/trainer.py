@@ -34,6 +34,7 @@ from pp_lightning.data.datamodule import LanguageModelling
 from pp_lightning.data.training import Packed, TrainingRows
 from pp_lightning.errors import UserError
 from pp_lightning.export import Layout
+from pp_lightning.families import longest_text
 from pp_lightning.importances import Importances
 from pp_lightning.methods import METHODS, FullBatchProbing, PruningMethod, StaticMethod, method_named
 from pp_lightning.recovery import Recovered, Recovery
@@ -201,7 +202,7 @@ class PruningTrainer(L.Trainer):
         """Settle what depends on the model and on where it runs, before anything is checked."""
         check_alone(self.strategy)
         model.trainer = self
-        datamodule.suit(model.model.config.max_position_embeddings, self.strategy.root_device)
+        datamodule.suit(longest_text(model.model.config), self.strategy.root_device)
 
     def _tested(self, model: PrunedLM, datamodule: EvaluationData) -> Evaluation:
         self.test(model, datamodule=datamodule, verbose=False)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pp_lightning.commonsense.batching import RowBatch
 from pp_lightning.commonsense.prefixes import continuation_states, with_prompts, worth_sharing
 from pp_lightning.errors import UserError
-from pp_lightning.families import vocabulary_logits
+from pp_lightning.families import longest_text, vocabulary_logits
 from pp_lightning.pruning import is_pruned, pruning_of
 
 ChooseOn = Literal["row", "context"]
@@ -88,8 +88,8 @@ def sum_rows(batch: RowBatch, log_probabilities: Tensor) -> RowScores:
 
 def check_window(model: PreTrainedModel, window: int) -> None:
     """Refuse a window that the model has no positions for."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and window > longest:
+    longest = longest_text(model.config)
+    if window > longest:
         raise UserError(f"a window of {window} tokens exceeds the {longest} positions of the model: use a smaller one")
 
 

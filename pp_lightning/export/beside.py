@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pp_lightning.export.configs import write_configs, write_json
 from pp_lightning.export.graph import Graph
 from pp_lightning.export.layouts import config_content
-from pp_lightning.export.sizes import longest_text
 from pp_lightning.export.verify import Agreement
+from pp_lightning.families import longest_text
 
 _GENAI_TYPE = "decoder"  # of ONNX Runtime GenAI: any graph with this calling convention
 
@@ -32,7 +32,7 @@ def genai_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
     ends = _first(getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id)
     last = ends[-1] if isinstance(ends, list) else ends
     own = None if tokenizer is None else tokenizer.pad_token_id
-    context = longest_text(model)
+    context = longest_text(model.config)
     return {
         "model": {
             "type": _GENAI_TYPE,

@@ -8,8 +8,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pp_lightning.errors import UserError
 from pp_lightning.export.entries import tensors_of
 from pp_lightning.export.layouts import LAYOUTS, Layout, Target, target_for
-from pp_lightning.export.sizes import PrunedSizes, flops_of, longest_text
-from pp_lightning.families import empty_model, shape_of
+from pp_lightning.export.sizes import PrunedSizes, flops_of
+from pp_lightning.families import empty_model, longest_text, shape_of
 from pp_lightning.flops import dense_flops
 
 _TOKENS = 1024
@@ -48,7 +48,7 @@ class Costs:
 
 def costs_of(model: PreTrainedModel, target: Target) -> Costs:
     """The price of a target."""
-    shape, tokens = shape_of(model.config), min(_TOKENS, longest_text(model))
+    shape, tokens = shape_of(model.config), min(_TOKENS, longest_text(model.config))
     parameters = sum(entry.placeholder.numel() for entry in target.entries)
     return Costs(
         layout=target.layout,

@@ -17,7 +17,7 @@ from pp_lightning.export.formats import GRAPH_FORMATS, Session
 from pp_lightning.export.graph import Graph, trace
 from pp_lightning.export.packages import check_packages
 from pp_lightning.export.record import graph_record, pruning_record, write_record
-from pp_lightning.export.sizes import check_exportable, longest_text
+from pp_lightning.export.sizes import check_exportable
 from pp_lightning.export.verify import (
     STEPS,
     Agreement,
@@ -28,6 +28,7 @@ from pp_lightning.export.verify import (
     or_refuse,
     positions_of,
 )
+from pp_lightning.families import longest_text
 from pp_lightning.progress import Tell, ignore_line, phases
 from pp_lightning.state import pruning_state
 
@@ -65,7 +66,7 @@ def export_graph(
     """
     _check_ready(form, model, out, overwrite)
     dtype, layers = model.dtype, model.config.num_hidden_layers
-    longest = longest_text(model) - STEPS
+    longest = longest_text(model.config) - STEPS
     runner, vocabulary = model_runner(model), model.config.vocab_size
     expected = [Behaviour.of(runner, vocabulary, rows, min(tokens, longest)) for rows, tokens in _SHAPES]
 

@@ -90,11 +90,6 @@ def check_exportable(model: PreTrainedModel) -> str:
     return str(kind.__name__)
 
 
-def longest_text(model: PreTrainedModel) -> int:
-    """Tokens that a model has positions for; a large number where it sets no limit."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 1 << 20)
-
-
 def flops_of(shape: ModelShape, layers: tuple[Widths, ...], tokens: int) -> int:
     """FLOPs of one row in a model with these widths, vocabulary projection included."""
     attention = sum(attention_flops(shape, 1, tokens, w.heads, w.groups) for w in layers if w.heads)

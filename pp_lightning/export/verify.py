@@ -13,8 +13,7 @@ from pp_lightning.caches import CACHE
 from pp_lightning.checkpoints import load_streamed
 from pp_lightning.errors import UserError
 from pp_lightning.export.entries import tensors_of
-from pp_lightning.export.sizes import longest_text
-from pp_lightning.families import layers_of
+from pp_lightning.families import layers_of, longest_text
 from pp_lightning.stored import is_settled, places_in
 
 T = TypeVar("T")
@@ -56,7 +55,7 @@ class Behaviour:
     @staticmethod
     def of_model(model: PreTrainedModel) -> "Behaviour":
         """Ask a transformers model."""
-        tokens = min(TOKENS, longest_text(model) - STEPS)
+        tokens = min(TOKENS, longest_text(model.config) - STEPS)
         steps = 1 if is_settled(layers_of(model)[0]) else STEPS  # each reads all weights where they stay on disk
         return Behaviour.of(model_runner(model), model.config.vocab_size, tokens=tokens, steps=steps)
 

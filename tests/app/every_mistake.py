@@ -122,6 +122,7 @@ _TABLE = """
 test --model.pruning_ratio 0.4 --model.method null => method
 test --model.mlp_ratio 0.4 --model.method null => method
 compare --model.pruning_ratio 0.4 --model.method null => ratios
+compare --model.method pp => methods
 test --model.floor 0.5 => global
 test --model.floor 2 --model.allocation global => floor
 test --model.floor nan --model.allocation global => floor

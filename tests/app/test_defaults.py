@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MptConfig
 
 from pp_lightning.app.trainer import PruningTrainer
 from pp_lightning.data import Embedded, LanguageModelling
@@ -70,6 +71,19 @@ def test_a_checkpoint_keeps_its_dtype(given, dtype, type_in, arguments, tmp_path
     asked = {**arguments, **given, "--model.path": model, "--out": tmp_path / "out"}
     assert type_in("test", asked) == 0
     assert f", {dtype};" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_a_model_without_a_limit_of_positions(type_in, arguments, tmp_path, capsys):
+    config = MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=4, n_heads=4)
+    model = save(AutoModelForCausalLM.from_config(config), tmp_path / "model")
+    pruned = {"--model.method": "wanda_sp", "--model.method.blocks": "[mlp]"}
+    asked = {**arguments, "--model.path": model, "--model.pruning_ratio": 0.4, "--out": tmp_path / "out"}
+    asked.pop("--data.window", None)
+    assert type_in("test", asked | pruned) == 0
+    assert "x 1024, contiguous" in (tmp_path / "out" / "results.md").read_text()
+    capsys.readouterr()
+    assert type_in("test", asked | pruned | {"--model.method": "pp"}) == 2  # its MLP takes the residual too
+    assert "use a static method" in refused(capsys)
 
 
 @pytest.mark.slow

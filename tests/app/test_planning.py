@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from pp_lightning.app.planning import Speeds, planned, read_config, seconds
 from pp_lightning.families import layers_of
@@ -93,9 +93,16 @@ def test_options_have_the_names_and_defaults_of_other_commands(type_in, tmp_path
     asked = {"--data.window": 32, "--data.batch_size": 4, "--data.calibration_samples": 8, "--model.pruning_ratio": 0.2}
     assert type_in("plan", given | asked) == 0
     assert "batch of 4 x 32; 8 calibration rows" in " ".join(capsys.readouterr().out.split())
-    for option, value in (("--data.window", 0), ("--trainer.devices", 0), ("--model.pruning_ratio", 1.5)):
+    wrong = (("--data.window", 0), ("--data.window", 65), ("--trainer.devices", 0), ("--model.pruning_ratio", 1.5))
+    for option, value in wrong:
         assert type_in("plan", given | {option: value}) == 2
         assert refused(capsys)
+
+
+def test_what_no_command_prunes_is_said(type_in, tmp_path, capsys):
+    GPT2Config(n_embd=32, n_layer=2, n_head=2).save_pretrained(tmp_path)
+    assert type_in("plan", {"--model.path": tmp_path, "--measure": "false"}) == 0
+    assert "the attention of gpt2 cannot be pruned" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_table_without_a_measurement_has_no_times():

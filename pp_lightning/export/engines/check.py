@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from pp_lightning.errors import UserError
 from pp_lightning.export.engines.run import Engine, ask
-from pp_lightning.export.sizes import longest_text
 from pp_lightning.export.verify import greedy, model_runner
+from pp_lightning.families import longest_text
 
 _PROMPTS, _TOKENS, _STEPS = 3, 16, 32
 LOSS_TOLERANCE = 1e-3  # relative: engines keep keys and values in half precision, or fuse
@@ -36,8 +36,8 @@ class Expected:
     @torch.no_grad()
     def of(model: PreTrainedModel) -> "Expected":
         """Ask the model, on whatever device it is."""
-        size = min(_TOKENS, longest_text(model) // 2)
-        steps = min(_STEPS, longest_text(model) - size)
+        size = min(_TOKENS, longest_text(model.config) // 2)
+        steps = min(_STEPS, longest_text(model.config) - size)
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(0, model.config.vocab_size, (_PROMPTS, size), generator=generator)
         run, mask = model_runner(model), torch.ones_like(prompts)
