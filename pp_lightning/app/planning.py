@@ -79,7 +79,8 @@ def main(words: Sequence[str]) -> None:
     if (data.window or 0) > longest:
         raise UserError(f"windows of {data.window} tokens exceed the model's {longest} positions: lower --data.window")
     window = data.window or min(EvaluationData.usual_window, longest)
-    samples = data.calibration_samples or samples_for(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    samples = data.calibration_samples or samples_for(device)
     work = Workload(data.batch_size, window, samples, data.limit_tokens, dtype, model.pruning_ratio)
     folder = Path(model.path)
     speeds = measured_speeds(sizes, work, folder if folder.is_dir() else None) if options.measure else None

@@ -85,7 +85,9 @@ def test_the_command_needs_a_config_alone(type_in, tmp_path, capsys):
     assert "cannot read a model config" in refused(capsys)
 
 
-def test_options_have_the_names_and_defaults_of_other_commands(type_in, tmp_path, capsys):
+def test_options_have_the_names_and_defaults_of_other_commands(type_in, tmp_path, capsys, monkeypatch):
+    built_for = lambda check_available=False: None if check_available else torch.device("cuda")  # noqa: E731
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for)
     (tmp_path / "config.json").write_text(json.dumps(config("llama", max_position_embeddings=64).to_dict()))
     given = {"--model.path": tmp_path, "--measure": "false", "--trainer.devices": 2}
     assert type_in("plan", given) == 0
