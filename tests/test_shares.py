@@ -25,7 +25,7 @@ from pp_lightning.functional.selection import keep_best, unit_channels
 from pp_lightning.methods import FLAP, LLMPruner, ProbePruning, StaticBest, StaticPPsp, WandaSP
 from pp_lightning.methods.base import StaticChoice
 from pp_lightning.methods.dynamic import ProbeObservation
-from pp_lightning.methods.flap import global_counts
+from pp_lightning.methods.ranking import ranked_counts
 from pp_lightning.parallel import own_part
 from pp_lightning.pruning import is_pruned, pruning_of
 from pp_lightning.updating import LeastSquares
@@ -200,7 +200,7 @@ class FlapByHalves(FLAP):
             width = block.units.channels
             scores.append([sum_over_units(standardised(half), width) / width for half in columns.chunk(PROCESSES)])
             together.append(torch.stack([half.sort().values for half in scores[-1]]).mean(0))
-        for block, own, count in zip(blocks, scores, global_counts(halved, together), strict=True):
+        for block, own, count in zip(blocks, scores, ranked_counts(halved, together), strict=True):
             kept = torch.cat([keep_best(half, count) + i * len(half) for i, half in enumerate(own)])
             stays = unit_channels(kept, block.units.channels)
             goes = calibration_data.channel_moments(*block.key)[0].index_fill(0, stays, 0.0)

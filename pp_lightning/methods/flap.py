@@ -11,6 +11,7 @@ from pp_lightning.blocks import Block
 from pp_lightning.functional.scores import flap_column_scores, standardised, sum_over_units
 from pp_lightning.functional.selection import keep_best, unit_channels
 from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, BlockToPrune, StaticChoice, StaticMethod, UnitName
+from pp_lightning.methods.ranking import ranked_counts
 from pp_lightning.statistics import Statistics
 
 _ROWS_AT_ONCE = 256
@@ -67,7 +68,7 @@ class FLAP(StaticMethod[Statistics]):
     ) -> Iterator[tuple[BlockToPrune, StaticChoice]]:
         """Scores and counts for all blocks first, then one choice at a time."""
         scores = [self.unit_scores(block, calibration_data) for block in blocks]
-        keeps = [block.plan.keep for block in blocks] if self.uniform else global_counts(blocks, scores)
+        keeps = [block.plan.keep for block in blocks] if self.uniform else ranked_counts(blocks, scores)
         for block, unit_scores, keep in zip(blocks, scores, keeps, strict=True):
             kept = keep_best(unit_scores, keep)
             yield block, StaticChoice(kept, self._bias(block, kept, calibration_data) if self.bias else None)
@@ -88,26 +89,3 @@ class FLAP(StaticMethod[Statistics]):
         # Of copies, some rows at a time: how a product rounds depends, on some processors, on where a weight begins.
         parts = weight.detach().split(_ROWS_AT_ONCE)
         return torch.cat([rows.to(torch.float32, copy=True) @ removed for rows in parts])
-
-
-def global_counts(blocks: Sequence[BlockToPrune], scores: Sequence[Tensor]) -> list[int]:
-    """Units that stay in each block when the cheapest-to-lose go first, over all blocks, until the budget is spent.
-
-    Counts are rounded as everywhere, up to multiples of ``round_to``. Blocks that are alike take no part.
-    """
-    ranked = [(block, block.counted(own)) for block, own in zip(blocks, scores, strict=True) if not block.plan.alike]
-    counts = iter(_ranked_counts([block for block, _ in ranked], [own for _, own in ranked]))
-    return [block.plan.keep if block.plan.alike else next(counts) for block in blocks]
-
-
-def _ranked_counts(blocks: Sequence[BlockToPrune], scores: Sequence[Tensor]) -> list[int]:
-    if not blocks:
-        return []
-    everything = torch.cat([s.double().cpu() for s in scores])
-    costs = torch.cat([torch.full((b.units.number,), float(b.units.cost), dtype=torch.float64) for b in blocks])
-    owner = torch.cat([torch.full((b.units.number,), index) for index, b in enumerate(blocks)])
-    budget = sum(b.plan.ratio * b.units.number * b.units.cost for b in blocks)
-    order = everything.argsort(stable=True)
-    removed = order[costs[order].cumsum(0) <= budget]
-    lost = torch.bincount(owner[removed], minlength=len(blocks)).tolist()
-    return [block.rounded(block.units.number - count) for block, count in zip(blocks, lost, strict=True)]

@@ -15,6 +15,7 @@ from pp_lightning.importances import Importances
 from pp_lightning.methods.base import BOTH_BLOCKS, BlockName, BlockToPrune, StaticChoice, UnitName
 from pp_lightning.methods.gradient import GradientMethod
 from pp_lightning.methods.options import checked
+from pp_lightning.methods.ranking import ranked_counts
 
 TaylorName = Literal["vectorize", "param_first", "param_second", "param_mix"]
 ReductionName = Literal["sum", "mean", "max", "prod"]
@@ -86,7 +87,7 @@ class LLMPruner(GradientMethod):
         scores = {block.key: self.unit_scores(block, calibration_data) for block in within}
         counts = {block.key: block.plan.keep for block in within}
         if self.global_ranking:
-            counts |= _pooled_counts([block for block in within if not block.plan.alike], scores)
+            counts = dict(zip(scores, ranked_counts(within, list(scores.values()), by_cost=False), strict=True))
         for block in blocks:
             if block.key in scores:
                 yield block, StaticChoice(keep_best(scores[block.key], counts[block.key]))
@@ -101,14 +102,3 @@ class LLMPruner(GradientMethod):
     def _within(self, block: BlockToPrune) -> bool:
         layers = self.attention_layers if block.plan.block is Block.ATTENTION else self.mlp_layers
         return layers is None or layers[0] <= block.layer < layers[1]
-
-
-def _pooled_counts(blocks: Sequence[BlockToPrune], scores: dict[tuple[int, Block], Tensor]) -> dict:
-    """Units that stay in each block when the lowest scores of all go, whatever their cost."""
-    if not blocks:
-        return {}
-    pooled = torch.cat([scores[block.key].cpu() for block in blocks])
-    owner = torch.cat([torch.full((block.units.number,), index) for index, block in enumerate(blocks)])
-    removed = int(sum(block.plan.ratio * block.units.number for block in blocks))
-    lost = torch.bincount(owner[pooled.argsort(stable=True)[:removed]], minlength=len(blocks)).tolist()
-    return {b.key: b.rounded(b.units.number - count) for b, count in zip(blocks, lost, strict=True)}

@@ -8,7 +8,7 @@ from pp_lightning.blocks import AttentionUnit, Block, BlockPlan, Units, units_of
 from pp_lightning.families import shape_of
 from pp_lightning.methods import FLAP
 from pp_lightning.methods.base import BlockToPrune
-from pp_lightning.methods.flap import global_counts
+from pp_lightning.methods.ranking import ranked_counts
 from tests.models import GROUPS, HEADS, PRUNED, SETTINGS, calibration_batches, logits, output_weights, statistics, tiny
 
 
@@ -48,7 +48,7 @@ def test_counts_equal_the_naive_greedy(seed, ratio):
         blocks.append(block(Block.ATTENTION, 8, 171, ratio, layer=layer))
         blocks.append(block(Block.MLP, 96, 1, ratio, round_to=8, layer=layer))
         scores += [torch.randn(8) + layer, torch.randn(96) - layer]
-    found = global_counts(blocks, scores)
+    found = ranked_counts(blocks, scores)
     assert found == naive_counts(blocks, scores)
     assert len(set(found)) > 2  # layers differ
 
@@ -57,14 +57,14 @@ def test_a_head_costs_what_it_weighs():
     """With a budget of one head, either one head goes or as many channels as it weighs."""
     attention, mlp = block(Block.ATTENTION, 4, 10, 0.25), block(Block.MLP, 40, 1, 0.0)
     low, high = torch.arange(4.0), torch.arange(40.0) + 100
-    assert global_counts([attention, mlp], [low, high]) == [3, 40]
-    assert global_counts([attention, mlp], [low + 1000, high]) == [4, 30]
+    assert ranked_counts([attention, mlp], [low, high]) == [3, 40]
+    assert ranked_counts([attention, mlp], [low + 1000, high]) == [4, 30]
 
 
 def test_at_least_one_head_stays_and_one_multiple_of_channels():
     attention, mlp = block(Block.ATTENTION, 4, 1, 0.9), block(Block.MLP, 40, 1, 0.9, round_to=8)
-    assert global_counts([attention, mlp], [torch.zeros(4) - 5, torch.arange(40.0)])[0] == 1
-    assert global_counts([attention, mlp], [torch.zeros(4) + 50, torch.arange(40.0)])[1] == 8
+    assert ranked_counts([attention, mlp], [torch.zeros(4) - 5, torch.arange(40.0)])[0] == 1
+    assert ranked_counts([attention, mlp], [torch.zeros(4) + 50, torch.arange(40.0)])[1] == 8
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_gqa", "opt"])
