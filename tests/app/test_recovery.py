@@ -314,24 +314,32 @@ def test_importances_are_kept_in_a_file(run, settings, tmp_path, monkeypatch, me
     assert run("test", given, "read") == 0
     perplexities = [row(tmp_path / out)["perplexity"] for out in ("without", "written", "read")]
     assert perplexities[0] == perplexities[1] == perplexities[2]
-    del given["model"]["pruning_ratio"]
+    del given["model"]["pruning_ratio"], given["model"]["method"]
     assert run("compare", {**given, "methods": [method], "ratios": [0.2, 0.4]}, "compared") == 0
     assert row(tmp_path / "compared", 2)["perplexity"] == perplexities[0]
     assert row(tmp_path / "compared", 1)["perplexity"] != perplexities[0]
     assert file.read_bytes() == written
 
 
+def without_method(settings):
+    """For ``compare``, which names its methods itself."""
+    return settings | {"model": {name: value for name, value in settings["model"].items() if name != "method"}}
+
+
 @pytest.mark.slow
 def test_importances_that_do_not_fit(run, settings, tmp_path, capsys):
     file = tmp_path / "importances.safetensors"
     given = evaluated(settings, method=METHODS["llm_pruner"], importances=str(file))
-    both = {**given, "methods": ["llm_pruner", "lora_prune"]}
-    assert run("compare", both, "out") == 2
+    assert run("compare", without_method(given) | {"methods": ["llm_pruner", "lora_prune"]}, "out") == 2
     assert "llm_pruner and lora_prune choose from importances of different kinds" in refused(capsys)
     assert run("test", given, "first") == 0
-    for command, more in (("test", {}), ("compare", {"methods": ["lora_prune"]}), ("export", {})):
-        given["model"]["method"] = METHODS["lora_prune"]
-        assert run(command, given | more, "out") == 2
+    given["model"]["method"] = METHODS["lora_prune"]
+    for command, asked in (
+        ("test", given),
+        ("compare", without_method(given) | {"methods": ["lora_prune"]}),
+        ("export", given),
+    ):
+        assert run(command, asked, "out") == 2
         message = refused(capsys)
         assert "holds importances of the kind param_first, but LoRAPrune chooses from lora" in message
     given["model"] |= {"path": str(save_another(tmp_path / "other")), "method": METHODS["llm_pruner"]}
