@@ -17,13 +17,14 @@ PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "safetensors",
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """Machine and versions, without anything that names a person or a path."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    versions = {package: found for package in PACKAGES if (found := installed_version(package)) is not None}
     return {
         "device": device.type,
         "device_name": name,
         "threads": torch.get_num_threads(),
         "processes": world_size,
         "python": platform.python_version(),
-        "versions": {package: found for package in PACKAGES if (found := installed_version(package)) is not None},
+        "versions": versions | {"torch": str(torch.__version__)},  # which says for what device it was built, too
     }
 
 
