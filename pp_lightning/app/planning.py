@@ -17,7 +17,7 @@ from pp_lightning.app.export_words import say
 from pp_lightning.app.report import Grid, show_grid
 from pp_lightning.blocks import Block
 from pp_lightning.checkpoints import Dtype, free_memory
-from pp_lightning.data.base import EvaluationData, samples_for
+from pp_lightning.data.base import EvaluationData, check_positions, samples_for
 from pp_lightning.errors import UserError
 from pp_lightning.families import empty_model, longest_text, refusal
 from pp_lightning.functional.scores import energy_weight_norm
@@ -76,9 +76,8 @@ def main(words: Sequence[str]) -> None:
     dtype = (config.dtype or torch.float32) if model.dtype == "auto" else getattr(torch, model.dtype)
     sizes = Sizes.of(config, dtype)
     longest = longest_text(config)
-    if (data.window or 0) > longest:
-        raise UserError(f"windows of {data.window} tokens exceed the model's {longest} positions: lower --data.window")
     window = data.window or min(EvaluationData.usual_window, longest)
+    check_positions(window, longest)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     samples = data.calibration_samples or samples_for(device)
     work = Workload(data.batch_size, window, samples, data.limit_tokens, dtype, model.pruning_ratio)

@@ -20,6 +20,12 @@ _SAMPLES = {"cpu": 64}  # by kind of device: what a person waits for
 _SAMPLES_ELSEWHERE = 512
 
 
+def check_positions(window: int, positions: int) -> None:
+    """Refuse a window that a model of so many positions has no room for."""
+    if window > positions:
+        raise UserError(f"windows of {window} tokens exceed the model's {positions} positions: lower --data.window")
+
+
 def samples_for(device: torch.device) -> int:
     """Calibration windows where nobody says how many: few on a CPU, more on an accelerator."""
     return _SAMPLES.get(device.type, _SAMPLES_ELSEWHERE)
@@ -65,9 +71,8 @@ class EvaluationData(L.LightningDataModule, ABC):
 
     def suit(self, positions: int, device: torch.device) -> None:
         """Take what nobody asked for by the model and where it runs."""
-        if self.window > positions and self._window is not None:
-            asked = f"windows of {self.window} tokens"
-            raise UserError(f"{asked} exceed the model's {positions} positions: lower --data.window")
+        if self._window is not None:
+            check_positions(self.window, positions)
         self.window = min(self.window, positions)
         self.calibration_samples = self._samples or samples_for(device)
 
